@@ -1,0 +1,79 @@
+# Everything runs in .venv, which is made when first needed. Settings, all optional:
+#   make run PYTHON=python3.12        the Python to make .venv from
+#   make run TORCH_INDEX=<address>    a package index to take torch from (a CPU build, say)
+#   make lab LAB_FLAGS=--no-browser   flags for JupyterLab
+#   make test JOBS=8                  worker processes
+
+PYTHON ?= python3 python3.13 python3.12 python3.11
+TORCH_INDEX ?=
+LAB_FLAGS ?=
+JOBS ?= 2
+
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+PAGES := $(wildcard notebooks/[0-9][0-9]_*.ipynb) $(wildcard notebooks/appendix_*.ipynb)
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help run test lab export notebooks evaluate clean
+
+help:
+	@echo "make run        hear the bundled model speak, then execute every page"
+	@echo "make lab        open the pages in JupyterLab"
+	@echo "make test       linters, types, export check, unit tests, outputs of every page"
+	@echo "make export     write the modules of folo_lib from the pages"
+	@echo "make notebooks  execute the pages and save their outputs in place"
+	@echo "make evaluate   measure the bundled model"
+	@echo "make clean      remove build/ and caches; .venv stays"
+
+run: $(READY)
+	@$(PY) tools/hello.py
+	@$(PY) tools/run_pages.py
+
+test: export HF_HUB_OFFLINE = 1
+test: export OMP_NUM_THREADS = 1
+test: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) tools/export.py --check
+	$(PY) -m pytest -n $(JOBS) --dist loadfile
+	$(PY) -m pytest -n $(JOBS) --dist loadfile --nbval $(PAGES)
+
+lab: $(READY)
+	$(PY) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb $(LAB_FLAGS)
+
+export: $(READY)
+	$(PY) tools/export.py
+
+notebooks: $(READY)
+	$(PY) tools/run_pages.py --save
+
+evaluate: $(READY)
+	cd notebooks && ../$(PY) -m tiny_model.evaluate
+
+clean:
+	rm -rf build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find folo_lib notebooks tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes in first and alone: constraints.txt names its exact version, so what follows finds it
+# installed and looks for no other build.
+$(READY): pyproject.toml constraints.txt | $(PY)
+	$(PY) -m pip install -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PY) -m pip install -c constraints.txt -e ".[notebooks,test]"
+	@touch $@
+
+$(PY):
+	@for python in $(PYTHON); do \
+	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "Making $(VENV) with $$("$$python" --version)"; \
+	    "$$python" -m venv --clear $(VENV) && exit 0; \
+	    rm -rf $(VENV); \
+	    echo "$$python could not make a virtual environment (Debian, Ubuntu: install python3-venv)." >&2; \
+	    exit 1; \
+	  fi; \
+	done; \
+	echo "Python 3.11 or newer is needed, and none of these is: $(PYTHON)." >&2; \
+	echo "Install one, or name it: make run PYTHON=/path/to/python3.12" >&2; \
+	exit 1

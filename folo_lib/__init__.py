@@ -1,0 +1,56 @@
+"""FoloVLLM: an inference engine for Qwen3, grown page by page from notebooks.
+
+Each name below is loaded from its module when it is first used, so that `import folo_lib`
+costs no more than the modules you touch.
+"""
+
+import importlib
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from folo_lib.attention import (
+        AttentionBackend as AttentionBackend,
+    )
+    from folo_lib.attention import (
+        AttentionMetadata as AttentionMetadata,
+    )
+    from folo_lib.attention import (
+        get_attention_backend as get_attention_backend,
+    )
+    from folo_lib.checkpoint import load_model as load_model
+    from folo_lib.layers import RMSNorm as RMSNorm
+    from folo_lib.layers import SiLUAndMul as SiLUAndMul
+    from folo_lib.qwen3 import Qwen3ForCausalLM as Qwen3ForCausalLM
+    from folo_lib.rope import RotaryEmbedding as RotaryEmbedding
+
+__version__ = "0.1.0"
+
+_MODULE_OF = {
+    "AttentionBackend": "attention",
+    "AttentionMetadata": "attention",
+    "get_attention_backend": "attention",
+    "RotaryEmbedding": "rope",
+    "RMSNorm": "layers",
+    "SiLUAndMul": "layers",
+    "Qwen3ForCausalLM": "qwen3",
+    "load_model": "checkpoint",
+}
+
+__all__ = ["__version__", "bundled_model_path", *_MODULE_OF]
+
+
+def bundled_model_path() -> Path:
+    """The folder of the checkpoint that comes with the package, a Qwen3 in miniature."""
+    return Path(str(resources.files("folo_lib"))) / "assets" / "tiny-qwen3"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'folo_lib' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"folo_lib.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

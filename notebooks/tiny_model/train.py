@@ -1,0 +1,254 @@
+"""Trains the bundled checkpoint with the course's own model.
+
+python -m tiny_model.train --out FOLDER
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
+
+from folo_lib.qwen3 import Qwen3ForCausalLM
+from tiny_model.corpus import documents
+from tiny_model.tokenizer import END_OF_TEXT, IM_END, train_tokenizer
+
+IGNORE = -100  # the target of a token that is read, not learned
+
+
+def tiny_config(vocab_size: int = 2048) -> Qwen3Config:
+    """A Qwen3 in miniature: every feature of the large ones, three million parameters."""
+    return Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=4096,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        tie_word_embeddings=True,
+        architectures=["Qwen3ForCausalLM"],
+        dtype="bfloat16",
+    )
+
+
+def encode_document(
+    tokenizer: PreTrainedTokenizerFast, pieces: list[tuple[str, bool]]
+) -> tuple[list[int], list[int]]:
+    """Token ids of a document, and the same ids with `IGNORE` where nothing is learned."""
+    ids: list[int] = []
+    targets: list[int] = []
+    for text, learned in pieces:
+        piece = tokenizer.encode(text, add_special_tokens=False)
+        ids += piece
+        targets += piece if learned else [IGNORE] * len(piece)
+    return ids, targets
+
+
+def packed_rows(
+    tokenizer: PreTrainedTokenizerFast, seed: int, length: int
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Rows of `length` tokens, each filled with whole documents; the rest is padding."""
+    corpus = documents(seed)
+    waiting = [encode_document(tokenizer, next(corpus)) for _ in range(64)]
+    pad = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+    while True:
+        ids: list[int] = []
+        targets: list[int] = []
+        while fitting := [d for d in waiting if len(d[0]) <= length - len(ids)]:
+            best = max(fitting, key=lambda d: len(d[0])) if ids else fitting[0]
+            waiting.remove(best)
+            waiting.append(encode_document(tokenizer, next(corpus)))
+            ids, targets = ids + best[0], targets + best[1]
+        if not ids:  # a document longer than a row
+            waiting[0] = encode_document(tokenizer, next(corpus))
+            continue
+        rest = length - len(ids)
+        yield ids + [pad] * rest, targets + [IGNORE] * rest
+
+
+def batches(
+    tokenizer: PreTrainedTokenizerFast, seed: int, rows: int, length: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of input ids and next-token targets, both `[rows, length]`."""
+    source = packed_rows(tokenizer, seed, length + 1)
+    while True:
+        ids, targets = zip(*(next(source) for _ in range(rows)), strict=True)
+        yield torch.tensor(ids)[:, :-1], torch.tensor(targets)[:, 1:]
+
+
+def make_optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for the embedding and the vectors."""
+    matrices = {
+        n: p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n
+    }
+    others = [p for n, p in model.named_parameters() if n not in matrices]
+    return [
+        torch.optim.Muon(list(matrices.values()), lr=0.02, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def learning_rate_factor(step: int, steps: int, warmup: int = 40) -> float:
+    """Up in a line, flat, and down to zero over the last half."""
+    return min(1.0, (step + 1) / warmup, 2 * (steps - step) / steps)
+
+
+def train(
+    tokenizer: PreTrainedTokenizerFast,
+    steps: int,
+    rows: int = 26,
+    length: int = 320,
+    seed: int = 0,
+    device: str = "cpu",
+    compile_model: bool = False,
+    log_every: int = 50,
+    report: Callable[[Qwen3ForCausalLM, int, float], None] | None = None,
+) -> Qwen3ForCausalLM:
+    """Trains from scratch; the last tenth of the steps reads rows three times as long.
+
+    Args:
+        tokenizer: its length is the model's vocabulary.
+        steps: optimizer steps, each over `rows * length` tokens.
+        rows: rows in a batch.
+        length: tokens in a row.
+        seed: of the weights and the corpus.
+        device: `"cpu"` or `"cuda"`.
+        compile_model: fuse the step with `torch.compile`; wants a C++ compiler on a CPU.
+        log_every: steps between two reports.
+        report: called with the model, the step and the mean loss since the last report.
+
+    Returns:
+        The model in float32.
+    """
+    torch.manual_seed(seed)
+    config = tiny_config(len(tokenizer))
+    model = Qwen3ForCausalLM(config, attention_backend="torch_naive").to(device)
+    optimizers = make_optimizers(model)
+    base_rates = [group["lr"] for o in optimizers for group in o.param_groups]
+
+    def loss_of(input_ids: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            logits = model.compute_logits(model(input_ids))
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    step_loss = torch.compile(loss_of) if compile_model else loss_of
+    short = batches(tokenizer, seed + 1, rows, length)
+    long = batches(tokenizer, seed + 2, max(rows // 3, 1), 3 * length)
+    losses: list[Tensor] = []
+    for step in range(steps):
+        factor = learning_rate_factor(step, steps)
+        groups = [group for o in optimizers for group in o.param_groups]
+        for group, base in zip(groups, base_rates, strict=True):
+            group["lr"] = base * factor
+        input_ids, targets = next(short if step < 0.9 * steps else long)
+        loss = step_loss(input_ids.to(device), targets.to(device))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.detach())
+        if len(losses) == log_every or step == steps - 1:
+            if report is not None:
+                report(model, step + 1, torch.stack(losses).mean().item())
+            losses = []
+    return model
+
+
+def held_out_loss(
+    hidden_states: Callable[[Tensor], Tensor],
+    compute_logits: Callable[[Tensor], Tensor],
+    tokenizer: PreTrainedTokenizerFast,
+) -> float:
+    """Mean loss in nats per learned token, over documents of a seed not trained on."""
+    source = batches(tokenizer, 10**6, 16, 320)
+    total = count = 0.0
+    with torch.inference_mode():
+        for _ in range(8):
+            input_ids, targets = next(source)
+            logits = compute_logits(hidden_states(input_ids)).float()
+            total += F.cross_entropy(
+                logits.flatten(0, 1), targets.flatten(), reduction="sum"
+            ).item()
+            count += (targets != IGNORE).sum().item()
+    return total / count
+
+
+def save(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path
+) -> None:
+    """Writes a folder that `AutoModelForCausalLM` and `folo_lib` both load."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {
+        name: view.detach().to("cpu", torch.bfloat16).contiguous()
+        for name, view in model.hf_weights().items()
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    model.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    ends = [tokenizer.convert_tokens_to_ids(t) for t in (IM_END, END_OF_TEXT)]
+    GenerationConfig(
+        bos_token_id=ends[1],
+        eos_token_id=ends,
+        pad_token_id=ends[1],
+        do_sample=True,
+        temperature=0.7,
+        top_k=20,
+        top_p=0.95,
+    ).save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the checkpoint"
+    )
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument("--compile", action="store_true", help="use torch.compile")
+    args = parser.parse_args()
+
+    corpus = documents(seed=0)
+    texts = ("".join(text for text, _ in next(corpus)) for _ in range(30_000))
+    tokenizer = train_tokenizer(texts, vocab_size=2048)
+    start = time.perf_counter()
+    history: list[tuple[int, float]] = []
+
+    def report(model: Qwen3ForCausalLM, step: int, loss: float) -> None:
+        history.append((step, round(loss, 4)))
+        seconds = time.perf_counter() - start
+        print(
+            f"step {step:5d}/{args.steps}  loss {loss:.4f}  {seconds:.0f} s", flush=True
+        )
+        save(model, tokenizer, args.out)
+
+    train(
+        tokenizer,
+        args.steps,
+        device=args.device,
+        compile_model=args.compile,
+        report=report,
+    )
+    record = {
+        "steps": args.steps,
+        "device": args.device,
+        "torch": torch.__version__,
+        "seconds": round(time.perf_counter() - start),
+        "loss": history,
+    }
+    (args.out / "training.json").write_text(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""pyproject.toml, environment.yml and constraints.txt say the same."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import folo_lib
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))[
+    "project"
+]
+CONDA = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+PYPI_NAME = {"pytorch": "torch"}
+
+
+def parse(lines: list[str]) -> dict[str, Requirement]:
+    """Requirements by canonical PyPI name; `pytorch >=2.11` reads as `torch>=2.11`."""
+    requirements = [Requirement(line) for line in lines]
+    names = [
+        PYPI_NAME.get(req.name, canonicalize_name(req.name)) for req in requirements
+    ]
+    assert len(set(names)) == len(names), "a package is listed twice"
+    return dict(zip(names, requirements, strict=True))
+
+
+def make_installs() -> dict[str, Requirement]:
+    """What `make` and conda install: runtime, notebooks and test."""
+    extras = PROJECT["optional-dependencies"]
+    return parse(PROJECT["dependencies"] + extras["notebooks"] + extras["test"])
+
+
+def conda_packages() -> dict[str, Requirement]:
+    return parse([line for line in CONDA["dependencies"] if isinstance(line, str)])
+
+
+def constraints() -> dict[str, Requirement]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return parse([line for line in lines if line and not line.startswith("#")])
+
+
+def test_runtime_dependencies_are_the_four() -> None:
+    assert set(parse(PROJECT["dependencies"])) == {
+        "torch",
+        "transformers",
+        "safetensors",
+        "tqdm",
+    }
+
+
+def test_dev_is_test_and_triton_on_linux() -> None:
+    own, triton = (
+        Requirement(line) for line in PROJECT["optional-dependencies"]["dev"]
+    )
+    assert own.name == PROJECT["name"] and own.extras == {"test"}
+    assert triton.name == "triton" and triton.marker is not None
+    assert triton.marker.evaluate({"sys_platform": "linux"})
+    assert not triton.marker.evaluate({"sys_platform": "darwin"})
+    assert not triton.marker.evaluate({"sys_platform": "win32"})
+
+
+def test_conda_lists_the_packages_of_pyproject() -> None:
+    assert set(conda_packages()) - {"python", "pip"} == set(make_installs())
+
+
+def test_conda_has_the_bounds_of_pyproject() -> None:
+    packages = conda_packages()
+    bounds = {name: req.specifier for name, req in make_installs().items()}
+    assert {name: packages[name].specifier for name in bounds} == bounds
+    assert str(packages["python"].specifier) == PROJECT["requires-python"]
+
+
+def test_conda_takes_only_our_package_through_pip() -> None:
+    assert CONDA["channels"] == ["conda-forge", "nodefaults"]
+    sections = [entry for entry in CONDA["dependencies"] if not isinstance(entry, str)]
+    assert sections == [{"pip": ["-e ."]}]
+
+
+def test_constraints_are_exact_and_within_the_bounds() -> None:
+    pins = constraints()
+    for name, pin in pins.items():
+        assert str(pin.specifier).startswith("=="), f"{name} is not pinned"
+        assert "+" not in str(pin.specifier), f"{name} names a local build"
+    for name, wanted in make_installs().items():
+        version = next(iter(pins[name].specifier)).version
+        assert wanted.specifier.contains(version), f"{name}=={version} against {wanted}"
+
+
+def test_constraints_leave_gpu_packages_to_torch() -> None:
+    pins = constraints()
+    assert str(pins["torch"].specifier) == "==2.13.0"
+    gpu = [name for name in pins if name.startswith(("nvidia", "cuda", "triton"))]
+    assert gpu == [] and PROJECT["name"] not in pins
+
+
+def test_version_is_the_same_in_package_and_project() -> None:
+    assert folo_lib.__version__ == PROJECT["version"]
