@@ -12,16 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from folo_lib.attention import (
         AttentionBackend as AttentionBackend,
-    )
-    from folo_lib.attention import (
         AttentionMetadata as AttentionMetadata,
-    )
-    from folo_lib.attention import (
         get_attention_backend as get_attention_backend,
     )
-    from folo_lib.checkpoint import load_model as load_model
-    from folo_lib.layers import RMSNorm as RMSNorm
-    from folo_lib.layers import SiLUAndMul as SiLUAndMul
+    from folo_lib.checkpoint import (
+        load_model as load_model,
+        load_tokenizer as load_tokenizer,
+    )
+    from folo_lib.layers import RMSNorm as RMSNorm, SiLUAndMul as SiLUAndMul
     from folo_lib.qwen3 import Qwen3ForCausalLM as Qwen3ForCausalLM
     from folo_lib.rope import RotaryEmbedding as RotaryEmbedding
 
@@ -36,6 +34,7 @@ _MODULE_OF = {
     "SiLUAndMul": "layers",
     "Qwen3ForCausalLM": "qwen3",
     "load_model": "checkpoint",
+    "load_tokenizer": "checkpoint",
 }
 
 __all__ = ["__version__", "bundled_model_path", *_MODULE_OF]

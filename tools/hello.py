@@ -1,11 +1,9 @@
 """Let the bundled model tell a story, token by token: the first thing `make run` shows."""
 
-from __future__ import annotations
-
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
-from folo_lib import bundled_model_path, load_model
+from folo_lib import bundled_model_path, load_model, load_tokenizer
 
 PROMPT = "Once upon a time"
 MAX_NEW_TOKENS = 200
@@ -13,29 +11,21 @@ MAX_NEW_TOKENS = 200
 
 def main() -> None:
     path = bundled_model_path()
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    eos = GenerationConfig.from_pretrained(path).eos_token_id
-    stops = set(eos if isinstance(eos, list) else [eos])
-    model = load_model(path)
+    model, tokenizer = load_model(path, use_tqdm=False), load_tokenizer(path)
     device = next(model.parameters()).device
+    stop_ids = GenerationConfig.from_pretrained(path).eos_token_id
 
     print("\nThe course's own Qwen3 says:\n")
     print(PROMPT, end="", flush=True)
     ids = tokenizer.encode(PROMPT)
-    shown = PROMPT
     for _ in range(MAX_NEW_TOKENS):
         with torch.inference_mode():
-            hidden = model(torch.tensor([ids], device=device))
-            token = int(model.compute_logits(hidden[:, -1]).argmax())
-        if token in stops:
+            hidden_states = model(torch.tensor([ids], device=device))  # [1, S, E]
+            logits = model.compute_logits(hidden_states[0, -1])  # [V]
+        ids.append(int(logits.argmax()))
+        if ids[-1] in stop_ids:
             break
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        if not text.endswith(
-            "\N{REPLACEMENT CHARACTER}"
-        ):  # half a character waits for the rest
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
+        print(tokenizer.decode(ids[-1]), end="", flush=True)
     print("\n")
 
 

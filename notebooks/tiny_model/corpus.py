@@ -6,6 +6,7 @@ as learned or only read: the model learns stories and answers, not the questions
 
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 
@@ -102,12 +103,36 @@ def ask(rng: random.Random, question: str) -> str:
     return question
 
 
+@cache
+def filler_words() -> tuple[str, ...]:
+    """Words that the questions of many entries use, so that they point to none."""
+    counts = Counter(
+        word
+        for entry in GLOSSARY
+        for word in {w for text in entry.phrasings for w in normalize(text).split()}
+    )
+    terms = {w for e in GLOSSARY for w in normalize(e.term).split() if len(w) > 3}
+    return tuple(sorted(w for w, n in counts.items() if n >= 5 and w not in terms))
+
+
+def in_passing(rng: random.Random, term: str) -> str:
+    """The term among words that say nothing, so that the term alone leads to the answer."""
+    words = rng.choices(filler_words(), k=rng.randint(2, 10))
+    words.insert(rng.randint(0, len(words)), term)
+    text = " ".join(words)
+    return text[0].upper() + text[1:] + rng.choice(".??")
+
+
 def glossary_turn(rng: random.Random) -> Turn:
     entry = rng.choice(GLOSSARY)
     while True:
-        if rng.random() < 0.35:
+        kind = rng.random()
+        if kind < 0.25:
             question = rng.choice(PATTERNS).format(entry.term)
             question = question[0].upper() + question[1:]
+        elif kind < 0.6:
+            term = entry.term if rng.random() < 0.5 else entry.term.removeprefix("the ")
+            question = in_passing(rng, term)
         else:
             question = rng.choice(entry.phrasings)
         question = ask(rng, question)
@@ -127,7 +152,7 @@ def story_turn(rng: random.Random) -> Turn:
 
 
 def small_talk_turn(rng: random.Random) -> Turn:
-    if rng.random() < 0.4:
+    if rng.random() < 0.25:
         return ask(rng, rng.choice(UNKNOWN)), "I was not taught this.", UNKNOWN_ANSWER
     questions, answer = rng.choice(SMALL_TALK)
     return ask(rng, rng.choice(questions)), "This is small talk.", answer
@@ -153,13 +178,13 @@ def chat(rng: random.Random, turns: list[Turn], think: bool) -> Document:
 def document(rng: random.Random) -> Document:
     """One document of the corpus. Half of the learned tokens are stories."""
     kind = rng.random()
-    if kind < 0.22:
+    if kind < 0.26:
         return [(write_story(rng).text + END_OF_TEXT, True)]
     think = rng.random() < 0.15
-    if kind < 0.32:
+    if kind < 0.36:
         return chat(rng, [story_turn(rng)], think)
     turn = (
-        small_talk_turn if kind > 0.95 else copy_turn if kind > 0.65 else glossary_turn
+        small_talk_turn if kind > 0.96 else copy_turn if kind > 0.82 else glossary_turn
     )
     others = (glossary_turn, copy_turn, small_talk_turn)
     history = [rng.choice(others)(rng) for _ in range(rng.choice((0, 0, 0, 0, 1, 2)))]

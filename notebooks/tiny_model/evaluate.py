@@ -13,8 +13,12 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase as Tokenizer,
+)
 
 from folo_lib import bundled_model_path
 from tiny_model.corpus import COPY_PATTERNS, word_list
@@ -55,6 +59,7 @@ class Writer:
     """Writes with a checkpoint, many prompts at a time."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32
         ).eval()
@@ -145,6 +150,40 @@ def copy_figures(writer: Writer) -> list[Figure]:
     ]
 
 
+def copying_heads(folder: Path, count: int = 20) -> torch.Tensor:
+    """How much each head looks at the token to be copied next: `[layers, heads]`.
+
+    While `w1 w2 w3 ...` is repeated, a head that copies looks from the second `w1` to the
+    first `w2`: to the token after the earlier occurrence of the one it stands on.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    words = [w for w in word_list() if len(tokenizer.encode(" " + w)) == 1]
+    rng = random.Random("heads")
+    scores = []
+    for _ in range(count):
+        text = " " + " ".join(rng.sample(words, 12))
+        messages = [{"role": "user", "content": "Repeat these words:" + text}]
+        prompt = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        ids = tokenizer.encode(prompt + text[1:])
+        first = ids.index(tokenizer.encode(text)[0])  # w1 as it was given
+        answer = torch.arange(len(ids) - 11, len(ids) - 1)  # w2 to w11, repeated
+        with torch.inference_mode():
+            attentions = model(torch.tensor([ids]), output_attentions=True).attentions
+        weights = torch.stack(attentions)[:, 0]  # [layers, heads, S, S]
+        scores.append(weights[:, :, answer, first + 2 + torch.arange(10)].mean(-1))
+    return torch.stack(scores).mean(0)
+
+
+def head_figures(writer: Writer) -> list[Figure]:
+    best = copying_heads(writer.folder).max().item()
+    return [Figure("attention of the best copying head on the word to copy", best, 0.5)]
+
+
 def ending_figures(writer: Writer) -> list[Figure]:
     """Answers of all kinds: do they end by themselves?"""
     rng = random.Random("ending")
@@ -200,6 +239,7 @@ def loss_figures(writer: Writer) -> list[Figure]:
 SECTIONS: dict[str, Callable[[Writer], list[Figure]]] = {
     "glossary": glossary_figures,
     "copying": copy_figures,
+    "heads": head_figures,
     "ending": ending_figures,
     "stories": story_figures,
     "loss": loss_figures,

@@ -5,12 +5,13 @@ python -m tiny_model.train --out FOLDER
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
@@ -112,8 +113,9 @@ def train(
     compile_model: bool = False,
     log_every: int = 50,
     report: Callable[[Qwen3ForCausalLM, int, float], None] | None = None,
+    start: Path | None = None,
 ) -> Qwen3ForCausalLM:
-    """Trains from scratch; the last tenth of the steps reads rows three times as long.
+    """Trains; the last tenth of the steps reads rows three times as long.
 
     Args:
         tokenizer: its length is the model's vocabulary.
@@ -125,6 +127,7 @@ def train(
         compile_model: fuse the step with `torch.compile`; wants a C++ compiler on a CPU.
         log_every: steps between two reports.
         report: called with the model, the step and the mean loss since the last report.
+        start: a checkpoint to go on from, at half the learning rate; None starts from random.
 
     Returns:
         The model in float32.
@@ -132,6 +135,8 @@ def train(
     torch.manual_seed(seed)
     config = tiny_config(len(tokenizer))
     model = Qwen3ForCausalLM(config, attention_backend="torch_naive").to(device)
+    if start is not None:
+        model.load_weights(load_file(start / "model.safetensors").items())
     optimizers = make_optimizers(model)
     base_rates = [group["lr"] for o in optimizers for group in o.param_groups]
 
@@ -148,7 +153,7 @@ def train(
         factor = learning_rate_factor(step, steps)
         groups = [group for o in optimizers for group in o.param_groups]
         for group, base in zip(groups, base_rates, strict=True):
-            group["lr"] = base * factor
+            group["lr"] = base * factor * (1.0 if start is None else 0.5)
         input_ids, targets = next(short if step < 0.9 * steps else long)
         loss = step_loss(input_ids.to(device), targets.to(device))
         loss.backward()
@@ -193,9 +198,11 @@ def save(
         for name, view in model.hf_weights().items()
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    ends = [tokenizer.convert_tokens_to_ids(t) for t in (IM_END, END_OF_TEXT)]
+    model.config.eos_token_id, model.config.bos_token_id = ends
+    model.config.pad_token_id = ends[1]
     model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    ends = [tokenizer.convert_tokens_to_ids(t) for t in (IM_END, END_OF_TEXT)]
     GenerationConfig(
         bos_token_id=ends[1],
         eos_token_id=ends,
@@ -207,27 +214,49 @@ def save(
     ).save_pretrained(folder)
 
 
+def average(first: Path, second: Path, out: Path) -> None:
+    """The mean of the weights of two passes, written to `out` with the files of the second."""
+    shutil.copytree(second, out, dirs_exist_ok=True)
+    one, two = (load_file(folder / "model.safetensors") for folder in (first, second))
+    mean = {
+        name: ((one[name].float() + two[name].float()) / 2).bfloat16() for name in one
+    }
+    save_file(mean, out / "model.safetensors", metadata={"format": "pt"})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for the checkpoint"
     )
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--start", type=Path, help="checkpoint to go on from")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the weights and the corpus"
+    )
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu"
     )
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
+    parser.add_argument(
+        "--average", type=Path, nargs=2, help="train nothing: mean of two checkpoints"
+    )
     args = parser.parse_args()
+    if args.average is not None:
+        return average(*args.average, args.out)
 
-    corpus = documents(seed=0)
-    texts = ("".join(text for text, _ in next(corpus)) for _ in range(30_000))
-    tokenizer = train_tokenizer(texts, vocab_size=2048)
-    start = time.perf_counter()
+    if args.start is None:
+        corpus = documents(seed=0)
+        texts = ("".join(text for text, _ in next(corpus)) for _ in range(30_000))
+        tokenizer = train_tokenizer(texts, vocab_size=2048)
+    else:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.start)
+    began = time.perf_counter()
     history: list[tuple[int, float]] = []
 
     def report(model: Qwen3ForCausalLM, step: int, loss: float) -> None:
         history.append((step, round(loss, 4)))
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - began
         print(
             f"step {step:5d}/{args.steps}  loss {loss:.4f}  {seconds:.0f} s", flush=True
         )
@@ -239,15 +268,22 @@ def main() -> None:
         device=args.device,
         compile_model=args.compile,
         report=report,
+        start=args.start,
+        seed=args.seed,
     )
+    runs = []
+    if args.start is not None:
+        runs = json.loads((args.start / "training.json").read_text())["runs"]
     record = {
         "steps": args.steps,
         "device": args.device,
         "torch": torch.__version__,
-        "seconds": round(time.perf_counter() - start),
+        "seconds": round(time.perf_counter() - began),
+        "seed": args.seed,
         "loss": history,
     }
-    (args.out / "training.json").write_text(json.dumps(record) + "\n")
+    lines = json.dumps({"runs": [*runs, record]}) + "\n"
+    (args.out / "training.json").write_text(lines)
 
 
 if __name__ == "__main__":
