@@ -223,6 +223,7 @@ class TorchNaiveBackend(AttentionBackend):
         mask = None
         if query_len > 1:
             mask = create_causal_mask(query_len, key_len, query.dtype, query.device)
+            mask = mask[0, 0]  # [1, 1, S, T] -> [S, T], for any leading shape
         return naive_attention(query, key, value, scale, mask)
 
 
@@ -239,6 +240,7 @@ class TorchSDPABackend(AttentionBackend):
         mask = None
         if 1 < query_len < key_len:
             mask = create_causal_mask(query_len, key_len, query.dtype, query.device)
+            mask = mask[0, 0]  # [1, 1, S, T] -> [S, T], for any leading shape
         return F.scaled_dot_product_attention(
             query,
             key,

@@ -29,6 +29,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .attention import get_attention_backend
 from .qwen3 import Qwen3ForCausalLM
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ def read_config(folder: Path) -> "Qwen2Config | Qwen3Config":
 
     Raises:
         FileNotFoundError: without a `config.json`.
-        ValueError: if it is not JSON, or its `model_type` is not ours.
+        ValueError: if it is not JSON, its `model_type` is not ours, or a field has a
+            value of the wrong kind.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -85,16 +87,20 @@ def read_config(folder: Path) -> "Qwen2Config | Qwen3Config":
         model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not a JSON object: {error}") from error
+    if model_type not in ("qwen2", "qwen3"):
+        raise ValueError(
+            f"{path} has model_type {model_type!r}; supported: 'qwen2' (which Qwen2.5 "
+            "uses) and 'qwen3'."
+        )
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import Qwen2Config, Qwen3Config
 
-    if model_type == "qwen3":
-        return Qwen3Config.from_pretrained(folder)
-    if model_type == "qwen2":
+    try:
+        if model_type == "qwen3":
+            return Qwen3Config.from_pretrained(folder)
         return Qwen2Config.from_pretrained(folder)
-    raise ValueError(
-        f"{path} has model_type {model_type!r}; supported: 'qwen2' (which Qwen2.5 "
-        "uses) and 'qwen3'."
-    )
+    except StrictDataclassError as error:
+        raise ValueError(f"{path} has a field that makes no sense: {error}") from error
 
 
 # %% ../notebooks/05_checkpoint.ipynb #find-weight-files
@@ -112,10 +118,11 @@ def find_weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = set(weight_map.values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is damaged: fetch it again.") from error
-        files = sorted(folder / name for name in names)
+            files = sorted({folder / name for name in weight_map.values()})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            files = []
+        if not files:
+            raise ValueError(f"{index} is damaged: fetch it again.")
         lacking = [path.name for path in files if not path.is_file()]
         if lacking:
             raise FileNotFoundError(
@@ -185,15 +192,21 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-    except RuntimeError as error:
+    except RuntimeError:
+        resolved = torch.device("meta")
+    here = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }
+    if resolved.type not in here:
         raise ValueError(
             f"unknown device {device!r}: use 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."
-        ) from error
-    missing = (resolved.type == "cuda" and not torch.cuda.is_available()) or (
-        resolved.type == "mps" and not torch.backends.mps.is_available()
-    )
-    if missing:
-        raise ValueError(f"device {device!r} is not here: use 'auto' or 'cpu'.")
+        )
+    if (resolved.index or 0) >= here[resolved.type]:
+        raise ValueError(
+            f"device {device!r} is not on this machine, which has {here}: use 'auto'."
+        )
     return resolved
 
 
@@ -245,9 +258,11 @@ def load_model(
         ValueError: if a file is damaged, the config asks for what we lack, a tensor is
             missing, unexpected or mis-shaped, or an argument is unknown.
     """
+    target = resolve_device(device)
+    resolve_dtype(dtype, target, None)  # arguments first, a download later
+    get_attention_backend(attention_backend)
     folder = find_checkpoint(model)
     config, files = read_config(folder), find_weight_files(folder)
-    target = resolve_device(device)
     with torch.device("meta"):
         loaded = Qwen3ForCausalLM(config, attention_backend)
     loaded.to(resolve_dtype(dtype, target, config.dtype))

@@ -46,10 +46,13 @@ def check_config(config: "Qwen2Config | Qwen3Config") -> None:
     Raises:
         ValueError: naming the field, its value and what is supported.
     """
+    if config.model_type not in ("qwen2", "qwen3"):
+        raise ValueError(
+            f"config.model_type is {config.model_type!r}; supported: 'qwen2', 'qwen3'."
+        )
     heads = config.num_attention_heads
     kv_heads = config.num_key_value_heads or heads
     supported = {
-        "model_type": (config.model_type in ("qwen2", "qwen3"), "'qwen2' or 'qwen3'"),
         "hidden_act": (config.hidden_act == "silu", "'silu'"),
         "layer_types": (
             set(config.layer_types or ()) <= {"full_attention"},

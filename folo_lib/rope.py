@@ -235,7 +235,7 @@ class RotaryEmbedding(nn.Module):
 
     Attributes:
         max_position_embeddings: `P`; with YaRN at least what its `factor` reaches.
-        cos, sin: `[P, D/2]`, float32.
+        cos, sin: `[P, D/2]`, computed in float32, then in the dtype of the model.
 
     Raises:
         ValueError: where `compute_rope` does.

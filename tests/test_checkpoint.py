@@ -541,10 +541,12 @@ class TestLoading:
         assert model.model.rotary_emb.cos[0].eq(1).all()
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-    def test_the_rope_table_stays_float32(self, small: Path, dtype: str) -> None:
-        """As its docstring says: rounding comes after the choice of dtype, not before."""
-        model = load_model(small, dtype, "cpu", use_tqdm=False)
-        assert model.model.rotary_emb.cos.dtype == torch.float32
+    def test_the_rope_table_is_rounded_once(self, small: Path, dtype: str) -> None:
+        """Angles in float32, then the model's dtype, as Hugging Face does it."""
+        exact = load_model(small, "float32", "cpu", use_tqdm=False).model.rotary_emb
+        half = load_model(small, dtype, "cpu", use_tqdm=False).model.rotary_emb
+        assert torch.equal(half.cos, exact.cos.to(getattr(torch, dtype)))
+        assert torch.equal(half.sin, exact.sin.to(getattr(torch, dtype)))
 
     def test_auto_dtype_is_the_checkpoints_on_a_gpu(self) -> None:
         cuda, cpu = torch.device("cuda"), torch.device("cpu")

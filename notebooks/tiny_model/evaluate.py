@@ -5,6 +5,7 @@ say something about the checkpoint and nothing about this course's engine.
 """
 
 import argparse
+import math
 import random
 import re
 from collections.abc import Callable
@@ -49,7 +50,8 @@ class Figure:
         return self.bound is None or self.value >= self.bound
 
     def row(self) -> str:
-        value = f"{self.value:.1%}" if self.percent else f"{self.value:.4f}"
+        floor = math.floor(self.value * 1000) / 1000  # never rounded up to a bound
+        value = f"{floor:.1%}" if self.percent else f"{self.value:.4f}"
         return (
             f"| {self.name} | {value} | {f'{self.bound:.0%}' if self.bound else '-'} |"
         )
