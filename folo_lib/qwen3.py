@@ -197,12 +197,14 @@ class Qwen3DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """What the layer adds, and the stream to add it to, both `[..., E]`."""
         if residual is None:
-            hidden_states, residual = self.input_layernorm(hidden_states), hidden_states
+            residual = hidden_states
+            hidden_states = self.input_layernorm(hidden_states)
         else:
             hidden_states, residual = self.input_layernorm(hidden_states, residual)
         hidden_states = self.self_attn(hidden_states, cos, sin, kv_cache, metadata)
-        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
-        return self.mlp(hidden_states), residual
+        norm = self.post_attention_layernorm
+        hidden_states, new_residual = norm(hidden_states, residual)
+        return self.mlp(hidden_states), new_residual
 
 
 # %% ../notebooks/04_qwen3.ipynb #default-positions
