@@ -129,12 +129,15 @@ class AttentionMetadata:
             step, cached tokens and new ones together.
         block_table: `[num_seqs, max_blocks]`, the blocks of each sequence in the order
             of its tokens; entries behind its last block are ignored.
+        first_slots: where each sequence begins, if the blocks of every sequence follow
+            one another: then reading the cache copies nothing. None: they may not.
     """
 
     slot_mapping: Tensor
     query_start_loc: Tensor
     seq_lens: Tensor
     block_table: Tensor
+    first_slots: list[int] | None = None
 
 
 # %% ../notebooks/01_attention.ipynb #write-read-cache
@@ -150,16 +153,23 @@ def write_cache(cache: Tensor, slot_mapping: Tensor, new: Tensor) -> None:
     slots.index_copy_(0, slot_mapping, new.to(cache.dtype))
 
 
-def read_cache(cache: Tensor, blocks: Tensor, seq_len: int) -> Tensor:
+def read_cache(
+    cache: Tensor, blocks: Tensor, seq_len: int, first_slot: int | None = None
+) -> Tensor:
     """The first `seq_len` entries of one sequence, in order: `[1, H_kv, T, D]`.
 
     Args:
         cache: `[num_blocks, block_size, H_kv, D]`.
         blocks: the sequence's row of the block table.
         seq_len: `T`.
+        first_slot: where the sequence begins, if its blocks follow one another: the
+            result is then a view. None: it is gathered, a copy.
     """
-    num_blocks = -(-seq_len // cache.shape[1])  # rounded up
-    tokens = cache[blocks[:num_blocks]].flatten(0, 1)[:seq_len]  # [T, H_kv, D]
+    if first_slot is None:
+        num_blocks = -(-seq_len // cache.shape[1])  # rounded up
+        tokens = cache[blocks[:num_blocks]].flatten(0, 1)[:seq_len]  # [T, H_kv, D]
+    else:
+        tokens = cache.flatten(0, 1)[first_slot : first_slot + seq_len]
     return tokens.transpose(0, 1)[None]  # [T, H_kv, D] -> [1, H_kv, T, D]
 
 
@@ -202,8 +212,9 @@ class AttentionBackend(ABC):
         starts, output = metadata.query_start_loc.tolist(), torch.empty_like(query)
         for i, seq_len in enumerate(metadata.seq_lens.tolist()):
             tokens = slice(starts[i], starts[i + 1])
-            blocks = metadata.block_table[i]
-            keys, values = (read_cache(cache, blocks, seq_len) for cache in kv_cache)
+            first_slot = metadata.first_slots[i] if metadata.first_slots else None
+            where = metadata.block_table[i], seq_len, first_slot
+            keys, values = (read_cache(cache, *where) for cache in kv_cache)
             queries = query[tokens].transpose(0, 1)[None]  # [S, H, D] -> [1, H, S, D]
             output[tokens] = self.attend(queries, keys, values)[0].transpose(0, 1)
         return output

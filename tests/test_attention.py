@@ -230,6 +230,14 @@ class TestCacheAccess:
                 block, place = divmod(j, block_size)
                 assert torch.equal(read[0, :, j], cache[blocks[block], place])
 
+    def test_blocks_in_a_row_are_read_without_a_copy(self) -> None:
+        cache = torch.randn(6, 4, 2, 3)
+        for seq_len in range(1, 13):
+            gathered = read_cache(cache, torch.tensor([2, 3, 4]), seq_len)
+            view = read_cache(cache, torch.tensor([10**9]), seq_len, first_slot=8)
+            assert torch.equal(view, gathered)
+            assert view.data_ptr() == cache[2].data_ptr()
+
     def test_the_cache_may_be_narrower(self) -> None:
         cache, new = torch.zeros(2, 4, 1, 2, dtype=torch.bfloat16), torch.randn(3, 1, 2)
         write_cache(cache, torch.tensor([7, 0, 2]), new)
@@ -459,6 +467,24 @@ class TestForward:
                 alone.play(backend(), steps, pool, cache)[0], outputs[seq]
             )
 
+    def test_first_slots_change_nothing_but_the_copying(
+        self, backend: type[AttentionBackend]
+    ) -> None:
+        query, key, value = (torch.randn(9, h, 4) for h in (4, 2, 2))
+        gathered = AttentionMetadata(
+            slot_mapping=torch.tensor([*range(8, 13), *range(20, 24)]),
+            query_start_loc=torch.tensor([0, 5, 9]),
+            seq_lens=torch.tensor([5, 4]),
+            block_table=torch.tensor([[2, 3], [5, 10**9]]),
+        )
+        nowhere = torch.full((2, 2), 10**9)
+        viewed = dataclasses.replace(gathered, block_table=nowhere, first_slots=[8, 20])
+        outputs = [
+            backend().forward(query, key, value, make_kv_cache(6, 4, 2, 4), metadata)
+            for metadata in (gathered, viewed)
+        ]
+        assert torch.equal(*outputs)
+
     def test_inputs_stay_as_they_are(self, backend: type[AttentionBackend]) -> None:
         query, key, value = (torch.randn(5, h, 4) for h in (4, 2, 2))
         before = [x.clone() for x in (query, key, value)]
@@ -528,6 +554,7 @@ def test_metadata_is_plain_frozen_data() -> None:
         "query_start_loc",
         "seq_lens",
         "block_table",
+        "first_slots",
     ]
     with pytest.raises(dataclasses.FrozenInstanceError):
         metadata.seq_lens = metadata.block_table  # type: ignore[misc]
