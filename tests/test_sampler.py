@@ -1,0 +1,1095 @@
+"""The sampler against a brute-force reference in plain Python, and against statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.generation import logits_process
+
+from folo_lib import sampler
+from folo_lib.sampler import (
+    Sampler,
+    SamplingMetadata,
+    apply_filters,
+    apply_min_p_filtering,
+    apply_penalties,
+    apply_top_k_filtering,
+    apply_top_p_filtering,
+    gather_logprobs,
+    gumbel_noise,
+    mask_early_stops,
+    mix_bits,
+)
+from folo_lib.sampling_params import SamplingParams
+
+INF = math.inf
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+GREEDY = SamplingParams(temperature=0)
+f32 = np.float32
+
+
+def make_metadata(
+    params: Sequence[SamplingParams],
+    vocab_size: int,
+    seeds: Sequence[int] | None = None,
+    lengths: Sequence[int] | None = None,
+    stop_token_ids: Sequence[Sequence[int]] | None = None,
+) -> SamplingMetadata:
+    rows = range(len(params))
+    return SamplingMetadata.from_params(
+        params,
+        seeds=[100 + i for i in rows] if seeds is None else seeds,
+        sample_indices=[i % 3 for i in rows],
+        num_prompt_tokens=[5 + i for i in rows] if lengths is None else lengths,
+        stop_token_ids=[[] for _ in rows] if stop_token_ids is None else stop_token_ids,
+        vocab_size=vocab_size,
+        device="cpu",
+    )
+
+
+def one_row(metadata: SamplingMetadata, row: int) -> SamplingMetadata:
+    """The row cut out of a batch, with all columns that the batch has."""
+    tensors = {k: v for k, v in vars(metadata).items() if isinstance(v, Tensor)}
+    return dataclasses.replace(
+        metadata, **{k: v[row : row + 1] for k, v in tensors.items()}
+    )
+
+
+def random_logits(rng: random.Random, vocab_size: int) -> list[float]:
+    """Of all kinds: spread, tied, equal, with -inf, with one survivor."""
+    kind = rng.choice(["normal", "steep", "tied", "equal", "holes", "one"])
+    row = [rng.gauss(0, 8 if kind == "steep" else 2) for _ in range(vocab_size)]
+    if kind == "tied":
+        row = [round(x) / 2 for x in row]
+    if kind == "equal":
+        row = [row[0]] * vocab_size
+    if kind == "holes":
+        row = [x if rng.random() < 0.6 else -INF for x in row]
+        row[rng.randrange(vocab_size)] = 1.0
+    if kind == "one":
+        row = [-INF] * vocab_size
+        row[rng.randrange(vocab_size)] = rng.gauss(0, 2)
+    return row
+
+
+def random_params(rng: random.Random, greedy: float = 0.1) -> SamplingParams:
+    def maybe(off: float, value: float) -> float:
+        return value if rng.random() < 0.5 else off
+
+    return SamplingParams(
+        temperature=0 if rng.random() < greedy else rng.choice([0.01, 0.5, 0.7, 1, 2]),
+        min_p=maybe(0, rng.choice([0.02, 0.1, 0.5, 1.0])),
+        top_k=int(maybe(rng.choice([0, -1]), rng.choice([1, 2, 3, 7, 20, 10**6]))),
+        top_p=maybe(1, rng.choice([1e-6, 0.1, 0.5, 0.8, 0.9, 0.99])),
+        repetition_penalty=maybe(1, rng.choice([0.5, 1.2, 2.0])),
+        frequency_penalty=maybe(0, rng.choice([-2.0, 0.5, 1.25])),
+        presence_penalty=maybe(0, rng.choice([-0.75, 0.5, 2.0])),
+    )
+
+
+class BorderlineError(Exception):
+    """The reference cannot say on which side of a threshold rounding puts a token."""
+
+
+class Reference:
+    """What a reader of the design would write: loops over lists of numbers."""
+
+    @staticmethod
+    def penalties(
+        row: list[float], p: SamplingParams, prompt: set[int], output: list[int]
+    ) -> list[float]:
+        result = []
+        for token, logit in enumerate(row):
+            x = f32(logit)
+            if token in prompt or token in output:
+                penalty = f32(p.repetition_penalty)
+                x = x / penalty if x > 0 else x * penalty
+            x = x - f32(p.frequency_penalty) * f32(output.count(token))
+            if token in output:
+                x = x - f32(p.presence_penalty)
+            result.append(float(x))
+        return result
+
+    @staticmethod
+    def min_p(row: list[float], min_p: float) -> set[int]:
+        best, kept = max(row), set()
+        for token, logit in enumerate(row):
+            if logit == -INF:
+                continue
+            ratio = math.exp(logit - best)
+            if logit != best and abs(ratio - min_p) < 1e-5 * min_p:
+                raise BorderlineError
+            if ratio >= min_p:
+                kept.add(token)
+        return kept
+
+    @staticmethod
+    def top_k(row: list[float], k: int) -> set[int]:
+        if k <= 0 or k >= len(row):
+            return set(range(len(row)))
+        last = sorted(row, reverse=True)[k - 1]
+        return {token for token, logit in enumerate(row) if logit >= last}
+
+    @staticmethod
+    def top_p(row: list[float], p: float) -> set[int]:
+        if p == 1:
+            return set(range(len(row)))
+        probs = Reference.softmax(row)
+        kept, total = set(), 0.0
+        for token in sorted(range(len(row)), key=lambda t: (-row[t], t)):
+            kept.add(token)
+            total += probs[token]
+            if abs(total - p) < 2e-6:
+                raise BorderlineError
+            if total > p:
+                break
+        return kept
+
+    @staticmethod
+    def softmax(row: list[float]) -> list[float]:
+        weights = [math.exp(x - max(row)) for x in row]
+        return [w / math.fsum(weights) for w in weights]
+
+    @staticmethod
+    def filters(row: list[float], p: SamplingParams) -> list[float]:
+        if p.temperature > 0:
+            row = [float(f32(x) / f32(p.temperature)) for x in row]
+        for name in ("min_p", "top_k", "top_p"):
+            kept = getattr(Reference, name)(row, getattr(p, name))
+            row = [x if token in kept else -INF for token, x in enumerate(row)]
+        return row
+
+
+def fill_tables(
+    metadata: SamplingMetadata, prompts: list[set[int]], outputs: list[list[int]]
+) -> None:
+    if metadata.prompt_mask is None or metadata.output_counts is None:
+        return
+    for row, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        for token in prompt:
+            metadata.prompt_mask[row, token] = True
+        for token in output:
+            metadata.output_counts[row, token] += 1
+
+
+def random_batches(
+    seed: int, count: int, greedy: float = 0.1
+) -> Iterator[
+    tuple[
+        Tensor, list[SamplingParams], SamplingMetadata, list[set[int]], list[list[int]]
+    ]
+]:
+    rng = random.Random(seed)
+    for _ in range(count):
+        size, vocab_size = rng.randint(1, 6), rng.choice([1, 2, 3, 8, 40, 257])
+        rows = [random_logits(rng, vocab_size) for _ in range(size)]
+        logits = torch.tensor(rows).to(rng.choice([torch.float32, torch.bfloat16]))
+        params = [random_params(rng, greedy) for _ in range(size)]
+        prompts = [
+            {rng.randrange(vocab_size) for _ in range(rng.randint(0, 5))}
+            for _ in params
+        ]
+        outputs = [
+            [rng.randrange(vocab_size) for _ in range(rng.randint(0, 9))]
+            for _ in params
+        ]
+        metadata = make_metadata(params, vocab_size)
+        fill_tables(metadata, prompts, outputs)
+        yield logits, params, metadata, prompts, outputs
+
+
+class TestAgainstBruteForce:
+    def test_the_final_distribution(self) -> None:
+        """Penalties, temperature and filters at once, rows of all kinds together."""
+        compared = 0
+        for logits, params, metadata, prompts, outputs in random_batches(1, 340, 0):
+            scores = Sampler.apply_penalties(logits, metadata)
+            ours = apply_filters(scores, metadata)
+            assert ours.dtype == torch.float32
+            for row, p in enumerate(params):
+                expected = Reference.penalties(
+                    logits[row].tolist(), p, prompts[row], outputs[row]
+                )
+                # The penalties may round once more or less; the filters see ours.
+                torch.testing.assert_close(
+                    scores[row].float(), torch.tensor(expected), rtol=1e-6, atol=1e-6
+                )
+                try:
+                    expected = Reference.filters(scores[row].tolist(), p)
+                except BorderlineError:
+                    continue
+                kept = [x > -INF for x in expected]
+                assert ours[row].isfinite().tolist() == kept, p
+                torch.testing.assert_close(
+                    ours[row].softmax(-1),
+                    torch.tensor(Reference.softmax(expected)),
+                    rtol=1e-4,
+                    atol=1e-6,
+                )
+                compared += 1
+        assert compared >= 800
+
+    def test_draws_stay_within(self) -> None:
+        for logits, params, metadata, *_ in random_batches(2, 150, 0.3):
+            scores = Sampler.apply_penalties(logits, metadata)
+            allowed = apply_filters(scores, metadata)
+            token_ids, logprobs = Sampler().sample(logits, metadata)
+            assert logprobs is None
+            assert token_ids.shape == (len(params),)
+            assert token_ids.dtype == torch.int64
+            for row, token in enumerate(token_ids.tolist()):
+                assert allowed[row, token] > -INF
+                if params[row].temperature == 0:
+                    assert token == scores[row].argmax()
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("name", ["min_p", "top_k", "top_p"])
+    def test_each_filter_alone(self, name: str, dtype: torch.dtype) -> None:
+        rng, compared = random.Random(3), 0
+        function: Any = getattr(sampler, f"apply_{name}_filtering")
+        values = {
+            "min_p": [0.0, 1e-9, 0.1, 0.5, 1.0],
+            "top_k": [-1, 0, 1, 2, 5, 40, 41, 1000],
+            "top_p": [1e-9, 0.1, 0.5, 0.9, 0.999, 1.0],
+        }[name]
+        for _ in range(150):
+            rows = [random_logits(rng, 40) for _ in range(3)]
+            logits = torch.tensor(rows).to(dtype)
+            before = logits.clone()
+            chosen = [rng.choice(values) for _ in rows]
+            out = function(logits, torch.tensor(chosen))
+            assert out.dtype == dtype
+            assert torch.equal(logits, before)
+            for row, value in enumerate(chosen):
+                alone = function(logits[row : row + 1], value)
+                assert torch.equal(alone[0], out[row])
+                try:
+                    kept = getattr(Reference, name)(logits[row].tolist(), value)
+                except BorderlineError:
+                    continue
+                expected = [
+                    x if token in kept else -INF
+                    for token, x in enumerate(logits[row].tolist())
+                ]
+                assert out[row].tolist() == expected
+                compared += 1
+        assert compared > 300
+
+    @pytest.mark.parametrize("ties", [0, 1, 30])
+    def test_a_hint_changes_nothing(self, ties: int) -> None:
+        """topk of the largest k, and top_p behind it, against full sorts."""
+        rng = random.Random(4)
+        for _ in range(100):
+            rows = [random_logits(rng, 64) for _ in range(4)]
+            for row in rows:
+                row[20 : 20 + ties] = [row[20]] * ties
+            logits = torch.tensor(rows)
+            top_k = torch.tensor([rng.choice([1, 2, 5, 9]) for _ in rows])
+            top_p = torch.tensor(
+                [rng.choice([0.01, 0.3, 0.6, 0.95, 1.0]) for _ in rows]
+            )
+            full = apply_top_k_filtering(logits, top_k)
+            for hint in (9, 12, 63, 64, 100):
+                assert torch.equal(apply_top_k_filtering(logits, top_k, hint), full)
+            expected = apply_top_p_filtering(full, top_p)
+            for hint in (9, 12, 63, 64, 100):
+                assert torch.equal(apply_top_p_filtering(full, top_p, hint), expected)
+
+    def test_written_out(self) -> None:
+        logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
+        hidden = -INF
+        for p, kept in [(0.49, 1), (0.51, 2), (0.74, 2), (0.76, 3), (0.9, 4), (1.0, 4)]:
+            out = apply_top_p_filtering(logits, p)
+            expected = logits.masked_fill(torch.arange(4) >= kept, hidden)
+            assert torch.equal(out, expected)
+        tied = torch.tensor([[1.0, 3.0, 2.0, 3.0, 2.0]])
+        for k, kept_ids in [(1, [1, 3]), (2, [1, 3]), (3, [1, 2, 3, 4]), (5, range(5))]:
+            out = apply_top_k_filtering(tied, k)[0]
+            assert out.isfinite().nonzero().flatten().tolist() == list(kept_ids)
+        # Of equals top_p takes the lower ids.
+        out = apply_top_p_filtering(torch.zeros(1, 10), 0.31)[0]
+        assert out.isfinite().tolist() == [True] * 4 + [False] * 6
+        out = apply_min_p_filtering(logits, 0.3)[0]
+        assert out.isfinite().tolist() == [True, True, False, False]
+
+    def test_a_long_tail_is_counted(self) -> None:
+        """Half of the mass is in 100,000 tokens that are a millionth each."""
+        vocab_size = 100_001
+        logits = torch.full((1, vocab_size), math.log(0.5 / 100_000))
+        logits[0, 77] = math.log(0.5)
+        kept = apply_top_p_filtering(logits, 0.75).isfinite().sum().item()
+        assert abs(kept - 50_001) < 5
+
+    def test_filters_equal_hugging_face(self) -> None:
+        logits = 3 * torch.randn(6, 500)
+        for k in (1, 10, 499):
+            warper = logits_process.TopKLogitsWarper(k)
+            assert torch.equal(apply_top_k_filtering(logits, k), warper(None, logits))
+        for p in (0.05, 0.5, 0.95):
+            warp_p = logits_process.TopPLogitsWarper(p)
+            assert torch.equal(apply_top_p_filtering(logits, p), warp_p(None, logits))
+            warp_m = logits_process.MinPLogitsWarper(p)
+            assert torch.equal(apply_min_p_filtering(logits, p), warp_m(None, logits))
+
+
+class TestPenalties:
+    def apply(
+        self,
+        row: list[float],
+        prompt: set[int],
+        output: list[int],
+        dtype: torch.dtype = torch.float32,
+        **penalties: float,
+    ) -> list[float]:
+        metadata = make_metadata([SamplingParams(**penalties)], len(row))  # type: ignore[arg-type]
+        fill_tables(metadata, [prompt], [output])
+        logits = torch.tensor([row], dtype=dtype)
+        out: list[float] = Sampler.apply_penalties(logits, metadata)[0].tolist()
+        return out
+
+    def test_repetition(self) -> None:
+        row = [4.0, -4.0, 4.0, -4.0, 4.0, -4.0, 0.0]
+        out = self.apply(row, {0, 1, 6}, [2, 2, 3], repetition_penalty=2)
+        assert out == [2, -8, 2, -8, 4, -4, 0]
+        out = self.apply(row, {0, 1, 6}, [2, 2, 3], repetition_penalty=0.5)
+        assert out == [8, -2, 8, -2, 4, -4, 0]
+
+    def test_frequency_counts_the_output_only(self) -> None:
+        out = self.apply([1.0] * 4, {0, 1}, [1, 2, 2, 2], frequency_penalty=0.5)
+        assert out == [1, 0.5, -0.5, 1]
+
+    def test_presence_does_not_count(self) -> None:
+        out = self.apply([1.0] * 4, {0, 1}, [1, 2, 2, 2], presence_penalty=0.5)
+        assert out == [1, 0.5, 0.5, 1]
+
+    def test_negative_ones_reward(self) -> None:
+        out = self.apply([1.0] * 3, set(), [1, 2, 2], frequency_penalty=-1)
+        assert out == [1, 2, 3]
+        out = self.apply([1.0] * 3, {0}, [1, 2, 2], presence_penalty=-2)
+        assert out == [1, 3, 3]
+
+    def test_all_three_repetition_first(self) -> None:
+        out = self.apply(
+            [4.0, -4.0, 4.0],
+            {0},
+            [1, 2, 2],
+            repetition_penalty=2,
+            frequency_penalty=0.5,
+            presence_penalty=1,
+        )
+        assert out == [2, -8 - 0.5 - 1, 2 - 1 - 1]
+
+    def test_hidden_tokens_stay_hidden(self) -> None:
+        out = self.apply(
+            [-INF, 1.0],
+            {0},
+            [0, 0],
+            repetition_penalty=0.5,
+            frequency_penalty=-2,
+            presence_penalty=-2,
+        )
+        assert out == [-INF, 1]
+
+    def test_bfloat16_is_penalised_in_float32(self) -> None:
+        out = self.apply([1.0], set(), [0], torch.bfloat16, presence_penalty=1 / 1024)
+        assert out == [1 - 1 / 1024]
+
+    def test_repetition_equals_hugging_face(self) -> None:
+        for penalty in (0.3, 1.0, 1.1, 5.0):
+            logits, ids = 5 * torch.randn(3, 50), torch.randint(0, 50, (3, 30))
+            processor = logits_process.RepetitionPenaltyLogitsProcessor(penalty)
+            params = [SamplingParams(repetition_penalty=penalty)] * 3
+            metadata = make_metadata(params, 50)
+            # The first 20 are the prompt.
+            fill_tables(
+                metadata, [set(r[:20]) for r in ids.tolist()], ids[:, 20:].tolist()
+            )
+            ours = Sampler.apply_penalties(logits, metadata)
+            assert torch.equal(ours, processor(ids, logits))
+
+    def test_frequency_and_presence_as_vllm_writes_them(self) -> None:
+        logits, counts = torch.randn(4, 30), torch.randint(0, 4, (4, 30))
+        frequency, presence = torch.randn(4), torch.randn(4)
+        expected = logits.clone()  # vllm/model_executor/layers/utils.py
+        expected -= frequency.unsqueeze(dim=1) * counts
+        expected -= presence.unsqueeze(dim=1) * (counts > 0)
+        none = torch.zeros(4, 30, dtype=torch.bool)
+        ours = apply_penalties(
+            logits, none, counts.int(), torch.ones(4), frequency, presence
+        )
+        assert torch.equal(ours, expected)
+
+    def test_greedy_too(self) -> None:
+        metadata = make_metadata([SamplingParams(temperature=0, presence_penalty=1)], 3)
+        fill_tables(metadata, [set()], [[2]])
+        token_ids, _ = Sampler().sample(torch.tensor([[1.0, 1.5, 2.0]]), metadata)
+        assert token_ids.tolist() == [1]
+
+
+class TestMinTokens:
+    def sample(self, positions: list[int], params: SamplingParams) -> list[int]:
+        size = len(positions)
+        metadata = make_metadata(
+            [params] * size, 4, lengths=[10] * size, stop_token_ids=[[1, 3]] * size
+        )
+        metadata.positions.copy_(torch.tensor(positions))
+        logits = torch.tensor([[0.0, 2.0, 1.0, 3.0]]).expand(size, 4)
+        ids: list[int] = Sampler().sample(logits, metadata)[0].tolist()
+        return ids
+
+    def test_until_then_and_not_longer(self) -> None:
+        params = SamplingParams(temperature=0, min_tokens=3)
+        # Output tokens 1, 2 and 3 take the positions 10, 11 and 12.
+        assert self.sample([10, 11, 12, 13, 14], params) == [2, 2, 2, 3, 3]
+
+    def test_sampled_rows_too(self) -> None:
+        params = SamplingParams(temperature=2, min_tokens=20, max_tokens=100)
+        drawn = self.sample(list(range(10, 110)), params)
+        assert not {1, 3} & set(drawn[:20])
+        assert {1, 3} <= set(drawn[20:])
+
+    def test_off(self) -> None:
+        metadata = make_metadata([GREEDY], 4, stop_token_ids=[[1, 3]])
+        assert metadata.stop_token_mask is None
+        assert metadata.min_positions is None
+
+    def test_each_row_has_its_own(self) -> None:
+        params = [SamplingParams(min_tokens=m) for m in (0, 2, 5)]
+        metadata = make_metadata(
+            params, 6, lengths=[7, 7, 7], stop_token_ids=[[1], [2, 5], [0, 99]]
+        )
+        metadata.positions.fill_(9)
+        out = mask_early_stops(torch.zeros(3, 6), metadata)
+        hidden = [row.isinf().nonzero().flatten().tolist() for row in out]
+        assert hidden == [[], [], [0]]
+        metadata.positions.fill_(8)
+        out = mask_early_stops(torch.zeros(3, 6), metadata)
+        hidden = [row.isinf().nonzero().flatten().tolist() for row in out]
+        assert hidden == [[], [2, 5], [0]]
+
+    def test_min_meets_max(self) -> None:
+        """The last allowed token may not be EOS, and the text ends for its length."""
+        params = SamplingParams(temperature=0, min_tokens=2, max_tokens=2)
+        output = self.sample([10], params) + self.sample([11], params)
+        assert output == [2, 2]
+        assert Sampler.check_stop_conditions(output, params, 3, [3], 2) == (
+            "length",
+            None,
+        )
+
+    def test_the_log_probability_is_of_the_raw_logits(self) -> None:
+        params = SamplingParams(temperature=0, min_tokens=3, logprobs=1)
+        metadata = make_metadata([params], 4, lengths=[10], stop_token_ids=[[3]])
+        logits = torch.tensor([[0.0, 2.0, 1.0, 3.0]])
+        token_ids, logprobs = Sampler().sample(logits, metadata)
+        assert logprobs is not None
+        assert token_ids.tolist() == [1]
+        assert logprobs.token_ids.tolist() == [[1, 3]]
+        assert logprobs.ranks.tolist() == [2]
+        torch.testing.assert_close(
+            logprobs.logprobs, logits.log_softmax(-1)[:, [1, 3]], rtol=0, atol=0
+        )
+
+
+class TestStopConditions:
+    EOS, OTHER_EOS = 90, 91
+
+    def check(
+        self,
+        output: list[int],
+        max_tokens: int = 10,
+        eos: int | None = 90,
+        **kwargs: Any,
+    ) -> tuple[str, int | None] | None:
+        params = SamplingParams(max_tokens=None, **kwargs)
+        return Sampler.check_stop_conditions(
+            output, params, eos, [self.EOS, self.OTHER_EOS], max_tokens
+        )
+
+    def test_goes_on(self) -> None:
+        assert self.check([1, 2, 3]) is None
+        assert self.check([1, 2, 3], stop_token_ids=[4]) is None
+
+    def test_only_the_last_token_counts(self) -> None:
+        assert self.check([90, 91, 5, 1], stop_token_ids=[5]) is None
+
+    def test_eos(self) -> None:
+        assert self.check([1, 90]) == ("stop", None)
+
+    def test_a_second_eos_names_itself(self) -> None:
+        assert self.check([1, 91]) == ("stop", 91)
+
+    def test_without_a_tokenizer_every_eos_names_itself(self) -> None:
+        assert self.check([1, 90], eos=None) == ("stop", 90)
+
+    def test_stop_token_id(self) -> None:
+        assert self.check([1, 5], stop_token_ids=[4, 5]) == ("stop", 5)
+
+    def test_eos_that_is_a_stop_id_too(self) -> None:
+        assert self.check([90], stop_token_ids=[90]) == ("stop", None)
+
+    def test_ignore_eos(self) -> None:
+        for eos in (90, 91):
+            assert self.check([1, eos], ignore_eos=True) is None
+            assert self.check([1, eos], 2, ignore_eos=True) == ("length", None)
+            assert self.check([1, eos], ignore_eos=True, stop_token_ids=[eos]) == (
+                "stop",
+                eos,
+            )
+
+    def test_stop_ids_hold_under_ignore_eos(self) -> None:
+        assert self.check([5], ignore_eos=True, stop_token_ids=[5]) == ("stop", 5)
+
+    def test_length(self) -> None:
+        assert self.check([1, 2], 3) is None
+        assert self.check([1, 2, 3], 3) == ("length", None)
+        assert self.check([1], 1) == ("length", None)
+
+    def test_stopping_on_the_last_allowed_token_reads_stop(self) -> None:
+        assert self.check([1, 2, 90], 3) == ("stop", None)
+        assert self.check([1, 2, 91], 3) == ("stop", 91)
+        assert self.check([1, 2, 5], 3, stop_token_ids=[5]) == ("stop", 5)
+
+    def test_not_before_min_tokens(self) -> None:
+        for token in (90, 91, 5):
+            kwargs: dict[str, Any] = {"min_tokens": 2, "stop_token_ids": [5]}
+            assert self.check([token], **kwargs) is None
+            assert self.check([1, token], **kwargs) is None
+            verdict = self.check([1, 2, token], **kwargs)
+            assert verdict is not None
+            assert verdict[0] == "stop"
+
+
+class TestLogprobs:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_equals_brute_force(self, dtype: torch.dtype) -> None:
+        rng = random.Random(5)
+        for _ in range(60):
+            size, vocab_size = rng.randint(1, 4), rng.choice([1, 2, 7, 60])
+            rows = [random_logits(rng, vocab_size) for _ in range(size)]
+            logits = torch.tensor(rows).to(dtype)
+            token_ids = torch.tensor([rng.randrange(vocab_size) for _ in range(size)])
+            num_logprobs = rng.choice([0, 1, vocab_size // 2, vocab_size])
+            out = gather_logprobs(logits, token_ids, num_logprobs)
+            assert out.logprobs.dtype == torch.float32
+            exact = logits.float().log_softmax(-1)
+            for row in range(size):
+                probs = Reference.softmax(logits[row].tolist())
+                expected = [math.log(p) if p else -INF for p in probs]
+                torch.testing.assert_close(
+                    exact[row], torch.tensor(expected), rtol=1e-5, atol=1e-5
+                )
+                values = exact[row].tolist()
+                order = sorted(range(vocab_size), key=lambda t: (-values[t], t))
+                chosen = token_ids[row].item()
+                ids = [chosen, *order[:num_logprobs]]
+                assert out.token_ids[row].tolist() == ids
+                assert out.logprobs[row].tolist() == [values[int(i)] for i in ids]
+                rank = 1 + sum(v > values[int(chosen)] for v in values)
+                assert out.ranks[row].item() == rank
+
+    def test_of_the_raw_logits(self) -> None:
+        params = SamplingParams(
+            temperature=0.5, top_k=1, repetition_penalty=2, logprobs=2
+        )
+        metadata = make_metadata([params], 4)
+        fill_tables(metadata, [{3}], [[]])
+        logits = torch.tensor([[1.0, 2.5, 0.0, 3.0]])
+        token_ids, out = Sampler().sample(logits, metadata)
+        assert out is not None
+        assert token_ids.tolist() == [1]
+        assert out.token_ids.tolist() == [[1, 3, 1]]
+        assert out.ranks.tolist() == [2]
+        expected = logits.log_softmax(-1)[:, [1, 3, 1]]
+        assert torch.equal(out.logprobs, expected)
+
+    def test_how_many(self) -> None:
+        def largest(*wanted: int | None) -> int | None:
+            params = [SamplingParams(logprobs=k) for k in wanted]
+            return make_metadata(params, 50).num_logprobs
+
+        assert largest(None, None) is None
+        assert largest(None, 0) == 0
+        assert largest(3, None, 5) == 5
+        assert largest(3, -1) == 50
+        assert largest(10**9) == 50
+
+    def test_more_for_a_neighbour_changes_nothing(self) -> None:
+        logits = torch.randn(3, 90).round()
+        ids = torch.tensor([1, 2, 3])
+        few, many = (gather_logprobs(logits, ids, k) for k in (4, 90))
+        assert torch.equal(few.token_ids, many.token_ids[:, :5])
+        assert torch.equal(few.logprobs, many.logprobs[:, :5])
+
+
+def p_value(counts: Tensor, probs: Tensor) -> float:
+    """Chi-square: how often chance alone strays so far; rare tokens are pooled."""
+    expected = probs.double() * counts.sum()
+    common = expected >= 5
+    observed = torch.cat([counts[common], counts[~common].sum()[None]]).double()
+    expected = torch.cat([expected[common], expected[~common].sum()[None]])
+    observed, expected = observed[expected > 0], expected[expected > 0]
+    chi_square = ((observed - expected) ** 2 / expected).sum()
+    freedom = torch.tensor((len(expected) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(freedom, chi_square / 2))
+
+
+def split_mix(x: int) -> int:
+    """The finaliser with Python's unbounded integers."""
+    x &= 2**64 - 1
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
+
+
+def column(value: int, size: int) -> Tensor:
+    return torch.full((size,), value)
+
+
+class TestNoise:
+    def test_mix_bits_equals_python(self) -> None:
+        rng = random.Random(6)
+        xs = [rng.randrange(-(2**63), 2**63) for _ in range(1000)]
+        xs += [0, 1, -1, 2**63 - 1, -(2**63)]
+        ours = mix_bits(torch.tensor(xs))
+        assert [x % 2**64 for x in ours.tolist()] == [split_mix(x) for x in xs]
+        for shape in [(1005, 1), (5, 201), (3, 67, 5)]:
+            assert torch.equal(mix_bits(torch.tensor(xs).view(shape)).flatten(), ours)
+
+    def test_mix_bits_is_the_generator_of_the_paper(self) -> None:
+        """The first numbers of SplitMix64 from seed 1234567, as published."""
+        gamma = 0x9E3779B97F4A7C15
+        states = [(1234567 + i * gamma) % 2**64 for i in range(1, 4)]
+        signed = torch.tensor([s - 2**64 if s >= 2**63 else s for s in states])
+        assert [x % 2**64 for x in mix_bits(signed).tolist()] == [
+            6457827717110365317,
+            3203168211198807973,
+            9817491932198370423,
+        ]
+
+    def test_equals_python(self) -> None:
+        rng, vocab_size = random.Random(7), 23
+        rows = [
+            (rng.randrange(-(2**63), 2**63), rng.randrange(8), rng.randrange(2**20))
+            for _ in range(9)
+        ]
+        ours = gumbel_noise(*torch.tensor(rows).T, vocab_size)
+        for (seed, index, position), row in zip(rows, ours.tolist(), strict=True):
+            state = split_mix(
+                seed * 0xD1342543DE82EF95
+                + index * 0xAEF17502108EF2D9
+                + position * 0xF1357AEA2E62A9C5
+            )
+            for token, noise in enumerate(row):
+                bits = split_mix(state + (token + 1) * 0x9E3779B97F4A7C15)
+                v = (bits % 2**63) / 2**63
+                assert noise == pytest.approx(-math.log(-math.log1p(-v)), abs=1e-5)
+
+    def test_committed_values(self) -> None:
+        """Seeds keep their meaning from release to release."""
+        noise = gumbel_noise(column(42, 1), column(0, 1), column(7, 1), 4)[0]
+        expected = torch.tensor([-0.3460636, -1.0081596, -1.1241522, 0.3900314])
+        torch.testing.assert_close(noise, expected, rtol=1e-6, atol=1e-6)
+
+    def test_any_batch_shape_gives_the_same_bits(self) -> None:
+        size, vocab_size = 37, 1013
+        rng = random.Random(8)
+        seeds = torch.tensor([rng.randrange(-(2**63), 2**63) for _ in range(size)])
+        indices, positions = torch.arange(size) % 4, torch.arange(size) * 31
+        whole = gumbel_noise(seeds, indices, positions, vocab_size)
+        assert whole.shape == (size, vocab_size)
+        assert whole.dtype == torch.float32
+        for rows in [[0], [36], [5, 6], [6, 5], list(range(36, -1, -1)), [3] * 11]:
+            part = gumbel_noise(seeds[rows], indices[rows], positions[rows], vocab_size)
+            assert torch.equal(part, whole[rows])
+        # Nor does a token's noise depend on the size of the vocabulary.
+        short = gumbel_noise(seeds, indices, positions, 100)
+        assert torch.equal(short, whole[:, :100])
+
+    @pytest.mark.parametrize("walking", [0, 1, 2])
+    def test_follows_the_gumbel_distribution(self, walking: int) -> None:
+        columns = [column(3, 500), column(1, 500), column(40, 500)]
+        columns[walking] = torch.arange(500)
+        noise = gumbel_noise(*columns, 1000).double()
+        uniform = (-(-noise).exp()).exp()
+        assert uniform.min() > 0
+        assert uniform.max() < 1
+        bins = (uniform * 1000).long().flatten().bincount(minlength=1000)
+        assert p_value(bins, torch.full((1000,), 1e-3)) > 1e-4
+        # Kolmogorov and Smirnov: the largest distance, over every row and every token.
+        for values in (uniform, uniform.T.contiguous()):
+            count = values.shape[1]
+            steps = (torch.arange(count) + 0.5) / count
+            distance = (values.sort(dim=1).values - steps).abs().amax(dim=1)
+            assert distance.max() < 2.5 / count**0.5  # p = 7e-6 for each
+
+    def test_neighbours_are_unrelated(self) -> None:
+        size, vocab_size = 300, 1000
+        base = [torch.arange(size) % 20, torch.arange(size) // 20, column(50, size)]
+
+        def uniform(seeds: int, indices: int, positions: int) -> Tensor:
+            shifts = (seeds, indices, positions)
+            columns = [c + s for c, s in zip(base, shifts, strict=True)]
+            noise = gumbel_noise(*columns, vocab_size)
+            return (-(-noise.double()).exp()).exp() - 0.5
+
+        bound = 5 / (size * vocab_size) ** 0.5  # five standard deviations
+        ours = uniform(0, 0, 0)
+        shifts = [
+            (0, 0, 1),
+            (0, 0, 2),
+            (40, 0, 0),
+            (0, 40, 0),
+            (100, 0, -1),
+            (1, 100, -1),
+            (2**32, 0, 0),
+            (2**62, 0, 0),
+        ]
+        for shift in shifts:
+            theirs = uniform(*shift)
+            for roll in (0, 1, -1, 2):
+                correlation = 12 * (ours * theirs.roll(roll, dims=1)).mean()
+                assert abs(correlation) < bound, (shift, roll)
+        for roll in (1, 2, 3, 64, 256):
+            assert 12 * (ours * ours.roll(roll, dims=1)).mean().abs() < bound
+        for roll in (1, 2, 20, 40):
+            assert 12 * (ours * ours.roll(roll, dims=0)).mean().abs() < bound
+
+    @pytest.mark.parametrize("pair", ["tokens", "positions", "seeds", "indices"])
+    def test_pairs_fill_the_square(self, pair: str) -> None:
+        """Chi-square over 16 x 16 cells sees dependence that correlation does not."""
+        size = 400
+        columns = {"seeds": column(1, size), "indices": column(0, size)}
+        columns["positions"] = column(9, size)
+        walking = "positions" if pair == "tokens" else pair
+        columns[walking] = torch.arange(size)
+        noise = gumbel_noise(
+            columns["seeds"], columns["indices"], columns["positions"], 1000
+        )
+        cell = ((-(-noise.double()).exp()).exp() * 16).long()
+        if pair == "tokens":
+            first, second = cell[:, 0::2], cell[:, 1::2]
+        else:
+            first, second = cell[0::2], cell[1::2]
+        counts = (first * 16 + second).flatten().bincount(minlength=256)
+        assert p_value(counts, torch.full((256,), 1 / 256)) > 1e-4
+
+    def test_no_two_draws_share_their_noise(self) -> None:
+        grid = torch.cartesian_prod(
+            torch.arange(-8, 24), torch.arange(8), torch.arange(64)
+        )
+        noise = gumbel_noise(*grid.T, 2)
+        assert len(noise.unique(dim=0)) == len(grid)
+
+    def test_the_far_tail_is_not_a_staircase(self) -> None:
+        noise = gumbel_noise(torch.arange(400), column(0, 400), column(0, 400), 5000)
+        tail = noise[noise > 11].double()
+        expected = noise.numel() * -math.expm1(-math.exp(-11))
+        assert abs(len(tail) - expected) < 5 * expected**0.5
+        # From 24-bit uniform numbers these would all be whole.
+        steps = 2**24 * (-tail).exp()
+        assert ((steps - steps.round()).abs() > 0.01).float().mean() > 0.9
+
+    @pytest.mark.parametrize("bits", [0, -1, 1, 2**63 - 1, -(2**63), 2**62])
+    def test_finite_whatever_the_hash_says(
+        self, bits: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sampler, "mix_bits", lambda x: torch.full_like(x, bits))
+        noise = gumbel_noise(column(0, 2), column(0, 2), column(0, 2), 3)
+        assert noise.isfinite().all()
+        if bits == 0:
+            assert (noise > 40).all()
+
+    @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+    def test_draws_have_the_distribution(self, temperature: float) -> None:
+        logits = 2 * torch.randn(1, 60)
+        params = SamplingParams(temperature=temperature, top_p=0.95, seed=1)
+        size = 5000
+        metadata = make_metadata([params] * size, 60, seeds=[1] * size)
+        metadata.positions = torch.arange(size)
+        token_ids, _ = Sampler().sample(logits.expand(size, 60), metadata)
+        counts = token_ids.bincount(minlength=60)
+        one = one_row(metadata, 0)
+        assert p_value(counts, apply_filters(logits, one).softmax(-1)[0]) > 1e-4
+        off = (logits / temperature / 1.2).softmax(-1)[0]
+        assert p_value(counts, off) < 1e-4  # the test can fail
+
+
+class TestBatch:
+    def test_a_row_does_not_depend_on_its_neighbours(self) -> None:
+        """Bit for bit: filtered logits, token, log-probabilities; alone, in any company."""
+        rng = random.Random(9)
+        for logits, params, _, prompts, outputs in random_batches(10, 120, 0.3):
+            everyone, vocab_size = list(range(len(params))), logits.shape[1]
+            for row in everyone:
+                params[row] = dataclasses.replace(
+                    params[row],
+                    logprobs=rng.choice([None, 0, 2, -1]),
+                    min_tokens=rng.choice([0, 3]) if vocab_size > 1 else 0,
+                )
+            seeds = [rng.randrange(2**64) for _ in params]
+            stops = [[rng.randrange(vocab_size)] for _ in params]
+            batches = [[row] for row in everyone]
+            batches += [rng.sample(everyone, len(everyone)), everyone]
+            results = []
+            for rows in batches:
+                metadata = make_metadata(
+                    [params[r] for r in rows],
+                    vocab_size,
+                    seeds=[seeds[r] for r in rows],
+                    lengths=[5 + r for r in rows],
+                    stop_token_ids=[stops[r] for r in rows],
+                )
+                metadata.sample_indices = torch.tensor(rows)
+                fill_tables(
+                    metadata, [prompts[r] for r in rows], [outputs[r] for r in rows]
+                )
+                tokens, logprobs = Sampler().sample(logits[rows], metadata)
+                scores = Sampler.apply_penalties(logits[rows], metadata)
+                results.append((tokens, apply_filters(scores, metadata), logprobs))
+            tokens, scores, logprobs = results[-1]
+            for rows, (few, few_scores, few_logprobs) in zip(
+                batches, results, strict=True
+            ):
+                assert torch.equal(few, tokens[rows])
+                for i, row in enumerate(rows):
+                    if params[row].temperature > 0:
+                        assert torch.equal(few_scores[i], scores[row])
+                if few_logprobs is None or logprobs is None:
+                    continue
+                width = few_logprobs.token_ids.shape[1]
+                assert torch.equal(few_logprobs.ranks, logprobs.ranks[rows])
+                for name in ("token_ids", "logprobs"):
+                    theirs = getattr(logprobs, name)[rows][:, :width]
+                    assert torch.equal(getattr(few_logprobs, name), theirs)
+
+    @pytest.mark.parametrize("vocab_size", [1013, 2048])
+    def test_big_batches_too(self, vocab_size: int) -> None:
+        size = 50
+        params = [
+            SamplingParams(top_p=0.9, top_k=5 * (i % 7), temperature=0.5 + i / 100)
+            for i in range(size)
+        ]
+        logits = 2 * torch.randn(size, vocab_size)
+        whole = make_metadata(params, vocab_size)
+        tokens, _ = Sampler().sample(logits, whole)
+        scores = apply_filters(logits, whole)
+        for row in range(0, size, 7):
+            alone = make_metadata([params[row]], vocab_size, [100 + row], [5 + row])
+            alone.sample_indices = whole.sample_indices[row : row + 1]
+            mine = logits[row : row + 1].clone()
+            assert torch.equal(Sampler().sample(mine, alone)[0], tokens[row : row + 1])
+            assert torch.equal(apply_filters(mine, alone)[0], scores[row])
+
+    def test_the_same_question_has_the_same_answer(self) -> None:
+        logits, metadata = (
+            torch.randn(4, 100),
+            make_metadata([SamplingParams()] * 4, 100),
+        )
+        first = Sampler().sample(logits, metadata)[0]
+        torch.manual_seed(99)
+        torch.rand(5)
+        assert torch.equal(Sampler().sample(logits, metadata)[0], first)
+
+    @pytest.mark.parametrize("name", ["seeds", "sample_indices", "positions"])
+    def test_what_identifies_a_draw_changes_it(self, name: str) -> None:
+        metadata = make_metadata([SamplingParams()] * 64, 1000)
+        logits = torch.zeros(64, 1000)
+        before = Sampler().sample(logits, metadata)[0]
+        getattr(metadata, name).add_(1)
+        after = Sampler().sample(logits, metadata)[0]
+        assert (before != after).float().mean() > 0.9
+
+    def test_leaves_its_arguments_alone(self) -> None:
+        for logits, _, metadata, *_ in random_batches(11, 20):
+            copies = {
+                k: v.clone() for k, v in vars(metadata).items() if torch.is_tensor(v)
+            }
+            before = logits.clone()
+            Sampler().sample(logits, metadata)
+            assert torch.equal(logits, before)
+            for name, value in copies.items():
+                assert torch.equal(getattr(metadata, name), value)
+
+    def test_greedy_takes_the_first_of_equals(self) -> None:
+        logits = torch.tensor([[1.0, 3.0, 3.0], [0.0, 0.0, 0.0]])
+        for params in ([GREEDY] * 2, [GREEDY, SamplingParams(), GREEDY][:2]):
+            token_ids, _ = Sampler().sample(logits, make_metadata(params, 3))
+            assert token_ids[0] == 1
+
+
+class Ops(TorchDispatchMode):
+    """Names and output sizes of all operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.calls: list[tuple[str, Any]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        self.calls.append((func.overloadpacket.__name__, args))
+        return func(*args, **(kwargs or {}))
+
+
+def ops_of(params: list[SamplingParams], vocab_size: int) -> Ops:
+    metadata = make_metadata(params, vocab_size, stop_token_ids=[[1, 2]] * len(params))
+    logits = torch.randn(len(params), vocab_size)
+    with Ops() as ops:
+        Sampler().sample(logits, metadata)
+    return ops
+
+
+EVERYTHING = [
+    GREEDY,
+    SamplingParams(temperature=0.7, top_k=20, top_p=0.95),
+    SamplingParams(min_p=0.1, top_p=0.9, logprobs=3),
+    SamplingParams(repetition_penalty=1.2, frequency_penalty=1, min_tokens=4),
+]
+WAITING = {
+    "_local_scalar_dense",
+    "is_nonzero",
+    "equal",
+    "nonzero",
+    "masked_select",
+    "unique_dim",
+    "_unique2",
+    "bincount",
+    "index",
+    "index_put_",
+    "repeat_interleave",
+    "lift_fresh",
+    "scalar_tensor",
+}
+
+
+class TestCost:
+    def test_greedy_is_one_argmax(self) -> None:
+        assert ops_of([GREEDY] * 3, 500).names == ["argmax"]
+        filtered = SamplingParams(temperature=0, top_k=5, top_p=0.5, min_p=0.1)
+        assert ops_of([filtered], 500).names == ["argmax"]
+
+    def test_rows_and_vocabulary_cost_no_operations(self) -> None:
+        small = ops_of(EVERYTHING, 40).names
+        assert ops_of(EVERYTHING * 20, 40).names == small
+        assert ops_of(EVERYTHING, 4000).names == small
+        assert len(small) < 170
+
+    def test_the_common_ways_are_short(self) -> None:
+        plain = ops_of([SamplingParams(temperature=0.7)], 500).names
+        assert len(plain) <= 50
+        top_k = ops_of([SamplingParams(top_k=20)], 500).names
+        assert len(top_k) <= 60
+        assert "topk" in top_k
+        both = ops_of([SamplingParams(top_k=20, top_p=0.9)], 500).names
+        assert "sort" not in top_k + both
+        assert "sort" in ops_of([SamplingParams(top_p=0.9)], 500).names
+        neighbour = SamplingParams(top_p=0.9)
+        assert "sort" in ops_of([SamplingParams(top_k=20), neighbour], 500).names
+
+    def test_topk_looks_no_further_than_the_largest_k(self) -> None:
+        ops = ops_of([SamplingParams(top_k=k) for k in (3, 17, 0)], 500)
+        assert [args[1] for name, args in ops.calls if name == "topk"] == [17]
+
+    def test_nothing_waits_for_the_device(self) -> None:
+        names = set(ops_of(EVERYTHING, 300).names)
+        assert not names & WAITING
+
+    def test_runs_on_tensors_without_numbers(self) -> None:
+        mode = FakeTensorMode()
+        for params in ([GREEDY], EVERYTHING, EVERYTHING[1:2]):
+            metadata = make_metadata(params, 64, stop_token_ids=[[1]] * len(params))
+            fakes = {
+                name: mode.from_tensor(value)
+                for name, value in vars(metadata).items()
+                if torch.is_tensor(value)
+            }
+            with mode:
+                token_ids, _ = Sampler().sample(
+                    torch.randn(len(params), 64), dataclasses.replace(metadata, **fakes)
+                )
+            assert token_ids.shape == (len(params),)
+
+    def test_compiles_as_one_graph(self) -> None:
+        metadata = make_metadata(EVERYTHING, 64, stop_token_ids=[[1]] * 4)
+        logits = torch.randn(4, 64)
+
+        def sample(logits: Tensor) -> tuple[Tensor, Tensor]:
+            token_ids, logprobs = Sampler().sample(logits, metadata)
+            assert logprobs is not None
+            return token_ids, logprobs.logprobs
+
+        compiled = torch.compile(sample, backend="aot_eager", fullgraph=True)
+        for ours, eager in zip(compiled(logits), sample(logits), strict=True):
+            assert torch.equal(ours, eager)
+
+
+class TestMetadata:
+    def test_greedy_asks_for_nothing(self) -> None:
+        metadata = make_metadata([GREEDY, GREEDY], 9)
+        asked = {
+            k for k, v in vars(metadata).items() if v is not None and v is not False
+        }
+        assert asked == {"seeds", "sample_indices", "positions"}
+
+    def test_columns(self) -> None:
+        params = [
+            SamplingParams(top_k=4, min_p=0.25),
+            SamplingParams(temperature=0, top_k=7, top_p=0.5, min_p=0.5),
+            SamplingParams(temperature=0.5, top_k=-1, top_p=0.75),
+            SamplingParams(top_k=9),
+        ]
+        metadata = make_metadata(params, 9)
+        expected = {
+            "temperature": [1, 0, 0.5, 1],
+            "top_k": [4, 0, 0, 0],
+            "top_p": [1, 1, 0.75, 1],
+            "min_p": [0.25, 0, 0, 0],
+            "positions": [5, 6, 7, 8],
+            "sample_indices": [0, 1, 2, 0],
+            "seeds": [100, 101, 102, 103],
+        }
+        for name, values in expected.items():
+            assert getattr(metadata, name).tolist() == values, name
+        assert metadata.max_top_k == 4
+        assert not metadata.top_p_after_top_k
+        for name in ("top_k", "seeds", "sample_indices", "positions"):
+            assert getattr(metadata, name).dtype == torch.int64
+        assert metadata.repetition_penalty is metadata.prompt_mask is None
+
+    @pytest.mark.parametrize(
+        "penalty",
+        [{"repetition_penalty": 2}, {"frequency_penalty": 2}, {"presence_penalty": 2}],
+    )
+    def test_penalties_come_together(self, penalty: dict[str, Any]) -> None:
+        metadata = make_metadata([SamplingParams(), SamplingParams(**penalty)], 9)
+        name = next(iter(penalty))
+        off = {"repetition_penalty": 1, "frequency_penalty": 0, "presence_penalty": 0}
+        for column_name, value in off.items():
+            values = [value, 2 if column_name == name else value]
+            assert getattr(metadata, column_name).tolist() == values
+        assert metadata.prompt_mask is not None
+        assert metadata.output_counts is not None
+        assert metadata.prompt_mask.dtype == torch.bool
+        assert metadata.output_counts.dtype == torch.int32
+        assert metadata.prompt_mask.shape == metadata.output_counts.shape == (2, 9)
+        assert not metadata.prompt_mask.any()
+        assert not metadata.output_counts.any()
+
+    def test_seeds_are_64_bits(self) -> None:
+        seeds = [0, 2**63 - 1, 2**63, 2**64 - 1, -1, -(2**63), 2**64 + 5]
+        metadata = make_metadata([GREEDY] * 7, 9, seeds=seeds)
+        expected = [0, 2**63 - 1, -(2**63), -1, -1, -(2**63), 5]
+        assert metadata.seeds.tolist() == expected
