@@ -19,9 +19,18 @@ if TYPE_CHECKING:
         load_model as load_model,
         load_tokenizer as load_tokenizer,
     )
+    from folo_lib.engine import LLMEngine as LLMEngine
+    from folo_lib.kv_cache import BlockAllocator as BlockAllocator
     from folo_lib.layers import RMSNorm as RMSNorm, SiLUAndMul as SiLUAndMul
     from folo_lib.qwen3 import Qwen3ForCausalLM as Qwen3ForCausalLM
+    from folo_lib.request import (
+        CompletionOutput as CompletionOutput,
+        RequestOutput as RequestOutput,
+        RequestStatus as RequestStatus,
+    )
     from folo_lib.rope import RotaryEmbedding as RotaryEmbedding
+    from folo_lib.sampler import Sampler as Sampler
+    from folo_lib.sampling_params import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"
 
@@ -35,6 +44,13 @@ _MODULE_OF = {
     "Qwen3ForCausalLM": "qwen3",
     "load_model": "checkpoint",
     "load_tokenizer": "checkpoint",
+    "BlockAllocator": "kv_cache",
+    "Sampler": "sampler",
+    "SamplingParams": "sampling_params",
+    "CompletionOutput": "request",
+    "RequestOutput": "request",
+    "RequestStatus": "request",
+    "LLMEngine": "engine",
 }
 
 __all__ = ["__version__", "bundled_model_path", *_MODULE_OF]

@@ -1,0 +1,910 @@
+"""engine.py: against Hugging Face's generate(), and on its bad days."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import load, make_config, make_reference
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from folo_lib import LLMEngine, SamplingParams, bundled_model_path, load_model
+from folo_lib.engine import FCFSScheduler, get_eos_token_ids, load_generation_config
+from folo_lib.kv_cache import BlockAllocator
+from folo_lib.request import Request, RequestOutput
+
+FOLDER = bundled_model_path()
+IM_END, END_OF_TEXT = 2045, 2043
+GREEDY = SamplingParams(temperature=0, max_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def shared() -> LLMEngine:
+    return LLMEngine(FOLDER, device="cpu", use_tqdm=False)
+
+
+@pytest.fixture
+def engine(shared: LLMEngine) -> Iterator[LLMEngine]:
+    """Must be left as it was found."""
+    yield shared
+    assert_idle(shared)
+
+
+@pytest.fixture
+def fresh() -> LLMEngine:
+    return LLMEngine(FOLDER, device="cpu", use_tqdm=False)
+
+
+@pytest.fixture(scope="module")
+def hugging_face() -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(FOLDER, dtype="float32").eval()
+
+
+def assert_idle(engine: LLMEngine) -> None:
+    """Nobody waits, nothing is left to tell, and every block is free."""
+    assert not engine.has_unfinished_requests()
+    assert not engine.requests and not engine.groups and not engine.news
+    scheduler = engine.scheduler
+    assert isinstance(scheduler, FCFSScheduler)
+    assert not scheduler.has_unfinished()
+    assert scheduler.allocator.num_free_blocks == engine.executor.num_blocks
+
+
+def run(engine: LLMEngine, *args: Any) -> list[RequestOutput]:
+    return engine.generate(*args, use_tqdm=False)
+
+
+def text_of(engine: LLMEngine, *args: Any) -> str:
+    [output] = run(engine, *args)
+    return output.outputs[0].text
+
+
+def ids_of(engine: LLMEngine, *args: Any) -> list[list[int]]:
+    return [sample.token_ids for out in run(engine, *args) for sample in out.outputs]
+
+
+def assert_equals_generate(
+    ours: list[int], model: PreTrainedModel, prompt: list[int], **options: Any
+) -> None:
+    """The same tokens, up to a step that is a tie within ten times float32's error."""
+    result = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        generation_config=GenerationConfig(
+            do_sample=False,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_scores=True,
+            **options,
+        ),
+    )
+    theirs = result.sequences[0, len(prompt) :].tolist()
+    for step, (our, their) in enumerate(zip(ours, theirs, strict=False)):
+        if our != their:
+            best, second = result.scores[step][0].topk(2).values.tolist()
+            error = 1e-5 * max(1.0, result.scores[step][0].std().item())
+            assert best - second < 10 * error, f"step {step}: {our}, not {their}"
+            return  # from here on they read different texts
+    assert len(ours) == len(theirs)
+
+
+class TestParity:
+    def test_bundled_model_on_50_prompts_of_1_to_1000_tokens(
+        self, engine: LLMEngine, hugging_face: PreTrainedModel
+    ) -> None:
+        rng = random.Random(0)
+        tokenizer = engine.tokenizer
+        assert tokenizer is not None
+        text = " ".join(
+            output.outputs[0].text
+            for output in run(
+                engine,
+                ["Once upon a time"] * 10,
+                SamplingParams(max_tokens=150, min_tokens=150),
+            )
+        )
+        words = tokenizer(text).input_ids
+        assert len(words) > 1200
+        lengths = [1, 2, 3, 15, 16, 17, 31, 32, 33, 255, 256, 257, 999, 1000]
+        lengths += [rng.randint(1, 1000 >> rng.randint(0, 6)) for _ in range(38)]
+        assert len(lengths) >= 50
+        prompts = []
+        for length in lengths:
+            start = rng.randrange(len(words) - length)
+            prompts.append(words[start : start + length])
+        prompts[0], prompts[1] = [rng.randrange(2048)], [IM_END, 0]
+        eos = [IM_END, END_OF_TEXT]
+        ours = ids_of(engine, prompts, SamplingParams(temperature=0, max_tokens=12))
+        for prompt, tokens in zip(prompts, ours, strict=True):
+            options = {"max_new_tokens": 12, "eos_token_id": eos}
+            assert_equals_generate(tokens, hugging_face, prompt, **options)
+
+    @pytest.mark.parametrize(
+        "case",
+        [
+            "qwen3 4/1",
+            "qwen3 6/3 untied",
+            "qwen3 3/3 bias",
+            "qwen3 14/2 untied bias",
+            "qwen3 12/3 untied linear bias",
+            "qwen3 2/1 yarn",
+            "qwen2 14/2",
+            "qwen2 9/9 untied yarn",
+        ],
+    )
+    @pytest.mark.parametrize("backend", ["torch_sdpa", "torch_naive"])
+    def test_random_models(self, case: str, backend: str) -> None:
+        config = make_config(case)
+        model = make_reference(config)
+        engine = LLMEngine(load(config, model, backend))
+        rng = random.Random(case)
+        prompts = [
+            [rng.randrange(config.vocab_size) for _ in range(n)]
+            for n in (1, 2, 16, 17, 50, 119)
+        ]
+        params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+        for prompt, ours in zip(prompts, ids_of(engine, prompts, params), strict=True):
+            options = {"max_new_tokens": 40, "eos_token_id": None}
+            assert_equals_generate(ours, model, prompt, **options)
+        assert_idle(engine)
+
+    @pytest.mark.parametrize("penalty", [1.3, 0.8, 2.0])
+    def test_repetition_penalty(
+        self, engine: LLMEngine, hugging_face: PreTrainedModel, penalty: float
+    ) -> None:
+        prompts = [[488, 1381], list(range(300, 360)), [5] * 20]
+        params = SamplingParams(
+            temperature=0, max_tokens=40, repetition_penalty=penalty, ignore_eos=True
+        )
+        for prompt, ours in zip(prompts, ids_of(engine, prompts, params), strict=True):
+            assert_equals_generate(
+                ours,
+                hugging_face,
+                prompt,
+                max_new_tokens=40,
+                eos_token_id=None,
+                repetition_penalty=penalty,
+            )
+
+    def test_frequency_and_presence_against_a_loop(self, engine: LLMEngine) -> None:
+        model = engine.executor.worker.runner.model
+        prompt, frequency, presence = [488, 1381, 488], 0.7, 0.4
+        tokens: list[int] = []
+        for _ in range(30):
+            logits = model.compute_logits(model(torch.tensor(prompt + tokens)))[-1]
+            for token in set(tokens):
+                logits[token] -= frequency * tokens.count(token) + presence
+            tokens.append(int(logits.argmax()))
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=30,
+            frequency_penalty=frequency,
+            presence_penalty=presence,
+            ignore_eos=True,
+        )
+        assert ids_of(engine, [prompt], params) == [tokens]
+
+    def test_min_tokens_forbids_every_end(
+        self, engine: LLMEngine, hugging_face: PreTrainedModel
+    ) -> None:
+        assert engine.tokenizer is not None
+        prompt = engine.tokenizer("They were happy. The end.").input_ids
+        eos = [IM_END, END_OF_TEXT]
+        [short] = ids_of(engine, [prompt], SamplingParams(temperature=0, max_tokens=30))
+        assert len(short) < 25 and short[-1] in eos
+        params = SamplingParams(temperature=0, max_tokens=30, min_tokens=25)
+        [long] = ids_of(engine, [prompt], params)
+        assert len(long) >= 25 and not set(long[:25]) & set(eos)
+        options = {"max_new_tokens": 30, "min_new_tokens": 25, "eos_token_id": eos}
+        assert_equals_generate(long, hugging_face, prompt, **options)
+
+
+class TestGenerate:
+    def test_outputs_are_in_the_order_of_the_prompts(self, engine: LLMEngine) -> None:
+        prompts = ["The fox", [488], "One day", torch.tensor([5, 6])]
+        outputs = run(engine, prompts, GREEDY)
+        assert [out.prompt for out in outputs] == ["The fox", None, "One day", None]
+        assert outputs[1].prompt_token_ids == [488]
+        assert outputs[3].prompt_token_ids == [5, 6]
+        for prompt, out in zip(prompts, outputs, strict=True):
+            assert out.finished and out.error is None
+            assert out.outputs[0].text == text_of(engine, [prompt], GREEDY)
+
+    def test_one_prompt_need_not_be_a_list(self, engine: LLMEngine) -> None:
+        assert engine.tokenizer is not None
+        ids = engine.tokenizer("The fox").input_ids
+        [as_text], [as_ids] = run(engine, "The fox", GREEDY), run(engine, ids, GREEDY)
+        assert as_text.outputs[0].token_ids == as_ids.outputs[0].token_ids
+
+    def test_nothing_gives_nothing(self, engine: LLMEngine) -> None:
+        assert run(engine, []) == []
+        assert engine.chat([], use_tqdm=False) == []
+
+    def test_one_params_each(self, engine: LLMEngine) -> None:
+        params = [SamplingParams(temperature=0, max_tokens=n) for n in (1, 5, 3)]
+        ids = ids_of(engine, ["The fox"] * 3, params)
+        assert [len(x) for x in ids] == [1, 5, 3]
+        assert ids[0] == ids[1][:1]
+        with pytest.raises(ValueError, match=r"2 .*3"):
+            run(engine, ["The fox"] * 3, params[:2])
+
+    def test_without_params_the_checkpoint_says_how(self, fresh: LLMEngine) -> None:
+        [output] = run(fresh, "Once upon a time")
+        assert len(output.outputs[0].token_ids) == 16
+        params = SamplingParams(
+            temperature=0.7, top_k=20, top_p=0.95, seed=output.outputs[0].seed
+        )
+        assert ids_of(fresh, "Once upon a time", params) == [
+            output.outputs[0].token_ids
+        ]
+
+    def test_progress_bar_only_when_asked(
+        self, engine: LLMEngine, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        run(engine, "The fox", GREEDY)
+        assert capsys.readouterr().err == ""
+        engine.generate(["The fox", "A kite"], GREEDY)
+        assert "2/2" in capsys.readouterr().err
+
+    def test_all_prompts_are_judged_before_any_work(
+        self, fresh: LLMEngine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(fresh.executor, "execute_model", None)
+        for bad, message in [
+            ("", "empty"),
+            ([], "empty"),
+            ([0] * 4096, r"4096.*4095"),
+            ([5, 2048], r"2048.*2047"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                run(fresh, ["The fox", bad, "One day"], GREEDY)
+            assert_idle(fresh)
+
+    def test_up_to_the_limit_of_the_model(self) -> None:
+        engine = LLMEngine(FOLDER, device="cpu", max_model_len=40, use_tqdm=False)
+        params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+        for length in (1, 15, 16, 17, 38, 39):
+            [output] = run(engine, [[7] * length], params)
+            assert len(output.outputs[0].token_ids) == 40 - length
+            assert output.outputs[0].finish_reason == "length"
+        with pytest.raises(ValueError, match=r"40.*39"):
+            run(engine, [[7] * 40], params)
+        assert_idle(engine)
+
+
+class TestChat:
+    question = [{"role": "user", "content": "What is the KV cache?"}]  # noqa: RUF012
+    params = SamplingParams(temperature=0, max_tokens=60)
+
+    def test_is_generate_behind_the_template(self, engine: LLMEngine) -> None:
+        assert engine.tokenizer is not None
+        for options in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
+            prompt = engine.tokenizer.apply_chat_template(
+                self.question, tokenize=False, add_generation_prompt=True, **options
+            )
+            [chat] = engine.chat(self.question, self.params, use_tqdm=False, **options)
+            [plain] = run(engine, prompt, self.params)
+            assert chat.prompt == prompt
+            assert chat.outputs[0].token_ids == plain.outputs[0].token_ids
+        assert "keys and values" in plain.outputs[0].text
+        assert plain.outputs[0].finish_reason == "stop"
+        assert plain.outputs[0].stop_reason is None
+
+    def test_several_conversations(self, engine: LLMEngine) -> None:
+        other = [
+            {"role": "system", "content": "Be short."},
+            {"role": "user", "content": "Repeat: fox moon lake"},
+        ]
+        both = engine.chat([self.question, other], self.params, use_tqdm=False)
+        for messages, output in zip([self.question, other], both, strict=True):
+            [alone] = engine.chat(messages, self.params, use_tqdm=False)
+            assert alone.outputs[0].text == output.outputs[0].text
+
+    @pytest.mark.parametrize("messages", [[[]], [{"content": "hi"}], [[{}]]])
+    def test_what_is_no_conversation(self, engine: LLMEngine, messages: Any) -> None:
+        with pytest.raises(ValueError, match=r"messages is .*'role' and 'content'"):
+            engine.chat(messages, use_tqdm=False)
+
+    def test_a_base_model_has_no_template(self, fresh: LLMEngine) -> None:
+        assert fresh.tokenizer is not None
+        fresh.tokenizer.chat_template = None
+        with pytest.raises(ValueError, match=r"no chat template.*generate\(\)"):
+            fresh.chat(self.question, use_tqdm=False)
+        [output] = fresh.chat(
+            self.question,
+            self.params,
+            use_tqdm=False,
+            chat_template="{{ messages[0]['content'] }}",
+        )
+        assert output.prompt == "What is the KV cache?"
+
+
+class TestStream:
+    def test_texts_grow_to_what_generate_gives(self, engine: LLMEngine) -> None:
+        params = SamplingParams(temperature=0.7, seed=5, max_tokens=60, logprobs=1)
+        outputs = list(engine.stream("Once upon a time", params))
+        for before, after in itertools.pairwise(outputs):
+            assert after.outputs[0].text.startswith(before.outputs[0].text)
+            assert after.outputs[0].token_ids[:-1] == before.outputs[0].token_ids
+        assert [out.finished for out in outputs] == [False] * (len(outputs) - 1) + [
+            True
+        ]
+        [whole] = run(engine, "Once upon a time", params)
+        assert outputs[-1].outputs == whole.outputs
+
+    def test_to_stop_listening_aborts(self, engine: LLMEngine) -> None:
+        stream = engine.stream("Once upon a time", GREEDY)
+        next(stream)
+        assert engine.has_unfinished_requests()
+        stream.close()
+        assert_idle(engine)
+
+    def test_a_bad_prompt_is_refused_at_once(self, engine: LLMEngine) -> None:
+        with pytest.raises(ValueError, match="empty"):
+            engine.stream("", GREEDY)
+
+    def test_abort_from_inside_the_loop(self, engine: LLMEngine) -> None:
+        reasons = []
+        for output in engine.stream("Once upon a time", GREEDY):
+            reasons.append(output.outputs[0].finish_reason)
+            if len(reasons) == 3:
+                engine.abort_request(output.request_id)
+        assert reasons == [None, None, None, "abort"]
+
+    def test_two_streams_take_turns(self, engine: LLMEngine) -> None:
+        one, two = (engine.stream(text, GREEDY) for text in ("The fox", "One day"))
+        next(one)
+        last_two = list(two)[-1]  # waits for one, whose news is kept
+        last_one = list(one)[-1]
+        assert last_one.outputs[0].text == text_of(engine, "The fox", GREEDY)
+        assert last_two.outputs[0].text == text_of(engine, "One day", GREEDY)
+
+    def test_several_samples(self, engine: LLMEngine) -> None:
+        params = SamplingParams(n=3, seed=1, max_tokens=4)
+        *_, last = engine.stream("The fox", params)
+        assert [len(sample.token_ids) for sample in last.outputs] == [4, 4, 4]
+
+
+class TestSteps:
+    def test_first_come_first_served(self, engine: LLMEngine) -> None:
+        names = [engine.add_request("The fox", GREEDY, name) for name in "abc"]
+        assert names == ["a", "b", "c"]
+        seen = []
+        while engine.has_unfinished_requests():
+            seen += [output.request_id for output in engine.step()]
+        assert seen == ["a"] * 8 + ["b"] * 8 + ["c"] * 8
+
+    def test_fresh_ids_are_uuids(self, engine: LLMEngine) -> None:
+        one, two = (engine.add_request("The fox", GREEDY) for _ in range(2))
+        assert one != two and len(one) == 36
+        for name in (one, two):
+            engine.abort_request(name)
+        engine.step()
+
+    def test_an_id_in_use(self, engine: LLMEngine) -> None:
+        engine.add_request("The fox", GREEDY, "mine")
+        with pytest.raises(ValueError, match="'mine' is in use"):
+            engine.add_request("A kite", GREEDY, "mine")
+        while engine.has_unfinished_requests():
+            [output] = engine.step()
+        assert output.prompt == "The fox"
+        engine.add_request("A kite", GREEDY, "mine")  # free again
+        engine.abort_request("mine")
+        engine.step()
+
+    def test_news_that_generate_passes_over_is_kept(self, engine: LLMEngine) -> None:
+        engine.add_request("The fox", GREEDY, "mine")
+        engine.step()
+        [other] = run(engine, "One day", GREEDY)
+        assert other.prompt == "One day"
+        assert engine.has_unfinished_requests()
+        [output] = engine.step()
+        assert output.finished and output.request_id == "mine"
+        assert output.outputs[0].text == text_of(engine, "The fox", GREEDY)
+
+    def test_a_step_with_nothing_to_do(self, engine: LLMEngine) -> None:
+        assert engine.step() == []
+
+    def test_outputs_are_snapshots(self, engine: LLMEngine) -> None:
+        engine.add_request("The fox", SamplingParams(logprobs=1, max_tokens=3), "x")
+        first = engine.step()[0].outputs[0]
+        text, ids = first.text, list(first.token_ids)
+        engine.step()
+        assert (first.text, first.token_ids, len(first.logprobs)) == (text, ids, 1)
+        engine.abort_request("x")
+        engine.step()
+
+    def test_a_scheduler_of_ones_own(self) -> None:
+        class LastComeFirstServed(FCFSScheduler):
+            def add(self, request: Request) -> None:
+                self.waiting.appendleft(request)
+
+        engine = LLMEngine(
+            FOLDER, device="cpu", scheduler=LastComeFirstServed, use_tqdm=False
+        )
+        for name in "abc":
+            engine.add_request("The fox", GREEDY, name)
+        seen = [engine.step()[0].request_id for _ in range(24)]
+        assert seen == ["c"] * 8 + ["b"] * 8 + ["a"] * 8
+
+
+class TestSeeds:
+    params = SamplingParams(temperature=1.0, seed=11, max_tokens=12)
+
+    def test_alone_after_others_in_any_order_and_again(
+        self, engine: LLMEngine, fresh: LLMEngine
+    ) -> None:
+        others = [SamplingParams(seed=s, max_tokens=s) for s in (3, 5)]
+        alone = ids_of(engine, "Once upon", self.params)
+        for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
+            params = [[*others, self.params][i] for i in order]
+            ids = ids_of(engine, ["The fox"] * 2 + ["Once upon"], params)
+            prompts = ["Once upon" if p is self.params else "A" for p in params]
+            ids = ids_of(engine, prompts, params)
+            assert ids[params.index(self.params)] == alone[0]
+        assert ids_of(fresh, "Once upon", self.params) == alone
+        again = LLMEngine(FOLDER, device="cpu", seed=99, use_tqdm=False)
+        assert ids_of(again, "Once upon", self.params) == alone
+
+    def test_four_samples_repeat_and_differ(
+        self, engine: LLMEngine, fresh: LLMEngine
+    ) -> None:
+        params = SamplingParams(n=4, temperature=1.0, seed=2, max_tokens=12)
+        four = ids_of(engine, "Once upon", params)
+        assert len({tuple(ids) for ids in four}) == 4
+        run(engine, "The fox", self.params)
+        assert ids_of(engine, "Once upon", params) == four
+        assert ids_of(fresh, ["A kite", "Once upon"], params)[4:] == four
+        one = SamplingParams(temperature=1.0, seed=2, max_tokens=12)
+        assert ids_of(engine, "Once upon", one) == four[:1]
+
+    def test_another_seed_another_text(self, engine: LLMEngine) -> None:
+        texts = {
+            text_of(engine, "Once", SamplingParams(seed=s, max_tokens=12))
+            for s in (0, 1, 2**63, 2**64 - 1)
+        }
+        assert len(texts) == 4
+
+    def test_without_a_seed_the_engine_takes_one_and_says_which(self) -> None:
+        first, second, other = (
+            LLMEngine(FOLDER, device="cpu", seed=s, use_tqdm=False) for s in (4, 4, 5)
+        )
+        params = SamplingParams(max_tokens=12)
+        outputs = run(first, ["Once upon"] * 2, params)
+        assert outputs[0].outputs[0].token_ids != outputs[1].outputs[0].token_ids
+        assert ids_of(second, ["Once upon"] * 2, params) == [
+            out.outputs[0].token_ids for out in outputs
+        ]
+        assert ids_of(other, "Once upon", params) != [outputs[0].outputs[0].token_ids]
+        again = SamplingParams(max_tokens=12, seed=outputs[1].outputs[0].seed)
+        assert ids_of(other, "Once upon", again) == [outputs[1].outputs[0].token_ids]
+
+
+class TestStops:
+    """What request.py decides, as it arrives through all layers."""
+
+    story = "Once upon a time"
+
+    def test_the_tokenizers_eos_needs_no_reason(self, engine: LLMEngine) -> None:
+        params = SamplingParams(temperature=0, max_tokens=None)
+        [output] = engine.chat(TestChat.question, params, use_tqdm=False)
+        sample = output.outputs[0]
+        assert (sample.finish_reason, sample.stop_reason) == ("stop", None)
+        assert sample.token_ids[-1] == IM_END
+        assert "<|im_end|>" not in sample.text
+
+    def test_the_second_eos_names_itself(self, engine: LLMEngine) -> None:
+        params = SamplingParams(temperature=0, max_tokens=None)
+        sample = run(engine, self.story, params)[0].outputs[0]
+        assert (sample.finish_reason, sample.stop_reason) == ("stop", END_OF_TEXT)
+        assert sample.token_ids[-1] == END_OF_TEXT
+
+    def test_eos_on_the_last_allowed_token(self, engine: LLMEngine) -> None:
+        params = SamplingParams(temperature=0, max_tokens=None)
+        whole = run(engine, self.story, params)[0].outputs[0].token_ids
+        for size, reason in [(len(whole), "stop"), (len(whole) - 1, "length")]:
+            params = SamplingParams(temperature=0, max_tokens=size)
+            sample = run(engine, self.story, params)[0].outputs[0]
+            assert sample.token_ids == whole[:size]
+            assert sample.finish_reason == reason
+
+    def test_ignore_eos_goes_on_and_stop_ids_still_count(
+        self, engine: LLMEngine
+    ) -> None:
+        params = SamplingParams(temperature=0, max_tokens=None)
+        whole = run(engine, self.story, params)[0].outputs[0].token_ids
+        longer = len(whole) + 5
+        params = SamplingParams(temperature=0, max_tokens=longer, ignore_eos=True)
+        sample = run(engine, self.story, params)[0].outputs[0]
+        assert sample.token_ids[: len(whole)] == whole
+        assert (len(sample.token_ids), sample.finish_reason) == (longer, "length")
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=longer,
+            ignore_eos=True,
+            stop_token_ids=[END_OF_TEXT],
+        )
+        sample = run(engine, self.story, params)[0].outputs[0]
+        assert sample.token_ids == whole
+        assert (sample.finish_reason, sample.stop_reason) == ("stop", END_OF_TEXT)
+
+    def test_stop_string_in_mid_token(self, engine: LLMEngine) -> None:
+        params = SamplingParams(temperature=0, max_tokens=40)
+        text = text_of(engine, self.story, params)
+        stop = text[41:47]
+        params = SamplingParams(temperature=0, max_tokens=40, stop=stop)
+        sample = run(engine, self.story, params)[0].outputs[0]
+        assert sample.text == text[: text.index(stop)]
+        assert (sample.finish_reason, sample.stop_reason) == ("stop", stop)
+        for output in engine.stream(self.story, params):
+            assert sample.text.startswith(output.outputs[0].text)
+
+    def test_min_tokens_meets_max_tokens(self, engine: LLMEngine) -> None:
+        params = SamplingParams(temperature=0, max_tokens=200, min_tokens=200)
+        sample = run(engine, self.story, params)[0].outputs[0]
+        assert (len(sample.token_ids), sample.finish_reason) == (200, "length")
+        assert not {IM_END, END_OF_TEXT} & set(sample.token_ids)
+
+
+class Injected(Exception):
+    pass
+
+
+def fail_on_call(
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    name: str,
+    call: int,
+    error: type[BaseException],
+) -> None:
+    """Makes the given call of a method raise, once, counted from now."""
+    original, calls = getattr(owner, name), 0
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise error("injected")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, wrapper)
+
+
+PLACES: dict[str, Callable[[LLMEngine], tuple[Any, str]]] = {
+    "prepare": lambda e: (e.executor.worker.runner, "prepare_inputs"),
+    "model": lambda e: (e.executor.worker.runner.model, "forward"),
+    "layer": lambda e: (e.executor.worker.runner.model.model.layers[3], "forward"),
+    "sampler": lambda e: (e.executor.worker.runner.sampler, "sample"),
+    "detokenizer": lambda e: (
+        __import__("folo_lib.request", fromlist=["x"]).IncrementalDetokenizer,
+        "append",
+    ),
+}
+each_place = pytest.mark.parametrize("place", PLACES)
+LIVELY = SamplingParams(
+    temperature=0.9, seed=3, max_tokens=8, frequency_penalty=0.5, repetition_penalty=1.1
+)
+
+
+PROMPTS = ["The fox", "One day", "A kite"]
+
+
+@pytest.fixture(scope="module")
+def right(shared: LLMEngine) -> list[list[int]]:
+    """What `PROMPTS` give when nothing goes wrong."""
+    return ids_of(shared, PROMPTS, LIVELY)
+
+
+class TestBadDays:
+    @each_place
+    @pytest.mark.parametrize("call", [1, 2, 9, 12, 16])
+    def test_an_exception_ends_its_request_and_no_other(
+        self,
+        fresh: LLMEngine,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        right: list[list[int]],
+        place: str,
+        call: int,
+    ) -> None:
+        fail_on_call(monkeypatch, *PLACES[place](fresh), call, Injected)
+        with caplog.at_level(logging.ERROR):
+            outputs = run(fresh, PROMPTS, LIVELY)
+        assert "injected" in caplog.text
+        hurt = (call - 1) // 8
+        for i, output in enumerate(outputs):
+            sample = output.outputs[0]
+            if i == hurt:
+                assert sample.finish_reason == "error"
+                assert output.error == "Injected: injected"
+                assert sample.token_ids == right[i][: len(sample.token_ids)]
+            else:
+                assert (sample.finish_reason, output.error) == ("length", None)
+                assert sample.token_ids == right[i]
+        assert_idle(fresh)
+        assert ids_of(fresh, PROMPTS, LIVELY) == right
+
+    @each_place
+    @pytest.mark.parametrize("call", [1, 3, 12])
+    def test_ctrl_c_in_generate(
+        self,
+        fresh: LLMEngine,
+        monkeypatch: pytest.MonkeyPatch,
+        right: list[list[int]],
+        place: str,
+        call: int,
+    ) -> None:
+        fail_on_call(monkeypatch, *PLACES[place](fresh), call, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(fresh, PROMPTS, LIVELY)
+        assert_idle(fresh)
+        assert ids_of(fresh, PROMPTS, LIVELY) == right
+
+    @pytest.mark.parametrize("place", ["prepare", "model", "layer", "sampler"])
+    @pytest.mark.parametrize("call", [1, 4, 10])
+    def test_ctrl_c_leaves_the_requests_of_others_unchanged(
+        self,
+        fresh: LLMEngine,
+        monkeypatch: pytest.MonkeyPatch,
+        right: list[list[int]],
+        place: str,
+        call: int,
+    ) -> None:
+        fresh.add_request(PROMPTS[0], LIVELY, "mine")
+        fail_on_call(monkeypatch, *PLACES[place](fresh), call, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(fresh, PROMPTS[1:], LIVELY)
+        while fresh.has_unfinished_requests():
+            [output] = fresh.step()
+        assert output.request_id == "mine"
+        assert output.outputs[0].token_ids == right[0]
+        assert_idle(fresh)
+
+    def test_abort_waiting_and_running(
+        self, engine: LLMEngine, right: list[list[int]]
+    ) -> None:
+        for name, prompt in zip("abc", PROMPTS, strict=True):
+            engine.add_request(prompt, LIVELY, name)
+        for _ in range(3):
+            engine.step()
+        engine.abort_request("a")  # runs
+        engine.abort_request("c")  # waits
+        engine.abort_request("nobody")
+        outputs: dict[str, RequestOutput] = {}
+        while engine.has_unfinished_requests():
+            outputs |= {output.request_id: output for output in engine.step()}
+        samples = {name: output.outputs[0] for name, output in outputs.items()}
+        assert {n: s.finish_reason for n, s in samples.items()} == {
+            "a": "abort",
+            "b": "length",
+            "c": "abort",
+        }
+        assert samples["a"].token_ids == right[0][:3]
+        assert samples["b"].token_ids == right[1]
+        assert samples["c"].token_ids == []
+        engine.abort_request("a")  # finished and forgotten
+
+    def test_abort_all_samples(self, engine: LLMEngine) -> None:
+        engine.add_request("The fox", SamplingParams(n=3, max_tokens=4), "x")
+        for _ in range(6):
+            engine.step()
+        engine.abort_request("x")
+        [output] = engine.step()
+        reasons = [sample.finish_reason for sample in output.outputs]
+        assert reasons == ["length", "abort", "abort"]
+        assert [len(s.token_ids) for s in output.outputs] == [4, 2, 0]
+
+    def test_abort_while_a_step_runs(
+        self, engine: LLMEngine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As from another thread: the token of that step is not shown."""
+        original = engine.executor.execute_model
+
+        def aborting(plans: Any) -> Any:
+            sampled = original(plans)
+            engine.abort_request("x")
+            return sampled
+
+        engine.add_request("The fox", GREEDY, "x")
+        engine.step()
+        monkeypatch.setattr(engine.executor, "execute_model", aborting)
+        [output] = engine.step()
+        assert output.outputs[0].finish_reason == "abort"
+        assert len(output.outputs[0].token_ids) == 1
+
+    def test_stale_contents_of_the_cache_never_matter(
+        self, fresh: LLMEngine, right: list[list[int]]
+    ) -> None:
+        for fill in (float("nan"), 1e30):
+            for pair in fresh.executor.worker.runner.kv_caches:
+                for cache in pair:
+                    cache.fill_(fill)
+            assert ids_of(fresh, PROMPTS, LIVELY) == right
+
+
+class TestMetrics:
+    def test_times_add_up(self, engine: LLMEngine) -> None:
+        first, second = run(engine, ["The fox", "One day"], GREEDY)
+        for output in (first, second):
+            metrics = output.metrics
+            assert metrics.ttft == pytest.approx(
+                metrics.queue_time + metrics.prefill_time
+            )
+            decode = metrics.last_token_time - metrics.first_token_time
+            assert metrics.tpot == pytest.approx(decode / 7)
+            assert metrics.total_time == pytest.approx(metrics.ttft + decode, rel=0.2)
+            assert metrics.throughput == pytest.approx(8 / metrics.total_time)
+            assert metrics.peak_memory is None
+        assert second.metrics.queue_time > first.metrics.total_time * 0.9
+
+    def test_one_token_has_no_time_between_tokens(self, engine: LLMEngine) -> None:
+        [output] = run(engine, "The fox", SamplingParams(max_tokens=1))
+        assert output.metrics.tpot == 0
+
+
+class TestLogprobs:
+    def test_are_those_of_the_raw_logits(self, engine: LLMEngine) -> None:
+        model = engine.executor.worker.runner.model
+        params = SamplingParams(
+            temperature=0.5,
+            top_k=3,
+            repetition_penalty=1.5,
+            seed=1,
+            max_tokens=6,
+            logprobs=2,
+        )
+        [output] = run(engine, "The fox", params)
+        sample, total = output.outputs[0], 0.0
+        ids = output.prompt_token_ids + sample.token_ids
+        exact = model.compute_logits(model(torch.tensor(ids))).log_softmax(-1)
+        rows = exact[len(output.prompt_token_ids) - 1 :]
+        for token, entry, row in zip(
+            sample.token_ids, sample.logprobs, rows, strict=False
+        ):
+            assert entry[token].logprob == pytest.approx(row[token].item(), abs=1e-4)
+            assert entry[token].rank == 1 + (row > row[token]).sum()
+            assert set(entry) == {token, *row.topk(2).indices.tolist()}
+            assert engine.tokenizer is not None
+            assert entry[token].decoded_token == engine.tokenizer.decode(token)
+            total += row[token].item()
+        assert sample.cumulative_logprob == pytest.approx(total, abs=1e-3)
+
+
+class TestMaking:
+    def test_nothing_named_takes_the_bundled_or_the_environments(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.delenv("FOLO_MODEL", raising=False)
+        right = ids_of(LLMEngine(use_tqdm=False), "The fox", GREEDY)
+        copy = shutil.copytree(FOLDER, tmp_path / "copy")
+        monkeypatch.setenv("FOLO_MODEL", str(copy))
+        assert ids_of(LLMEngine(use_tqdm=False), "The fox", GREEDY) == right
+        monkeypatch.setenv("FOLO_MODEL", str(tmp_path / "missing"))
+        with pytest.raises((FileNotFoundError, ConnectionError, ValueError)):
+            LLMEngine(use_tqdm=False)
+
+    def test_a_loaded_model_with_its_own_tokenizer(self, engine: LLMEngine) -> None:
+        model = load_model(FOLDER, use_tqdm=False)
+        config = load_generation_config(FOLDER)
+        own = LLMEngine(model, engine.tokenizer, config)
+        assert text_of(own, "The fox", GREEDY) == text_of(engine, "The fox", GREEDY)
+        assert own.executor.worker.runner.model is model
+
+    def test_without_a_tokenizer_it_takes_and_gives_ids(
+        self, engine: LLMEngine
+    ) -> None:
+        own = LLMEngine(load_model(FOLDER, use_tqdm=False))
+        [output] = run(own, [[488, 1381]], GREEDY)
+        assert output.outputs[0].text == ""
+        assert [output.outputs[0].token_ids] == ids_of(engine, [[488, 1381]], GREEDY)
+        with pytest.raises(ValueError, match="no tokenizer"):
+            run(own, "The fox", GREEDY)
+        with pytest.raises(ValueError, match="no chat template"):
+            own.chat(TestChat.question)
+
+    def test_a_checkpoint_without_generation_config(self, tmp_path: Path) -> None:
+        copy = shutil.copytree(FOLDER, tmp_path / "copy")
+        (copy / "generation_config.json").unlink()
+        engine = LLMEngine(copy, use_tqdm=False)
+        assert engine.processor.default_params == SamplingParams()
+        assert IM_END in engine.processor.eos_token_ids
+
+    @pytest.mark.parametrize(
+        ("missing", "error"),
+        [
+            ("config.json", FileNotFoundError),
+            ("tokenizer.json", FileNotFoundError),
+            ("model.safetensors", FileNotFoundError),
+        ],
+    )
+    def test_an_incomplete_folder(
+        self, tmp_path: Path, missing: str, error: type[Exception]
+    ) -> None:
+        copy = shutil.copytree(FOLDER, tmp_path / "copy")
+        (copy / missing).unlink()
+        with pytest.raises(error):
+            LLMEngine(copy, use_tqdm=False)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"dtype": "int8"}, "unknown dtype 'int8'"),
+            ({"device": "tpu"}, "tpu"),
+            ({"attention_backend": "flash"}, "unknown attention backend 'flash'"),
+            ({"decode": "fast"}, "unknown decode 'fast'"),
+        ],
+    )
+    def test_options_are_judged_before_the_checkpoint_is_looked_for(
+        self, options: dict[str, Any], message: str
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            LLMEngine("nobody/nothing", **options)
+
+    @pytest.mark.parametrize("length", [0, -1, 4097])
+    def test_max_model_len(self, length: int) -> None:
+        with pytest.raises(ValueError, match=rf"max_model_len={length}.*4096"):
+            LLMEngine(FOLDER, max_model_len=length, use_tqdm=False)
+
+    def test_enforce_eager(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("folo_lib.engine.GPUExecutor", Recorder)
+        with pytest.raises(StopIteration) as stopped:
+            LLMEngine(FOLDER, decode="auto", enforce_eager=True, use_tqdm=False)
+        assert stopped.value.value["decode"] == "eager"
+
+    def test_bfloat16(self) -> None:
+        engine = LLMEngine(FOLDER, dtype="bfloat16", device="cpu", use_tqdm=False)
+        assert engine.executor.worker.runner.kv_caches[0][0].dtype == torch.bfloat16
+        assert len(text_of(engine, "Once upon a time", GREEDY)) > 10
+
+    def test_eos_token_ids(self) -> None:
+        def named(ids: Any) -> Any:
+            return GenerationConfig(eos_token_id=ids)
+
+        assert get_eos_token_ids(named([5, 6]), named(7)) == [5, 6]
+        assert get_eos_token_ids(None, named(None), named(7)) == [7]
+        assert get_eos_token_ids(None) == []
+        assert get_eos_token_ids(load_generation_config(FOLDER)) == [
+            IM_END,
+            END_OF_TEXT,
+        ]
+
+
+class Recorder:
+    def __init__(self, model: Any, **options: Any) -> None:
+        raise StopIteration(options)
+
+
+class TestScheduler:
+    def test_blocks_for_all_that_may_be_written(self, engine: LLMEngine) -> None:
+        allocator = BlockAllocator(10, 16)
+        scheduler = FCFSScheduler(allocator)
+        params = SamplingParams(max_tokens=20)
+        [one] = engine.processor.process_request([5] * 40, params)
+        [two] = engine.processor.process_request([5], params)
+        scheduler.add(one)
+        scheduler.add(two)
+        [plan] = scheduler.schedule()
+        assert plan.request_id == one.sample_id
+        assert plan.block_ids == [0, 1, 2, 3]  # 60 tokens
+        assert scheduler.schedule()[0].request_id == one.sample_id
+        scheduler.finish(two)  # while it waits
+        scheduler.finish(one)
+        scheduler.finish(one)
+        assert allocator.num_free_blocks == 10
+        assert not scheduler.has_unfinished()
+        assert scheduler.schedule() == []
+
+    def test_tokenizer_type(self, engine: LLMEngine) -> None:
+        assert isinstance(engine.tokenizer, PreTrainedTokenizerBase)
