@@ -209,15 +209,16 @@ class AttentionBackend(ABC):
         """
         for cache, new in zip(kv_cache, (key, value), strict=True):
             write_cache(cache, metadata.slot_mapping, new)
-        starts, output = metadata.query_start_loc.tolist(), torch.empty_like(query)
+        starts, outputs = metadata.query_start_loc.tolist(), []
         for i, seq_len in enumerate(metadata.seq_lens.tolist()):
-            tokens = slice(starts[i], starts[i + 1])
             first_slot = metadata.first_slots[i] if metadata.first_slots else None
             where = metadata.block_table[i], seq_len, first_slot
             keys, values = (read_cache(cache, *where) for cache in kv_cache)
-            queries = query[tokens].transpose(0, 1)[None]  # [S, H, D] -> [1, H, S, D]
-            output[tokens] = self.attend(queries, keys, values)[0].transpose(0, 1)
-        return output
+            queries = query[starts[i] : starts[i + 1]]  # [S, H, D]
+            queries = queries.transpose(0, 1)[None]  # [1, H, S, D]
+            output = self.attend(queries, keys, values)  # [1, H, S, D]
+            outputs.append(output[0].transpose(0, 1))  # [S, H, D]
+        return torch.cat(outputs)
 
 
 # %% ../notebooks/01_attention.ipynb #torch-naive-backend

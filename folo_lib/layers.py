@@ -28,7 +28,10 @@ class RMSNorm(nn.Module):
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
+        # Tensors, because a number becomes one at every call, and that costs as much
+        # as the arithmetic where vectors are short.
+        self.size = torch.tensor(float(hidden_size), device="cpu")
+        self.eps = torch.tensor(eps, device="cpu")
 
     @overload
     def forward(self, x: Tensor) -> Tensor: ...
@@ -52,8 +55,9 @@ class RMSNorm(nn.Module):
         if residual is not None:
             x = residual = x + residual
         x32 = x.float()  # squares overflow in float16 and lose their tail in bfloat16
-        mean_square = x32.square().mean(dim=-1, keepdim=True)  # [..., 1]
-        normed = x32 * torch.rsqrt(mean_square + self.eps)
+        squares = x32.square().sum(dim=-1, keepdim=True)  # [..., 1]
+        # addcdiv(a, b, c) is a + b / c
+        normed = x32 * torch.rsqrt(torch.addcdiv(self.eps, squares, self.size))
         # Hugging Face rounds to the model's dtype before the weight, not after it.
         normed = self.weight * normed.to(x.dtype)
         return normed if residual is None else (normed, residual)

@@ -102,9 +102,8 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = head_dim
         self.heads = [num_attention_heads, num_key_value_heads, num_key_value_heads]
-        inner = num_attention_heads * head_dim
         self.qkv_proj = nn.Linear(hidden_size, sum(self.heads) * head_dim, qkv_bias)
-        self.o_proj = nn.Linear(inner, hidden_size, o_bias)
+        self.o_proj = nn.Linear(num_attention_heads * head_dim, hidden_size, o_bias)
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()
         if qk_norm_eps is not None:
@@ -124,8 +123,9 @@ class Attention(nn.Module):
         qkv = self.qkv_proj(hidden_states)
         qkv = qkv.unflatten(-1, (-1, self.head_dim))  # [..., H + 2 * H_kv, D]
         query, key, value = qkv.split(self.heads, dim=-2)
-        query = apply_rotary_emb(self.q_norm(query), cos, sin)  # [..., H, D]
-        key = apply_rotary_emb(self.k_norm(key), cos, sin)  # [..., H_kv, D]
+        normed = torch.cat((self.q_norm(query), self.k_norm(key)), dim=-2)
+        rotated = apply_rotary_emb(normed, cos, sin)  # [..., H + H_kv, D]
+        query, key = torch.split(rotated, self.heads[:2], dim=-2)
         if kv_cache is not None and metadata is not None:
             output = self.backend.forward(query, key, value, kv_cache, metadata)
         else:  # [..., S, H, D] -> [..., H, S, D] and back

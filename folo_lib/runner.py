@@ -15,9 +15,9 @@ __all__ = [
     "fill_tables",
     "start_batch",
     "make_input_batch",
+    "to_host",
     "ModelRunner",
     "get_model_runner",
-    "to_host",
     "check_options",
     "get_model",
     "GPUWorker",
@@ -266,6 +266,32 @@ def make_input_batch(
     )
 
 
+# %% ../notebooks/08_runner.ipynb #to-host
+def to_host(
+    scheduled: Sequence[ScheduledRequest],
+    token_ids: Tensor,
+    logprobs: LogprobsTensors | None,
+) -> list[SampledToken]:
+    """What each request drew, with as many log-probabilities as it asked for."""
+    tokens = token_ids.tolist()
+    if logprobs is None:
+        return [SampledToken(token) for token in tokens]
+    sampled = []
+    ids, values = logprobs.token_ids.tolist(), logprobs.logprobs.tolist()
+    for i, (request, rank) in enumerate(
+        zip(scheduled, logprobs.ranks.tolist(), strict=True)
+    ):
+        wanted = request.params.logprobs
+        if wanted is None:
+            sampled.append(SampledToken(tokens[i]))
+            continue
+        size = len(ids[i]) if wanted == -1 else 1 + wanted
+        ranks = [rank, *range(1, size)]
+        entries = list(zip(ids[i][:size], values[i][:size], ranks, strict=True))
+        sampled.append(SampledToken(tokens[i], entries))
+    return sampled
+
+
 # %% ../notebooks/08_runner.ipynb #model-runner
 class ModelRunner:
     """Runs steps of a model, on the device where the model is.
@@ -312,6 +338,10 @@ class ModelRunner:
         logits = self.get_next_token_logits(hidden_states, batch)
         return self.sampler.sample(logits, batch.sampling)
 
+    def run_step(self, scheduled: Sequence[ScheduledRequest]) -> list[SampledToken]:
+        """A whole step, from plain requests to plain tokens."""
+        return to_host(scheduled, *self.execute_model(self.prepare_inputs(scheduled)))
+
 
 # %% ../notebooks/08_runner.ipynb #get-model-runner
 MODEL_RUNNERS = {"eager": "folo_lib.runner:ModelRunner"}
@@ -329,32 +359,6 @@ def get_model_runner(name: str = "auto") -> type[ModelRunner]:
         raise ValueError(f"unknown decode {name!r}: choose one of {names}.")
     runner: type[ModelRunner] = pkgutil.resolve_name(path)
     return runner
-
-
-# %% ../notebooks/08_runner.ipynb #to-host
-def to_host(
-    scheduled: Sequence[ScheduledRequest],
-    token_ids: Tensor,
-    logprobs: LogprobsTensors | None,
-) -> list[SampledToken]:
-    """What each request drew, with as many log-probabilities as it asked for."""
-    tokens = token_ids.tolist()
-    if logprobs is None:
-        return [SampledToken(token) for token in tokens]
-    sampled = []
-    ids, values = logprobs.token_ids.tolist(), logprobs.logprobs.tolist()
-    for i, (request, rank) in enumerate(
-        zip(scheduled, logprobs.ranks.tolist(), strict=True)
-    ):
-        wanted = request.params.logprobs
-        if wanted is None:
-            sampled.append(SampledToken(tokens[i]))
-            continue
-        size = len(ids[i]) if wanted == -1 else 1 + wanted
-        ranks = [rank, *range(1, size)]
-        entries = list(zip(ids[i][:size], values[i][:size], ranks, strict=True))
-        sampled.append(SampledToken(tokens[i], entries))
-    return sampled
 
 
 # %% ../notebooks/08_runner.ipynb #check-options
@@ -440,9 +444,8 @@ class GPUWorker:
     def execute_model(
         self, scheduled: Sequence[ScheduledRequest]
     ) -> list[SampledToken]:
-        """Runs a step; the one place where the host waits for the device."""
-        batch = self.runner.prepare_inputs(scheduled)
-        return to_host(scheduled, *self.runner.execute_model(batch))
+        """Runs a step: the next token of each request."""
+        return self.runner.run_step(scheduled)
 
     def get_peak_memory(self) -> int | None:
         """Most bytes that were ever allocated on a GPU; None on other devices."""

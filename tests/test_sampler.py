@@ -417,12 +417,15 @@ class TestPenalties:
             ours = Sampler.apply_penalties(logits, metadata)
             assert torch.equal(ours, processor(ids, logits))
 
-    def test_frequency_and_presence_as_vllm_writes_them(self) -> None:
+    def test_frequency_and_presence_as_in_vllm(self) -> None:
         logits, counts = torch.randn(4, 30), torch.randint(0, 4, (4, 30))
         frequency, presence = torch.randn(4), torch.randn(4)
-        expected = logits.clone()  # vllm/model_executor/layers/utils.py
-        expected -= frequency.unsqueeze(dim=1) * counts
-        expected -= presence.unsqueeze(dim=1) * (counts > 0)
+        expected = logits.clone()
+        for row in range(4):
+            for token in range(30):
+                if count := counts[row, token]:
+                    expected[row, token] -= frequency[row] * count
+                    expected[row, token] -= presence[row]
         none = torch.zeros(4, 30, dtype=torch.bool)
         ours = apply_penalties(
             logits, none, counts.int(), torch.ones(4), frequency, presence

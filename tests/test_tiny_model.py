@@ -709,17 +709,52 @@ class TestTraining:
         assert 0 < factors[-1] < 0.01
         assert factors[200:] == sorted(factors[200:], reverse=True)
 
-    def test_every_parameter_has_one_optimizer(self) -> None:
+    @pytest.mark.parametrize("bfloat16", [False, True])
+    def test_every_parameter_has_one_optimizer(self, bfloat16: bool) -> None:
         config = train.tiny_config()
         with torch.device("meta"):
             model = Qwen3ForCausalLM(config)
         held = [
-            p
-            for optimizer in train.make_optimizers(model)
+            (p, type(optimizer))
+            for optimizer in train.make_optimizers(model, bfloat16)
             for group in optimizer.param_groups
             for p in group["params"]
         ]
-        assert len(held) == len(set(held)) == len(list(model.parameters()))
+        assert len(held) == len({p for p, _ in held}) == len(list(model.parameters()))
+        muons = [p for p, kind in held if kind is torch.optim.Muon]
+        assert len(muons) == (4 * config.num_hidden_layers if bfloat16 else 0)
+        assert all(p.dim() == 2 and len(p) != config.vocab_size for p in muons)
+
+    @pytest.mark.parametrize("bfloat16", [False, True])
+    def test_learns(self, bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One narrow layer, in bfloat16 with Muon and in float32 without, to long rows."""
+        config = train.tiny_config(len(TOKENIZER))
+        config.hidden_size, config.intermediate_size = 64, 96
+        config.num_hidden_layers = 1
+        config.layer_types = ["full_attention"]
+        monkeypatch.setattr(train, "tiny_config", lambda vocab_size: config)
+        dtypes: list[torch.dtype] = []
+        losses: list[float] = []
+        compute_logits = Qwen3ForCausalLM.compute_logits
+
+        def spy(model: Qwen3ForCausalLM, hidden_states: Tensor) -> Tensor:
+            logits = compute_logits(model, hidden_states)
+            dtypes.append(logits.dtype)
+            return logits
+
+        monkeypatch.setattr(Qwen3ForCausalLM, "compute_logits", spy)
+        train.train(
+            TOKENIZER,
+            10,
+            rows=2,
+            length=160,
+            bfloat16=bfloat16,
+            log_every=3,
+            report=lambda model, step, loss: losses.append(loss),
+        )
+        assert set(dtypes) == {torch.bfloat16 if bfloat16 else torch.float32}
+        assert len(losses) == 4
+        assert losses[0] > losses[1] > losses[2]
 
     def test_a_saved_model_loads(self, tmp_path: Path) -> None:
         """Trained for three steps from the bundled one, saved, loaded: bfloat16 exact."""
