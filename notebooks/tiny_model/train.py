@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
 
 from folo_lib.qwen3 import Qwen3ForCausalLM
@@ -86,16 +87,36 @@ def batches(
         yield torch.tensor(ids)[:, :-1], torch.tensor(targets)[:, 1:]
 
 
-def make_optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for the embedding and the vectors."""
+class Batches(IterableDataset[tuple[Tensor, Tensor]]):
+    """`batches` for a `DataLoader`, whose worker writes the next ones ahead of time."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, seed: int, rows: int, length: int
+    ) -> None:
+        self.arguments = (tokenizer, seed, rows, length)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return batches(*self.arguments)
+
+    def load(self, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same batches for 0 workers, that is in this process, and for 1."""
+        return iter(DataLoader(self, batch_size=None, num_workers=workers))
+
+
+def make_optimizers(
+    model: Qwen3ForCausalLM, bfloat16: bool
+) -> list[torch.optim.Optimizer]:
+    """AdamW; with `bfloat16`, in which PyTorch's Muon computes, that for the layers' matrices."""
     matrices = {
-        n: p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if bfloat16 and parameter.dim() == 2 and "embed" not in name
     }
-    others = [p for n, p in model.named_parameters() if n not in matrices]
-    return [
-        torch.optim.Muon(list(matrices.values()), lr=0.02, weight_decay=0.01),
-        torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
+    others = [p for name, p in model.named_parameters() if name not in matrices]
+    adamw = torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.98), weight_decay=0.0)
+    if not matrices:
+        return [adamw]
+    return [torch.optim.Muon(matrices.values(), lr=0.02, weight_decay=0.01), adamw]
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int = 40) -> float:
@@ -110,6 +131,7 @@ def train(
     length: int = 320,
     seed: int = 0,
     device: str = "cpu",
+    bfloat16: bool = False,
     compile_model: bool = False,
     log_every: int = 50,
     report: Callable[[Qwen3ForCausalLM, int, float], None] | None = None,
@@ -124,6 +146,7 @@ def train(
         length: tokens in a row.
         seed: of the weights and the corpus.
         device: `"cpu"` or `"cuda"`.
+        bfloat16: autocast, and Muon beside AdamW; slow where the hardware has no bfloat16.
         compile_model: fuse the step with `torch.compile`; wants a C++ compiler on a CPU.
         log_every: steps between two reports.
         report: called with the model, the step and the mean loss since the last report.
@@ -137,17 +160,18 @@ def train(
     model = Qwen3ForCausalLM(config, attention_backend="torch_naive").to(device)
     if start is not None:
         model.load_weights(load_file(start / "model.safetensors").items())
-    optimizers = make_optimizers(model)
+    optimizers = make_optimizers(model, bfloat16)
     base_rates = [group["lr"] for o in optimizers for group in o.param_groups]
 
     def loss_of(input_ids: Tensor, targets: Tensor) -> Tensor:
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
             logits = model.compute_logits(model(input_ids))
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     step_loss = torch.compile(loss_of) if compile_model else loss_of
-    short = batches(tokenizer, seed + 1, rows, length)
-    long = batches(tokenizer, seed + 2, max(rows // 3, 1), 3 * length)
+    workers = int(device == "cuda")  # on a CPU a worker would compete with training
+    short = Batches(tokenizer, seed + 1, rows, length).load(workers)
+    long = Batches(tokenizer, seed + 2, max(rows // 3, 1), 3 * length).load(workers)
     losses: list[Tensor] = []
     for step in range(steps):
         factor = learning_rate_factor(step, steps)
@@ -230,12 +254,23 @@ def main() -> None:
         "--out", type=Path, required=True, help="folder for the checkpoint"
     )
     parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--start", type=Path, help="checkpoint to go on from")
+    known = parser.add_mutually_exclusive_group()
+    known.add_argument(
+        "--start", type=Path, help="checkpoint to go on from, with its tokenizer"
+    )
+    known.add_argument(
+        "--tokenizer", type=Path, help="folder of a tokenizer; default: learn a new one"
+    )
     parser.add_argument(
         "--seed", type=int, default=0, help="of the weights and the corpus"
     )
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument(
+        "--bfloat16",
+        action="store_true",
+        help="autocast and Muon, for a CPU with bfloat16 instructions; always on a GPU",
     )
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
     parser.add_argument(
@@ -245,12 +280,14 @@ def main() -> None:
     if args.average is not None:
         return average(*args.average, args.out)
 
-    if args.start is None:
+    known_tokenizer = args.start or args.tokenizer
+    if known_tokenizer is None:
         corpus = documents(seed=0)
         texts = ("".join(text for text, _ in next(corpus)) for _ in range(30_000))
         tokenizer = train_tokenizer(texts, vocab_size=2048)
     else:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.start)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(known_tokenizer)
+    bfloat16 = args.bfloat16 or args.device == "cuda"
     began = time.perf_counter()
     history: list[tuple[int, float]] = []
 
@@ -266,6 +303,7 @@ def main() -> None:
         tokenizer,
         args.steps,
         device=args.device,
+        bfloat16=bfloat16,
         compile_model=args.compile,
         report=report,
         start=args.start,
@@ -277,6 +315,7 @@ def main() -> None:
     record = {
         "steps": args.steps,
         "device": args.device,
+        "bfloat16": bfloat16,
         "torch": torch.__version__,
         "seconds": round(time.perf_counter() - began),
         "seed": args.seed,
