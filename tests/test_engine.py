@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import random
@@ -24,6 +25,7 @@ from folo_lib import LLMEngine, SamplingParams, bundled_model_path, load_model
 from folo_lib.engine import FCFSScheduler, get_eos_token_ids, load_generation_config
 from folo_lib.kv_cache import BlockAllocator
 from folo_lib.request import Request, RequestOutput
+from folo_lib.runner import ScheduledRequest
 
 FOLDER = bundled_model_path()
 IM_END, END_OF_TEXT = 2045, 2043
@@ -671,6 +673,9 @@ class TestBadDays:
         assert output.request_id == "mine"
         assert output.outputs[0].token_ids == right[0]
         assert_idle(fresh)
+        if call <= 8:  # it was interrupted itself, and ran last
+            counts = fresh.executor.worker.runner.running.sampling.output_counts
+            assert counts.sum() == 7  # all tokens but the last, none counted twice
 
     def test_abort_waiting_and_running(
         self, engine: LLMEngine, right: list[list[int]]
@@ -707,7 +712,10 @@ class TestBadDays:
         assert [len(s.token_ids) for s in output.outputs] == [4, 2, 0]
 
     def test_abort_while_a_step_runs(
-        self, engine: LLMEngine, monkeypatch: pytest.MonkeyPatch
+        self,
+        engine: LLMEngine,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
     ) -> None:
         """As from another thread: the token of that step is not shown."""
         original = engine.executor.execute_model
@@ -723,6 +731,7 @@ class TestBadDays:
         [output] = engine.step()
         assert output.outputs[0].finish_reason == "abort"
         assert len(output.outputs[0].token_ids) == 1
+        assert not caplog.records  # and it is no error
 
     def test_stale_contents_of_the_cache_never_matter(
         self, fresh: LLMEngine, right: list[list[int]]
@@ -886,7 +895,24 @@ class Recorder:
         raise StopIteration(options)
 
 
+class Chunks(FCFSScheduler):
+    """Reads prompts seven tokens at a time."""
+
+    def schedule(self) -> list[ScheduledRequest]:
+        return [
+            dataclasses.replace(plan, token_ids=plan.token_ids[:7])
+            for plan in super().schedule()
+        ]
+
+
 class TestScheduler:
+    def test_a_prompt_may_be_read_in_chunks(self, engine: LLMEngine) -> None:
+        chunked = LLMEngine(FOLDER, device="cpu", scheduler=Chunks, use_tqdm=False)
+        prompts = [[5 + i] * n for i, n in enumerate((3, 7, 8, 40))]
+        for params in (GREEDY, LIVELY):
+            assert ids_of(chunked, prompts, params) == ids_of(engine, prompts, params)
+        assert_idle(chunked)
+
     def test_blocks_for_all_that_may_be_written(self, engine: LLMEngine) -> None:
         allocator = BlockAllocator(10, 16)
         scheduler = FCFSScheduler(allocator)

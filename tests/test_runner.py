@@ -377,7 +377,21 @@ class TestErrors:
     def test_names(self) -> None:
         assert get_model_runner("eager") is get_model_runner() is ModelRunner
         for name in MODEL_RUNNERS:
-            assert issubclass(get_model_runner(name), ModelRunner)
+            assert issubclass(get_model_runner(name, "cuda"), ModelRunner)
+
+    def test_auto_is_the_fastest_on_the_device(self) -> None:
+        assert get_model_runner("auto", "cpu") is get_model_runner("eager", "cuda")
+        assert get_model_runner("auto", "cuda") is get_model_runner(
+            "cuda_graph", torch.device("cuda", 0)
+        )
+
+    @pytest.mark.parametrize("name", ["cuda_graph", "plain_cuda_graph"])
+    def test_a_graph_needs_cuda(self, name: str, bundled: Qwen3ForCausalLM) -> None:
+        needs_cuda = f"decode='{name}' needs a CUDA device, and this one is 'cpu'"
+        with pytest.raises(ValueError, match=needs_cuda):
+            check_options("auto", "cpu", "auto", name)
+        with pytest.raises(ValueError, match=needs_cuda):
+            GPUWorker(bundled, decode=name)
 
     def test_a_runner_of_ones_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(MODEL_RUNNERS, "mine", f"{__name__}:OwnRunner")

@@ -1,0 +1,497 @@
+"""fast_decode.py: graphs against the eager runner, on a CPU without recording, and on a GPU."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from models import load, make_config, make_reference
+
+from folo_lib import LLMEngine, bundled_model_path, load_model
+from folo_lib.attention import naive_attention
+from folo_lib.fast_decode import (
+    CUDAGraphRunner,
+    Flight,
+    RunAhead,
+    attend_bucket,
+    choose_bucket,
+    load_step,
+    make_buckets,
+    run_layer,
+    sampling_kind,
+    use_backend,
+)
+from folo_lib.qwen3 import Qwen3ForCausalLM
+from folo_lib.runner import MODEL_RUNNERS, GPUWorker, ModelRunner, ScheduledRequest
+from folo_lib.sampling_params import SamplingParams
+
+NO_GPU = "records CUDA graphs, and there is no CUDA device"
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU),
+]
+DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
+RUNNERS = [
+    pytest.param(("cpu", "unrecorded"), id="cpu"),
+    pytest.param(("cuda", "plain_cuda_graph"), id="graph", marks=GPU),
+    pytest.param(("cuda", "cuda_graph"), id="compiled", marks=GPU),
+]
+GREEDY = SamplingParams(temperature=0, max_tokens=40)
+STEMS = ["Once upon a time", "What is a KV cache?", "The little fox", "Copy: 7 3 9 1"]
+PROMPTS = [
+    *STEMS,
+    *[f"{stem} {n}" for stem in STEMS for n in ("", "and then", "a b c d e")],
+    *["x" * n for n in (1, 2, 31, 32, 33, 64, 100)],
+    "Tell me about engines. " * 12,
+]
+Case = tuple[str, str]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unrecorded() -> Iterator[None]:
+    """A name for the runner as it is on a CPU, where nothing is recorded."""
+    with pytest.MonkeyPatch.context() as patch:
+        path = MODEL_RUNNERS["cuda_graph"]
+        patch.setitem(MODEL_RUNNERS, "unrecorded", path)
+        yield
+
+
+def make_engine(case: Case, **options: Any) -> LLMEngine:
+    """With the bundled checkpoint in float32, and stale NaN wherever it can be."""
+    device, decode = case
+    options = {"dtype": "float32", "max_model_len": 700} | options
+    options |= {"device": device, "decode": decode, "use_tqdm": False}
+    engine = LLMEngine(bundled_model_path(), **options)
+    fill_with_nan(engine.executor.worker.runner)
+    return engine
+
+
+def fill_with_nan(runner: ModelRunner) -> None:
+    for pair in runner.kv_caches:
+        for cache in pair:
+            cache.fill_(float("nan"))
+
+
+def tokens_of(
+    engine: LLMEngine, prompts: Sequence[str], params: SamplingParams
+) -> list[list[int]]:
+    outputs = engine.generate(list(prompts), params, use_tqdm=False)
+    assert [output.error for output in outputs] == [None] * len(outputs)
+    return [list(one.token_ids) for output in outputs for one in output.outputs]
+
+
+@pytest.fixture(scope="module", params=RUNNERS)
+def engines(request: pytest.FixtureRequest) -> tuple[LLMEngine, LLMEngine]:
+    """An eager engine, and one with graphs."""
+    device, decode = request.param
+    return make_engine((device, "eager")), make_engine((device, decode))
+
+
+class TestBuckets:
+    def test_they_double_and_the_last_holds_all(self) -> None:
+        assert make_buckets(1000) == [256, 512, 1000]
+        assert make_buckets(1024) == [256, 512, 1024]
+        assert make_buckets(1040) == [256, 512, 1024, 1040]
+        assert make_buckets(256) == [256]
+        assert make_buckets(16) == [16]
+        assert make_buckets(100, smallest=16) == [16, 32, 64, 100]
+
+    @pytest.mark.parametrize("num_slots", [1, 255, 256, 257, 4096, 40960])
+    def test_every_length_has_the_smallest_that_holds_it(self, num_slots: int) -> None:
+        buckets = make_buckets(num_slots)
+        assert buckets == sorted(set(buckets))
+        for length in range(1, num_slots + 1, max(1, num_slots // 97)):
+            bucket = choose_bucket(buckets, length)
+            assert bucket == min(b for b in buckets if b >= length)
+        assert choose_bucket(buckets, num_slots) == num_slots
+        assert choose_bucket(buckets, num_slots + 1) is None
+
+
+class TestAttendBucket:
+    @pytest.mark.parametrize("device", DEVICES)
+    @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1), (14, 2)])
+    @pytest.mark.parametrize("position", [0, 1, 14, 30, 31])
+    def test_equals_naive_attention_over_what_is_seen(
+        self, device: str, heads: int, kv_heads: int, position: int
+    ) -> None:
+        with torch.device(device):
+            query = torch.randn(1, heads, 16)
+            keys, values = torch.randn(2, 32, kv_heads, 16)
+            place = torch.tensor([position])
+        seen = [x[: position + 1].transpose(0, 1)[None] for x in (keys, values)]
+        exact = naive_attention(query[:, :, None], *seen, 0.3)[:, :, 0]
+        for stale in (0.0, 1e30, float("inf"), -float("inf"), float("nan")):
+            keys[position + 1 :], values[position + 1 :] = stale, stale
+            ours = attend_bucket(query, keys, values, place, 0.3)
+            torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
+
+
+class TestUseBackend:
+    def test_gives_back_what_was_there_after_an_error_too(self) -> None:
+        config = make_config("qwen3 4/1")
+        model = load(config, make_reference(config), "torch_sdpa")
+        layers: list[Any] = list(model.model.layers)
+        before = [layer.self_attn.backend for layer in layers]
+        other = type(before[0])()
+        with pytest.raises(KeyError), use_backend(model, other):
+            assert all(layer.self_attn.backend is other for layer in layers)
+            raise KeyError
+        assert [layer.self_attn.backend for layer in layers] == before
+
+
+class Launcher:
+    """Steps that only note when they were launched and read; place `p` draws 100 + p."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+
+    def __call__(self, position: int) -> Any:
+        self.log.append(f"launch {position}")
+
+        def read() -> int:
+            self.log.append(f"read {position}")
+            return 100 + position
+
+        return read
+
+
+def ask(name: str, position: int, *token_ids: int) -> list[ScheduledRequest]:
+    return [ScheduledRequest(name, token_ids, position, [0], [1, 2], GREEDY)]
+
+
+class TestRunAhead:
+    def test_every_step_starts_before_the_one_before_it_is_read(self) -> None:
+        launcher = Launcher()
+        ahead = RunAhead(launcher)
+        token = ahead.finish(Flight("a", 4, launcher(4)), 8)
+        for position in (5, 6, 7):
+            flight = ahead.take(ask("a", position, token))
+            assert flight is not None and flight.position == position
+            token = ahead.finish(flight, 8)
+            assert token == 100 + position
+        assert launcher.log == [
+            *["launch 4", "launch 5", "read 4", "launch 6", "read 5"],
+            *["launch 7", "read 6", "read 7"],
+        ]
+
+    def test_nothing_starts_at_the_limit(self) -> None:
+        launcher = Launcher()
+        ahead = RunAhead(launcher)
+        assert ahead.finish(Flight("a", 7, launcher(7)), 8) == 107
+        assert ahead.flight is None and launcher.log == ["launch 7", "read 7"]
+
+    @pytest.mark.parametrize(
+        "asked",
+        [
+            ask("b", 5, 104),
+            ask("a", 6, 104),
+            ask("a", 0, 104),
+            ask("a", 5, 7),
+            ask("a", 5, 104, 104),
+            ask("a", 5, 104) + ask("b", 5, 104),
+            [],
+        ],
+    )
+    def test_a_step_nobody_asked_for_is_dropped(
+        self, asked: list[ScheduledRequest]
+    ) -> None:
+        launcher = Launcher()
+        ahead = RunAhead(launcher)
+        ahead.finish(Flight("a", 4, launcher(4)), 8)
+        assert ahead.take(asked) is None
+        assert ahead.take(ask("a", 5, 104)) is None  # it is gone for good
+        assert "read 5" not in launcher.log
+
+    def test_an_interrupted_read_leaves_nothing_in_flight(self) -> None:
+        def interrupted() -> int:
+            raise KeyboardInterrupt
+
+        ahead = RunAhead(Launcher())
+        with pytest.raises(KeyboardInterrupt):
+            ahead.finish(Flight("a", 4, interrupted), 8)
+        assert ahead.flight is None
+
+
+SAMPLED = {
+    "temperature": SamplingParams(temperature=0.9, seed=5, max_tokens=24),
+    "top_k": SamplingParams(temperature=0.8, top_k=30, seed=6, max_tokens=24),
+    "top_p": SamplingParams(temperature=1.1, top_p=0.8, seed=7, max_tokens=24),
+    "min_p": SamplingParams(temperature=1.0, min_p=0.05, seed=8, max_tokens=24),
+    "all": SamplingParams(
+        temperature=1.0, top_k=40, top_p=0.9, min_p=0.01, seed=9, max_tokens=24, n=2
+    ),
+    "penalties": SamplingParams(
+        temperature=0.9, seed=1, repetition_penalty=1.3, frequency_penalty=0.2, n=2
+    ),
+    "min_tokens": SamplingParams(temperature=0, min_tokens=30, max_tokens=40),
+    "logprobs": SamplingParams(temperature=0.7, seed=2, logprobs=3, max_tokens=12),
+}
+
+
+class TestTokens:
+    def test_greedy_equals_eager(self, engines: tuple[LLMEngine, LLMEngine]) -> None:
+        assert len(PROMPTS) >= 20
+        ours, eager = (tokens_of(engine, PROMPTS, GREEDY) for engine in engines)
+        assert ours == eager
+        assert len({len(tokens) for tokens in eager}) > 2  # some stop early
+
+    @pytest.mark.parametrize("name", SAMPLED)
+    def test_seeded_sampling_equals_eager(
+        self, name: str, engines: tuple[LLMEngine, LLMEngine]
+    ) -> None:
+        ours, eager = (tokens_of(e, PROMPTS[:5], SAMPLED[name]) for e in engines)
+        assert ours == eager
+
+    def test_logprobs_equal_eager(self, engines: tuple[LLMEngine, LLMEngine]) -> None:
+        both = [
+            engine.generate(PROMPTS[0], SAMPLED["logprobs"], use_tqdm=False)[0]
+            for engine in engines
+        ]
+        for ours, eager in zip(*(o.outputs[0].logprobs for o in both), strict=True):
+            assert list(ours) == list(eager)
+            for token_id, entry in eager.items():
+                assert math.isclose(ours[token_id].logprob, entry.logprob, abs_tol=1e-4)
+
+    def test_contexts_that_cross_buckets(
+        self, engines: tuple[LLMEngine, LLMEngine]
+    ) -> None:
+        params = replace(GREEDY, ignore_eos=True, max_tokens=30)
+        for length in (250, 256, 505, 512, 669, 670):
+            prompt = torch.randint(1, 900, (length,)).tolist()
+            ours, eager = (
+                engine.generate([prompt], params, use_tqdm=False)[0].outputs[0]
+                for engine in engines
+            )
+            assert ours.token_ids == eager.token_ids and len(ours.token_ids) == 30
+
+    def test_a_late_stop_shows_no_extra_token(
+        self, engines: tuple[LLMEngine, LLMEngine]
+    ) -> None:
+        text = tokens_of(engines[0], PROMPTS[:1], GREEDY)[0]
+        params = replace(GREEDY, stop_token_ids=[text[7]])
+        expected = text[: text.index(text[7]) + 1]
+        for prompts in (PROMPTS[:1], PROMPTS[:2]):
+            assert tokens_of(engines[1], prompts, params)[0] == expected
+
+    def test_streams_one_by_one(self, engines: tuple[LLMEngine, LLMEngine]) -> None:
+        expected = tokens_of(engines[0], PROMPTS[:1], GREEDY)[0]
+        stream = engines[1].stream(PROMPTS[0], GREEDY)
+        for length, output in enumerate(stream, 1):
+            assert output.outputs[0].token_ids == expected[:length]
+
+    def test_requests_taking_turns(self, engines: tuple[LLMEngine, LLMEngine]) -> None:
+        """Plans as a scheduler would make them that gives each request one step."""
+        runs = []
+        for engine in engines:
+            runs.append(take_turns(engine))
+            fill_with_nan(engine.executor.worker.runner)
+        assert runs[0] == runs[1]
+
+
+def take_turns(engine: LLMEngine) -> list[list[int]]:
+    blocks = [list(range(10)), list(range(10, 20))]
+    texts = [list(range(50, 71)), list(range(300, 340))]
+    starts = [len(text) for text in texts]
+    cached = [0, 0]
+    for turn in range(20):
+        who = [0, 1] if turn % 5 == 4 else [turn % 2]
+        plans = [
+            ScheduledRequest(
+                f"r{i}",
+                texts[i][cached[i] :],
+                cached[i],
+                blocks[i],
+                texts[i][: starts[i]],
+                SamplingParams(temperature=i * 0.8),
+                seed=3,
+            )
+            for i in who
+        ]
+        sampled = engine.executor.execute_model(plans)
+        for i, token in zip(who, sampled, strict=True):
+            cached[i] = len(texts[i])
+            texts[i].append(token.token_id)
+    return texts
+
+
+class TestRunner:
+    def make(self, model: Qwen3ForCausalLM, num_blocks: int = 8) -> CUDAGraphRunner:
+        runner = CUDAGraphRunner(model, block_size=16)
+        runner.initialize_kv_caches(num_blocks)
+        runner.warm_up(use_tqdm=False)
+        fill_with_nan(runner)
+        return runner
+
+    @pytest.mark.parametrize(
+        "case", ["qwen3 6/3 untied", "qwen3 14/2 untied bias", "qwen2 6/3 yarn"]
+    )
+    @torch.inference_mode()
+    def test_other_models(self, case: str) -> None:
+        config = make_config(case)
+        model = load(config, make_reference(config), "torch_naive")
+        eager = ModelRunner(model, 16)
+        eager.initialize_kv_caches(8)
+        tokens = torch.randint(config.vocab_size, (41,)).tolist()
+        runs = []
+        for runner in (self.make(model), eager):
+            text, cached = list(tokens), 0
+            for _ in range(30):
+                plan = ScheduledRequest(
+                    "x", text[cached:], cached, range(8), tokens, GREEDY
+                )
+                cached = len(text)
+                text.append(runner.run_step([plan])[0].token_id)
+            runs.append(text)
+        assert runs[0] == runs[1]
+
+    @torch.inference_mode()
+    def test_slots_of_others_are_left_alone(self) -> None:
+        """A prompt fills its bucket up; the filling goes to the block behind the last."""
+        config = make_config("qwen3 4/1")
+        runner = self.make(load(config, make_reference(config), "auto"))
+        tokens = list(range(1, 34))
+        runner.run_step([ScheduledRequest("x", tokens, 0, [5, 6, 7], tokens, GREEDY)])
+        for pair in runner.kv_caches:
+            for cache in pair:
+                written = ~cache.flatten(0, 1).isnan().any(-1).any(-1)
+                places = [*range(80, 80 + 33), 128]
+                assert written.nonzero().flatten().tolist() == places
+
+    @torch.inference_mode()
+    def test_launches_nothing_that_cannot_be_asked_for(self) -> None:
+        config = make_config("qwen3 4/1")
+        runner = self.make(load(config, make_reference(config), "auto"))
+        tokens = list(range(1, 21))
+        for max_tokens, launches in ((1, 1), (2, 2), (None, 2)):
+            runner.num_launched = 0
+            params = SamplingParams(temperature=0, max_tokens=max_tokens)
+            plan = ScheduledRequest("x", tokens, 0, [0, 1], tokens, params)
+            runner.run_step([plan])
+            assert runner.num_launched == launches
+        full = list(range(1, 33))  # no slot is left behind them
+        runner.num_launched = 0
+        params = SamplingParams(temperature=0, max_tokens=None)
+        runner.run_step([ScheduledRequest("y", full, 0, [0, 1], full, params)])
+        assert runner.num_launched == 1
+
+    def test_kinds(self) -> None:
+        config = make_config("qwen3 4/1")
+        runner = self.make(load(config, make_reference(config), "auto"))
+
+        def kind(params: SamplingParams) -> Any:
+            plan = ScheduledRequest("x", [1, 2], 0, [0], [1, 2], params)
+            return sampling_kind(runner.prepare_inputs([plan]).sampling)
+
+        assert kind(GREEDY) is not None
+        assert kind(GREEDY) != kind(SAMPLED["temperature"]) != kind(SAMPLED["top_k"])
+        other = SamplingParams(temperature=1.5, seed=77)
+        assert kind(SAMPLED["temperature"]) == kind(other)
+        assert kind(SAMPLED["penalties"]) is kind(SAMPLED["logprobs"]) is None
+
+    def test_few_graphs_are_kept_for_drawing(self) -> None:
+        config = make_config("qwen3 4/1")
+        runner = self.make(load(config, make_reference(config), "auto"))
+        for top_k in range(1, 40):
+            params = SamplingParams(temperature=1, top_k=top_k)
+            plan = ScheduledRequest("x", [1, 2], 0, [0], [1, 2], params)
+            runner.run_step([plan])
+        assert len(runner.drawer.graphs) == runner.drawer.max_graphs
+
+
+def teacher_forced(runner: ModelRunner, text: Sequence[int]) -> torch.Tensor:
+    """Logits after each token but the first 8, fed one by one."""
+    logits, cached = [], 0
+    for end in range(8, len(text)):
+        plan = ScheduledRequest(
+            "x", text[cached:end], cached, range(32), text[:8], GREEDY
+        )
+        batch, cached = runner.prepare_inputs([plan]), end
+        if isinstance(runner, CUDAGraphRunner):
+            graph = load_step(runner.graphs, batch)
+            assert graph is not None
+            graph()
+            logits.append(runner.graphs.state.logits.float().clone())
+        else:
+            hidden = runner.model(
+                batch.input_ids, batch.positions, runner.kv_caches, batch
+            )
+            logits.append(runner.get_next_token_logits(hidden, batch).float())
+    return torch.cat(logits)
+
+
+@pytest.mark.parametrize("case", RUNNERS)
+@torch.inference_mode()
+def test_bfloat16_errs_no_more_than_eager(case: Case) -> None:
+    device, decode = case
+    models = {
+        dtype: load_model(
+            bundled_model_path(), dtype=dtype, device=device, use_tqdm=False
+        )
+        for dtype in ("float32", "bfloat16")
+    }
+    workers = {
+        "exact": GPUWorker(models["float32"], decode="eager", use_tqdm=False),
+        "eager": GPUWorker(models["bfloat16"], decode="eager", use_tqdm=False),
+        "ours": GPUWorker(
+            models["bfloat16"], decode=decode, max_model_len=512, use_tqdm=False
+        )
+        if device == "cuda"
+        else None,
+    }
+    if device == "cpu":  # the name is refused there
+        runner = CUDAGraphRunner(models["bfloat16"])
+        runner.initialize_kv_caches(32)
+        runner.warm_up(use_tqdm=False)
+    else:
+        assert workers["ours"] is not None
+        runner = workers["ours"].runner
+    text = torch.randint(1, 900, (90,)).tolist()
+    exact, eager = (
+        teacher_forced(workers[name].runner, text) for name in ("exact", "eager")
+    )
+    ours = teacher_forced(runner, text)
+    assert not ours.isnan().any()
+    error, reference = ((x - exact).square().mean().sqrt() for x in (ours, eager))
+    assert error <= 1.2 * reference
+    top = exact.topk(2, dim=-1).values
+    clear = top[:, 0] - top[:, 1] > 10 * reference
+    assert clear.sum() >= 10
+    assert torch.equal(ours.argmax(-1)[clear], exact.argmax(-1)[clear])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
+class TestOnAGPU:
+    def test_auto_takes_graphs_and_enforce_eager_does_not(self) -> None:
+        engine = LLMEngine(max_model_len=64, use_tqdm=False)
+        runner = engine.executor.worker.runner
+        assert type(runner) is CUDAGraphRunner
+        assert runner.graphs.step.layer is not run_layer  # compiled
+        engine = LLMEngine(max_model_len=64, enforce_eager=True, use_tqdm=False)
+        assert type(engine.executor.worker.runner) is ModelRunner
+
+    def test_a_decode_step_is_two_launches(self) -> None:
+        engine = make_engine(("cuda", "cuda_graph"))
+        stream = engine.stream("Once upon a time", GREEDY)
+        for _ in range(4):
+            next(stream)
+        with torch.profiler.profile() as profile:
+            next(stream)
+        torch.cuda.synchronize()
+        counts = {e.key: e.count for e in profile.key_averages()}
+        assert counts.get("cudaGraphLaunch") == 2  # the model, the draw
+        assert counts.get("cudaLaunchKernel", 0) + counts.get("cuLaunchKernel", 0) == 0
+
+
+def test_importing_it_loads_no_triton() -> None:
+    code = (
+        "import sys, folo_lib.fast_decode; bad = {'triton', 'torch._inductor', 'tqdm'}"
+        " & set(sys.modules); sys.exit(str(bad) if bad else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
