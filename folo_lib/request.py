@@ -339,12 +339,11 @@ def label_logprobs(
     """
     labelled: dict[int, Logprob] = {}
     for token_id, logprob, rank in entries:
-        if token_id in labelled:
-            continue  # the sampled token comes first, and again among the likely ones
         text = None
         if detokenizer is not None:
             text = detokenizer.token_bytes[token_id].decode(errors="replace")
-        labelled[token_id] = Logprob(logprob, rank, text)
+        # The sampled token comes first, and perhaps again among the likely ones.
+        labelled.setdefault(token_id, Logprob(logprob, rank, text))
     return labelled
 
 
@@ -766,20 +765,18 @@ def check_prompts(
 # %% ../notebooks/09_request.ipynb #make-requests
 def make_requests(
     checked: CheckedPrompt,
-    codec: TextCodec,
-    eos_token_ids: Sequence[int],
-    seeds: random.Random,
+    processor: "InputProcessor",
     request_id: str | None,
     arrival_time: float,
 ) -> list[Request]:
     """The requests of a prompt, one for each of its samples.
 
     Args:
-        seeds: where a seed comes from if the params have none.
+        processor: has the EOS ids, and a seed if the params have none.
         request_id: None makes a UUID.
     """
     params = checked.params
-    seed = seeds.getrandbits(63) if params.seed is None else params.seed
+    seed = processor.seeds.getrandbits(63) if params.seed is None else params.seed
     request_id = str(uuid.uuid4()) if request_id is None else request_id
     return [
         Request(
@@ -790,9 +787,9 @@ def make_requests(
             params=params,
             seed=seed,
             max_tokens=checked.max_tokens,
-            eos_token_id=codec.eos_token_id,
-            eos_token_ids=tuple(eos_token_ids),
-            detokenizer=codec.make_detokenizer(params),
+            eos_token_id=processor.eos_token_id,
+            eos_token_ids=tuple(processor.eos_token_ids),
+            detokenizer=processor.make_detokenizer(params),
             metrics=RequestMetrics(arrival_time),
         )
         for index in range(params.n)
@@ -809,7 +806,7 @@ class InputProcessor(TextCodec):
         max_model_len: most tokens of prompt and output together.
         eos_token_ids: of the generation config.
         default_params: for prompts without any.
-        seed: of the seeds for requests without one.
+        seed: of the random seeds for requests without one.
     """
 
     max_model_len: int
@@ -819,7 +816,7 @@ class InputProcessor(TextCodec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._seeds = random.Random(self.seed)
+        self.seeds = random.Random(self.seed)  # for requests without one
 
     def process_request(
         self,
@@ -838,8 +835,7 @@ class InputProcessor(TextCodec):
         now = time.perf_counter() if arrival_time is None else arrival_time
         pairs = [(prompt, self.default_params if params is None else params)]
         [checked] = check_prompts(pairs, self, self.max_model_len, add_special_tokens)
-        rest = self.eos_token_ids, self._seeds, request_id, now
-        return make_requests(checked, self, *rest)
+        return make_requests(checked, self, request_id, now)
 
     def process_requests(
         self,
@@ -848,10 +844,10 @@ class InputProcessor(TextCodec):
         add_special_tokens: bool = True,
     ) -> list[list[Request]]:
         """The requests of each prompt; all prompts are checked before any is made."""
-        rest = self.eos_token_ids, self._seeds, None, time.perf_counter()
+        now = time.perf_counter()
         pairs = pair_with_params(prompts, params, self.default_params)
         checked = check_prompts(pairs, self, self.max_model_len, add_special_tokens)
-        return [make_requests(one, self, *rest) for one in checked]
+        return [make_requests(one, self, None, now) for one in checked]
 
 
 # %% ../notebooks/09_request.ipynb #default-sampling-params

@@ -432,11 +432,11 @@ def apply_filters(logits: Tensor, metadata: SamplingMetadata) -> Tensor:
 
 def draw_tokens(logits: Tensor, metadata: SamplingMetadata) -> Tensor:
     """`[B]`: drawn from the softmax, or the likeliest where temperature is 0."""
-    if metadata.temperature is None:
-        return logits.argmax(dim=-1)
     m, vocab_size = metadata, logits.shape[-1]
+    if m.temperature is None:
+        return logits.argmax(dim=-1)
     noise = gumbel_noise(m.seeds, m.sample_indices, m.positions, vocab_size)
-    is_random = (metadata.temperature > 0).float()[:, None]  # [B, 1]
+    is_random = (m.temperature > 0).float()[:, None]  # [B, 1]
     return torch.addcmul(logits, noise, is_random).argmax(dim=-1)
 
 
