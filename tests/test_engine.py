@@ -440,6 +440,8 @@ class TestSteps:
             engine.add_request("The fox", GREEDY, name)
         seen = [engine.step()[0].request_id for _ in range(24)]
         assert seen == ["c"] * 8 + ["b"] * 8 + ["a"] * 8
+        outputs = run(engine, PROMPTS, GREEDY)
+        assert [output.prompt for output in outputs] == PROMPTS
 
 
 class TestSeeds:
