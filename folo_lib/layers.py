@@ -6,7 +6,8 @@
 __all__ = ["RMSNorm", "SiLUAndMul"]
 
 # %% ../notebooks/03_layers.ipynb #imports
-from typing import overload
+from collections.abc import Callable
+from typing import Any, Self, overload
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,15 @@ class RMSNorm(nn.Module):
         # as the arithmetic where vectors are short.
         self.size = torch.tensor(float(hidden_size), device="cpu")
         self.eps = torch.tensor(eps, device="cpu")
+        self.to(self.weight.device)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        # What `to` calls. The two go where the weight goes, and stay float32.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if not self.weight.is_meta:
+            self.size = self.size.to(self.weight.device)
+            self.eps = self.eps.to(self.weight.device)
+        return self
 
     @overload
     def forward(self, x: Tensor) -> Tensor: ...

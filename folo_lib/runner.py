@@ -20,6 +20,7 @@ __all__ = [
     "get_model_runner",
     "check_options",
     "get_model",
+    "find_device",
     "GPUWorker",
     "GPUExecutor",
 ]
@@ -317,6 +318,9 @@ class ModelRunner:
             self.model.config, num_blocks, self.block_size, self.dtype, self.device
         )
 
+    def warm_up(self, use_tqdm: bool) -> None:
+        """What is to be done once, before the first step; nothing here."""
+
     def prepare_inputs(self, scheduled: Sequence[ScheduledRequest]) -> InputBatch:
         """Lays the requests' tokens end to end, on the device."""
         config, running = self.model.config, self.running
@@ -344,19 +348,33 @@ class ModelRunner:
 
 
 # %% ../notebooks/08_runner.ipynb #get-model-runner
-MODEL_RUNNERS = {"eager": "folo_lib.runner:ModelRunner"}
+MODEL_RUNNERS = {
+    "eager": "folo_lib.runner:ModelRunner",
+    "cuda_graph": "folo_lib.fast_decode:CUDAGraphRunner",
+    "plain_cuda_graph": "folo_lib.fast_decode:PlainCUDAGraphRunner",
+}
 
 
-def get_model_runner(name: str = "auto") -> type[ModelRunner]:
-    """The runner class for a way to decode; `"auto"` takes the fastest that runs here.
+def get_model_runner(
+    name: str = "auto", device: str | torch.device = "cpu"
+) -> type[ModelRunner]:
+    """The runner class for a way to decode; `"auto"` takes the fastest on the device.
 
     Raises:
-        ValueError: if no runner has that name.
+        ValueError: if no runner has that name, or it does not run on that device.
     """
-    path = MODEL_RUNNERS.get("eager" if name == "auto" else name)
+    device_type = torch.device(device).type
+    if name == "auto":
+        name = "cuda_graph" if device_type == "cuda" else "eager"
+    path = MODEL_RUNNERS.get(name)
     if path is None:
         names = ", ".join(map(repr, ("auto", *MODEL_RUNNERS)))
         raise ValueError(f"unknown decode {name!r}: choose one of {names}.")
+    if name.endswith("cuda_graph") and device_type != "cuda":
+        raise ValueError(
+            f"decode={name!r} needs a CUDA device, and this one is {device_type!r}: "
+            "choose decode='auto' or 'eager'."
+        )
     runner: type[ModelRunner] = pkgutil.resolve_name(path)
     return runner
 
@@ -369,9 +387,10 @@ def check_options(
     decode: str,
 ) -> None:
     """A ValueError if one of them is unknown, before anything is loaded."""
-    resolve_dtype(dtype, resolve_device(device), None)
+    resolved = resolve_device(device)
+    resolve_dtype(dtype, resolved, None)
     get_attention_backend(attention_backend)
-    get_model_runner(decode)
+    get_model_runner(decode, resolved)
 
 
 # %% ../notebooks/08_runner.ipynb #get-model
@@ -402,6 +421,16 @@ def get_model(
     return model
 
 
+# %% ../notebooks/08_runner.ipynb #find-device
+def find_device(
+    model: str | PathLike[str] | Qwen3ForCausalLM, device: str | torch.device
+) -> torch.device:
+    """Where a model is, or will be once it is loaded."""
+    if isinstance(model, Qwen3ForCausalLM):
+        return model.model.embed_tokens.weight.device
+    return resolve_device(device)
+
+
 # %% ../notebooks/08_runner.ipynb #gpu-worker
 class GPUWorker:
     """One device, the CPU included: a model on it, its cache, and its runner.
@@ -413,7 +442,7 @@ class GPUWorker:
         decode: see `get_model_runner`.
         max_model_len: see `resolve_max_model_len`.
         kv_cache_memory_bytes: set aside for the cache; None: `get_kv_cache_memory`.
-        use_tqdm: show a progress bar while loading.
+        use_tqdm: show progress bars while loading and warming up.
     """
 
     def __init__(
@@ -427,7 +456,7 @@ class GPUWorker:
         kv_cache_memory_bytes: int | None = None,
         use_tqdm: bool = True,
     ) -> None:
-        runner_class = get_model_runner(decode)
+        runner_class = get_model_runner(decode, find_device(model, device))
         loaded = get_model(
             model, dtype, device, attention_backend, max_model_len, use_tqdm
         )
@@ -439,6 +468,8 @@ class GPUWorker:
         )
         self.num_blocks = -(-self.max_model_len // self.block_size)  # rounded up
         self.runner.initialize_kv_caches(self.num_blocks)
+        with torch.inference_mode():
+            self.runner.warm_up(use_tqdm)
 
     @torch.inference_mode()
     def execute_model(

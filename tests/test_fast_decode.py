@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,8 +19,10 @@ from folo_lib.attention import naive_attention
 from folo_lib.fast_decode import (
     CUDAGraphRunner,
     Flight,
+    ModelStep,
     RunAhead,
     attend_bucket,
+    attend_chunks,
     choose_bucket,
     load_step,
     make_buckets,
@@ -129,6 +132,9 @@ class TestAttendBucket:
         for stale in (0.0, 1e30, float("inf"), -float("inf"), float("nan")):
             keys[position + 1 :], values[position + 1 :] = stale, stale
             ours = attend_bucket(query, keys, values, place, 0.3)
+            torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
+            chunks = (x.unflatten(0, (-1, 8)) for x in (keys, values))
+            ours = attend_chunks(query, *chunks, place, 0.3)
             torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
 
 
@@ -270,6 +276,25 @@ class TestTokens:
             )
             assert ours.token_ids == eager.token_ids and len(ours.token_ids) == 30
 
+    @pytest.mark.parametrize("case", RUNNERS)
+    def test_long_contexts_go_in_chunks(
+        self, case: Case, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if case[0] == "cpu":  # as if it were compiled
+            step = partial(ModelStep, chunked=True)
+            monkeypatch.setattr("folo_lib.fast_decode.ModelStep", step)
+        params = replace(GREEDY, ignore_eos=True, max_tokens=12)
+        prompts = [torch.randint(1, 900, (n,)).tolist() for n in (2040, 2788)]
+        runs = [
+            make_engine((case[0], decode), max_model_len=2800).generate(
+                prompts, params, use_tqdm=False
+            )
+            for decode in (case[1], "eager")
+        ]
+        for ours, eager in zip(*runs, strict=True):
+            assert ours.outputs[0].token_ids == eager.outputs[0].token_ids
+            assert len(ours.outputs[0].token_ids) == 12
+
     def test_a_late_stop_shows_no_extra_token(
         self, engines: tuple[LLMEngine, LLMEngine]
     ) -> None:
@@ -369,16 +394,16 @@ class TestRunner:
         runner = self.make(load(config, make_reference(config), "auto"))
         tokens = list(range(1, 21))
         for max_tokens, launches in ((1, 1), (2, 2), (None, 2)):
-            runner.num_launched = 0
+            runner.launcher.num_launched = 0
             params = SamplingParams(temperature=0, max_tokens=max_tokens)
             plan = ScheduledRequest("x", tokens, 0, [0, 1], tokens, params)
             runner.run_step([plan])
-            assert runner.num_launched == launches
+            assert runner.launcher.num_launched == launches
         full = list(range(1, 33))  # no slot is left behind them
-        runner.num_launched = 0
+        runner.launcher.num_launched = 0
         params = SamplingParams(temperature=0, max_tokens=None)
         runner.run_step([ScheduledRequest("y", full, 0, [0, 1], full, params)])
-        assert runner.num_launched == 1
+        assert runner.launcher.num_launched == 1
 
     def test_kinds(self) -> None:
         config = make_config("qwen3 4/1")
@@ -401,7 +426,7 @@ class TestRunner:
             params = SamplingParams(temperature=1, top_k=top_k)
             plan = ScheduledRequest("x", [1, 2], 0, [0], [1, 2], params)
             runner.run_step([plan])
-        assert len(runner.drawer.graphs) == runner.drawer.max_graphs
+        assert len(runner.launcher.drawer.graphs) == runner.launcher.drawer.max_graphs
 
 
 def teacher_forced(runner: ModelRunner, text: Sequence[int]) -> torch.Tensor:
@@ -491,7 +516,7 @@ class TestOnAGPU:
 
 def test_importing_it_loads_no_triton() -> None:
     code = (
-        "import sys, folo_lib.fast_decode; bad = {'triton', 'torch._inductor', 'tqdm'}"
+        "import sys, folo_lib.fast_decode; bad = {'triton', 'torch._inductor'}"
         " & set(sys.modules); sys.exit(str(bad) if bad else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

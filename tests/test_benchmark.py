@@ -1,0 +1,736 @@
+"""The benchmark: its clock, its turns, its refusals, and the file that it writes."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import folo_lib.benchmark as benchmark
+from folo_lib import bundled_model_path
+from folo_lib.benchmark import (
+    Bench,
+    BenchmarkError,
+    FoloLib,
+    HuggingFace,
+    Loop,
+    Peer,
+    Reference,
+    Run,
+    Sizes,
+)
+from folo_lib.checkpoint import load_model, read_config
+from folo_lib.kv_cache import allocate_kv_caches
+from folo_lib.qwen3 import Qwen3ForCausalLM
+
+CPU = torch.device("cpu")
+TINY: dict[str, Any] = {
+    "vocab_size": 2100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    "dtype": "float32",
+}
+SIZES = Sizes(
+    prompt_tokens=12,
+    output_tokens=10,
+    prompts=(5, 40, 127, 8192),
+    contexts=(6, 30, 125, 8192),
+    context_tokens=4,
+    ladder_tokens=6,
+    bandwidth_bytes=2**16,
+).cut(128)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    benchmark.write_random_checkpoint(folder, TINY, CPU)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def theirs(tiny: Path) -> HuggingFace:
+    return HuggingFace(benchmark.load_huggingface(tiny, CPU, torch.float32))
+
+
+@pytest.fixture(scope="module")
+def ours(tiny: Path) -> FoloLib:
+    return FoloLib(tiny, CPU, torch.float32, 128)
+
+
+@pytest.fixture
+def steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that ticks once each time it is read: every run takes the same time."""
+    ticks = iter(range(10**9))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
+
+
+def model_of(system: FoloLib) -> Qwen3ForCausalLM:
+    return system.engine.executor.worker.runner.model
+
+
+class Scripted:
+    """Answers from a list of times, and remembers who was asked, in which order."""
+
+    def __init__(
+        self, name: str, log: list[str], tpot: Callable[[int], float] = lambda i: 1.0
+    ) -> None:
+        self.name, self.log, self.tpot, self.calls = name, log, tpot, 0
+        self.prompts: list[list[int]] = []
+
+    def generate(self, prompt: list[int], num_tokens: int) -> Run:
+        self.log.append(self.name)
+        self.prompts.append(prompt)
+        total = 2.0 + self.tpot(self.calls) * (num_tokens - 1)
+        self.calls += 1
+        return Run([0] * num_tokens, 2.0, total)
+
+
+class TestRun:
+    def test_tpot_counts_the_tokens_after_the_first(self) -> None:
+        assert Run([1, 2, 3, 4, 5], 0.5, 2.5).tpot == 0.5
+
+    def test_one_token_has_no_tpot(self) -> None:
+        assert Run([1], 0.5, 0.5).tpot == 0
+
+
+class TestSystems:
+    def test_all_give_the_tokens_of_plain_greedy_decoding(
+        self, tiny: Path, ours: FoloLib, theirs: HuggingFace
+    ) -> None:
+        prompt = benchmark.make_prompt(2100, 9)
+        ids = list(prompt)
+        model = load_model(tiny, "float32", "cpu", use_tqdm=False)
+        for _ in range(7):
+            logits = model.compute_logits(model(torch.tensor(ids))[-1])
+            ids.append(int(logits.argmax()))
+        static = HuggingFace(theirs.model, "static", cache_implementation="static")
+        loops = benchmark.make_loops(tiny, CPU, torch.float32)
+        for system in [ours, theirs, static, *loops]:
+            assert system.generate(prompt, 7).token_ids == ids[9:], system.name
+            assert system.generate(prompt, 1).token_ids == ids[9:10], system.name
+
+    def test_first_token_comes_after_the_start_and_before_the_end(
+        self, tiny: Path, ours: FoloLib, theirs: HuggingFace
+    ) -> None:
+        for system in [ours, theirs, *benchmark.make_loops(tiny, CPU, torch.float32)]:
+            start = time.perf_counter()
+            run = system.generate([1, 2, 3], 12)
+            wall = time.perf_counter() - start
+            assert 0 < run.ttft < run.total <= wall
+            assert run.total > 0.8 * wall
+
+    def test_ttft_is_that_of_the_prompt(
+        self, ours: FoloLib, theirs: HuggingFace
+    ) -> None:
+        """Slowed down from outside: the prompt's step by 60 ms, all later by 10 ms."""
+        for system, model in ((ours, model_of(ours).model), (theirs, theirs.model)):
+
+            def slow(_: Any, args: Any, kwargs: Any) -> None:
+                ids = kwargs.get("input_ids", args[0] if args else None)
+                time.sleep(0.06 if ids.numel() > 1 else 0.01)
+
+            handle = model.register_forward_pre_hook(slow, with_kwargs=True)
+            try:
+                run = system.generate([1, 2, 3], 6)
+            finally:
+                handle.remove()
+            assert 0.06 <= run.ttft < run.total - 0.04
+            assert 0.01 <= run.tpot < 0.06
+
+    def test_eos_does_not_stop_them(self) -> None:
+        """The bundled model would end this answer after a few tokens."""
+        folder = bundled_model_path()
+        ours = FoloLib(folder, CPU, torch.float32, 128)
+        theirs = HuggingFace(benchmark.load_huggingface(folder, CPU, torch.float32))
+        text = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+        assert ours.engine.tokenizer is not None
+        prompt = ours.engine.tokenizer(text).input_ids
+        for system in (ours, theirs):
+            assert len(system.generate(prompt, 90).token_ids) == 90
+
+    def test_ours_reports_what_went_wrong(
+        self, ours: FoloLib, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: Any, **__: Any) -> None:
+            raise RuntimeError("out of luck")
+
+        monkeypatch.setattr(model_of(ours), "forward", fail)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            ours.generate([1, 2], 3)
+
+    def test_the_cache_is_as_large_as_asked(self, tiny: Path) -> None:
+        system = FoloLib(tiny, CPU, torch.float32, 48)
+        expected = allocate_kv_caches(read_config(tiny), 3, 16, torch.float32, CPU)
+        caches = system.engine.executor.worker.runner.kv_caches
+        assert caches[0][0].shape == expected[0][0].shape
+
+    def test_peer_has_its_ttft_from_a_run_of_one_token(self) -> None:
+        asked: list[tuple[list[int], int]] = []
+
+        def answer(prompt: list[int], num_tokens: int) -> list[int]:
+            asked.append((prompt, num_tokens))
+            time.sleep(0.01 * num_tokens)
+            return [7] * num_tokens
+
+        run = Peer("peer", answer).generate([1, 2], 4)
+        assert asked == [([2, 1], 1), ([1, 2], 4)]
+        assert run.token_ids == [7] * 4
+        assert run.ttft >= 0.01 and run.total >= 0.04
+
+    def test_loop_stops_its_clock_at_the_last_token(self) -> None:
+        def tokens(prompt: list[int], num_tokens: int) -> Any:
+            for i in range(num_tokens):
+                time.sleep(0.02 if i == 0 else 0.005)
+                yield i
+
+        run = Loop("loop", tokens).generate([1], 5)
+        assert run.token_ids == [0, 1, 2, 3, 4]
+        assert run.ttft >= 0.02 and run.total - run.ttft >= 0.02
+
+
+class TestTurns:
+    def test_take_turns_in_alternating_order_after_a_warm_up(self) -> None:
+        log: list[str] = []
+        a, b = Scripted("a", log), Scripted("b", log)
+        runs = benchmark.take_turns([a, b], 4, 3, 100, 5)
+        assert "".join(log) == "ba" + "ab" + "ba" + "ab" + "ba" + "ab"
+        assert {name: len(of) for name, of in runs.items()} == {"a": 5, "b": 5}
+
+    def test_each_turn_has_its_own_prompt_the_same_for_all(self) -> None:
+        a, b = Scripted("a", []), Scripted("b", [])
+        benchmark.take_turns([a, b], 40, 3, 100, 5)
+        assert a.prompts == b.prompts
+        assert len({tuple(prompt) for prompt in a.prompts}) == 6
+        assert {len(prompt) for prompt in a.prompts} == {40}
+        assert set().union(*a.prompts) <= set(range(100))
+
+    def test_the_warm_up_does_not_count(self) -> None:
+        a = Scripted("a", [], lambda i: 9.0 if i == 0 else 1.0)
+        runs = benchmark.take_turns([a], 4, 3, 100, 5)
+        assert [run.tpot for run in runs["a"]] == [1.0] * 5
+
+    def test_an_answer_that_is_too_short_is_an_error(self) -> None:
+        class Short(Scripted):
+            def generate(self, prompt: list[int], num_tokens: int) -> Run:
+                return super().generate(prompt, num_tokens - 1)
+
+        with pytest.raises(RuntimeError, match="stopped after 2 tokens, not 3"):
+            benchmark.take_turns([Short("a", [])], 4, 3, 100, 5)
+
+
+class TestStatistics:
+    def test_summary_agrees_with_torch(self) -> None:
+        values = [3.0, 1.0, 2.0, 5.0, 4.0, 9.0]
+        p10, p90 = torch.tensor(values).quantile(torch.tensor([0.1, 0.9])).tolist()
+        summary = benchmark.summarize(values)
+        assert summary["median"] == statistics.median(values) == 3.5
+        assert summary["p10"] == pytest.approx(p10)
+        assert summary["p90"] == pytest.approx(p90)
+        assert summary["spread"] == pytest.approx((p90 - p10) / 3.5)
+        assert summary["values"] == values
+
+    def test_paired_ratios_go_run_by_run(self) -> None:
+        slow = {"tpot": {"values": [4.0, 9.0]}, "ttft": {"values": [1.0, 1.0]}}
+        fast = {"tpot": {"values": [2.0, 3.0]}, "ttft": {"values": [4.0, 2.0]}}
+        assert benchmark.paired_ratios(slow, fast) == [2.0, 3.0]
+        assert benchmark.paired_ratios(slow, fast, "ttft") == [0.25, 0.5]
+
+    @pytest.mark.parametrize("runs, spread", [(4, 0.25), (0, 0.25)])
+    def test_too_few_runs_are_refused(self, runs: int, spread: float) -> None:
+        with pytest.raises(ValueError, match="at least 5"):
+            benchmark.check_bounds(runs, spread)
+
+    @pytest.mark.parametrize("spread", [0.26, 0.0, -1.0, float("nan"), float("inf")])
+    def test_the_bound_goes_downwards_only(self, spread: float) -> None:
+        with pytest.raises(ValueError, match=r"goes up to 0\.25"):
+            benchmark.check_bounds(5, spread)
+        benchmark.check_bounds(5, 0.25)
+        benchmark.check_bounds(7, 0.01)
+
+    def test_measure_checks_the_bounds_first(self) -> None:
+        a = Scripted("a", [])
+        with pytest.raises(ValueError, match="at least 5"):
+            benchmark.measure([a], 4, 3, 100, num_runs=4)
+        assert a.calls == 0
+
+
+class TestMeasure:
+    def test_rows(self, capsys: pytest.CaptureFixture[str]) -> None:
+        systems = [Scripted("a", []), Scripted("b", [], lambda i: 0.5)]
+        a, b = benchmark.measure(systems, 4, 11, 100, 6)
+        assert (a["system"], a["prompt_tokens"], a["output_tokens"]) == ("a", 4, 11)
+        assert a["ttft"]["values"] == [2.0] * 6 and a["attempt"] == 1
+        assert b["tpot"]["median"] == 0.5 and b["total"]["median"] == 7.0
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 2 and "TPOT   500.000 ms" in lines[1]
+
+    def test_one_token_has_ttft_only(self) -> None:
+        [row] = benchmark.measure([Scripted("a", [])], 4, 1, 100, times=["ttft"])
+        assert "ttft" in row and "tpot" not in row and "total" not in row
+
+    def test_only_what_is_claimed_must_be_steady(self) -> None:
+        wild = Scripted("wild", [], lambda i: 1.0 + i % 3)
+        [row] = benchmark.measure([wild], 4, 9, 100, times=["ttft"])
+        assert row["attempt"] == 1 and row["ttft"]["spread"] == 0
+
+    def test_what_is_unsteady_is_refused_after_five_attempts(self) -> None:
+        wild = Scripted("wild", [], lambda i: 1.0 + 0.2 * (i % 3))
+        calm = Scripted("calm", [])
+        with pytest.raises(BenchmarkError, match="tpot of wild at 4 tokens"):
+            benchmark.measure([calm, wild], 4, 30, 100)
+        assert wild.calls == calm.calls == 5 * 6
+
+    def test_all_systems_are_measured_again_together(self) -> None:
+        late = Scripted("late", [], lambda i: 1.0 + (i % 3 if i < 6 else 0))
+        calm = Scripted("calm", [])
+        rows = benchmark.measure([calm, late], 4, 30, 100)
+        assert [row["attempt"] for row in rows] == [2, 2]
+        assert late.calls == calm.calls == 12
+        assert rows[1]["tpot"]["values"] == [1.0] * 5
+
+    def test_a_tighter_bound_refuses_more(self) -> None:
+        some = Scripted("a", [], lambda i: 1.0 + 0.05 * (i % 3))
+        benchmark.measure([some], 4, 30, 100)
+        with pytest.raises(BenchmarkError, match="spread above 3%"):
+            benchmark.measure([some], 4, 30, 100, max_spread=0.03)
+
+    @pytest.mark.parametrize("name", ["ttft", "tpot", "total"])
+    def test_every_time_is_looked_at(self, name: str) -> None:
+        row = {"system": "a", "prompt_tokens": 4}
+        row |= {key: {"spread": 0.1} for key in ("ttft", "tpot", "total")}
+        assert benchmark.find_unsteady([row], 0.2) == []
+        row[name] = {"spread": 0.21}  # type: ignore[assignment]
+        assert len(benchmark.find_unsteady([row], 0.2)) == 1
+
+
+def follow(reference: Reference, swaps: dict[int, int]) -> Any:
+    """A system that writes the reference's text, but for some of its steps."""
+
+    class Follower:
+        name = "follower"
+
+        def __init__(self) -> None:
+            self.prompts: list[list[int]] = []
+
+        def generate(self, prompt: list[int], num_tokens: int) -> Run:
+            self.prompts.append(prompt)
+            at = len(prompt) - len(reference.prompt)
+            answer: list[int] = []
+            for step in range(at, at + num_tokens):
+                derailed = any(i in swaps for i in range(at, step))
+                token = 99 if derailed else reference.token_ids[step]
+                answer.append(swaps.get(step, token))
+            return Run(answer, 1.0, 2.0)
+
+    return Follower()
+
+
+class TestTokens:
+    reference = Reference(
+        prompt=[1, 2], token_ids=[3, 4, 5, 6, 7], margins=[1.0, 0.05, 1.0, 0.09, 0.1],
+        error=0.01, std=1.0,
+    )  # fmt: skip
+
+    def test_equal(self) -> None:
+        assert self.reference.num_decided == 3
+        assert benchmark.check_tokens(follow(self.reference, {}), self.reference) == 0
+
+    def test_near_ties_may_be_lost_and_the_reference_goes_on(self) -> None:
+        system = follow(self.reference, {1: 50, 3: 60})
+        assert benchmark.check_tokens(system, self.reference) == 2
+        assert system.prompts == [[1, 2], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6]]
+
+    def test_a_near_tie_at_the_end(self) -> None:
+        reference = Reference([1], [3, 4], [1.0, 0.0], 0.01, 1.0)
+        assert benchmark.check_tokens(follow(reference, {1: 5}), reference) == 1
+
+    @pytest.mark.parametrize("step", [0, 2, 4])
+    def test_a_decided_step_must_agree(self, step: int) -> None:
+        system = follow(self.reference, {step: 50})
+        with pytest.raises(BenchmarkError, match=f"different tokens at step {step}"):
+            benchmark.check_tokens(system, self.reference)
+
+    def test_a_difference_behind_a_near_tie_is_seen(self) -> None:
+        system = follow(self.reference, {1: 50, 2: 60})
+        with pytest.raises(BenchmarkError, match="step 2"):
+            benchmark.check_tokens(system, self.reference)
+
+    def test_a_reference_that_proves_nothing_is_refused(self) -> None:
+        good = Reference([1], [2] * 10, [1.0] * 10, 1e-5, 1.0)
+        benchmark.check_reference(good, torch.float32)
+        wrong = Reference([1], [2] * 10, [100.0] * 10, 2e-4, 1.0)
+        with pytest.raises(BenchmarkError, match=r"2\.0e-04 standard deviations"):
+            benchmark.check_reference(wrong, torch.float32)
+        benchmark.check_reference(wrong, torch.bfloat16)
+        ties = Reference([1], [2] * 11, [1.0] + [0.0] * 10, 1e-5, 1.0)
+        with pytest.raises(BenchmarkError, match="9% of the steps"):
+            benchmark.check_reference(ties, torch.float32)
+        nan = Reference([1], [2] * 10, [1.0] * 10, float("nan"), 1.0)
+        with pytest.raises(BenchmarkError):
+            benchmark.check_reference(nan, torch.float32)
+
+    def test_reference_is_huggingfaces_answer_and_its_margins(
+        self, tiny: Path, ours: FoloLib, theirs: HuggingFace
+    ) -> None:
+        exact = benchmark.load_exact(tiny, CPU, torch.float32)
+        assert exact.model.norm.weight.dtype == torch.float64
+        prompt = benchmark.make_prompt(2100, 6)
+        reference = benchmark.make_reference(theirs, model_of(ours), exact, prompt, 5)
+        ids = list(prompt)
+        for token, margin in zip(reference.token_ids, reference.margins, strict=True):
+            logits = theirs.model(torch.tensor([ids])).logits[0, -1]
+            best = logits.topk(2)
+            assert best.indices[0] == token
+            assert margin == pytest.approx(float(best.values.diff().abs()), abs=1e-5)
+            ids.append(token)
+        assert 0 < reference.error <= 1e-5 * reference.std
+
+    def test_error_is_the_root_of_the_mean_square(
+        self, tiny: Path, theirs: HuggingFace
+    ) -> None:
+        model = load_model(tiny, "float32", "cpu", use_tqdm=False)
+        exact = benchmark.load_exact(tiny, CPU, torch.float32)
+        model.model.norm.weight.mul_(1.1)  # every logit 1.1 times as large
+        reference = benchmark.make_reference(theirs, model, exact, [5, 6, 7], 4)
+        ids = torch.tensor([[5, 6, 7, *reference.token_ids[:-1]]])
+        logits = theirs.model(ids).logits[0, -4:]
+        expected = 0.1 * float(logits.square().mean().sqrt())
+        assert reference.error == pytest.approx(expected, rel=1e-3)
+        exact.model.norm.weight.mul_(1.1)  # now they are the ones who are wrong
+        reference = benchmark.make_reference(theirs, model, exact, [5, 6, 7], 4)
+        assert reference.error == pytest.approx(expected, rel=1e-3)
+
+    def test_bf16(self, tiny: Path) -> None:
+        ours = FoloLib(tiny, CPU, torch.bfloat16, 64)
+        theirs = HuggingFace(benchmark.load_huggingface(tiny, CPU, torch.bfloat16))
+        prompt = benchmark.make_prompt(2100, 8)
+        exact = benchmark.load_exact(tiny, CPU, torch.bfloat16)
+        reference = benchmark.make_reference(theirs, model_of(ours), exact, prompt, 32)
+        assert reference.error > 1e-4 * reference.std
+        benchmark.check_reference(reference, torch.bfloat16)
+        assert benchmark.check_tokens(ours, reference) <= 32 - reference.num_decided
+
+
+class TestCheckpoint:
+    def test_random_weights_load_and_have_uneven_norms(self, tiny: Path) -> None:
+        model = load_model(tiny, "float32", "cpu", use_tqdm=False)
+        norms = [w for name, w in model.named_parameters() if "norm" in name]
+        assert len(norms) == 2 * 4 + 1
+        assert all(0.5 <= w.min() < w.max() <= 1.5 for w in norms)
+        assert json.loads((tiny / "config.json").read_text())["head_dim"] == 16
+
+    def test_the_default_shape_is_that_of_qwen3_0_6b(self) -> None:
+        from transformers import Qwen3Config
+
+        config = Qwen3Config(**benchmark.QWEN3_0_6B)
+        size = benchmark.weight_bytes_per_step(config, torch.bfloat16)
+        assert size == 1_192_099_840  # the 596,049,920 parameters of the real one
+        kv_bytes = benchmark.step_bytes(config, torch.bfloat16, 3) - size
+        assert kv_bytes == 3 * 114_688
+
+    def test_an_untied_embedding_is_not_read(self) -> None:
+        from transformers import Qwen3Config
+
+        shape = TINY | {"tie_word_embeddings": False}
+        untied = benchmark.weight_bytes_per_step(Qwen3Config(**shape), torch.float32)
+        tied = benchmark.weight_bytes_per_step(Qwen3Config(**TINY), torch.float32)
+        assert untied == tied
+
+
+class TestLadder:
+    def test_the_growing_cache_runs_one_token_a_step(self, tiny: Path) -> None:
+        no_cache, growing = benchmark.make_loops(tiny, CPU, torch.float32)
+        model = load_model(tiny, "float32", "cpu", "torch_naive", use_tqdm=False)
+        lengths: list[int] = []
+        for name, expected in (
+            ("recompute_all", [3, 4, 5, 6]),
+            ("grow_cache", [3, 1, 1, 1]),
+        ):
+            for module in model.modules():
+                if isinstance(module, benchmark.Attention):
+                    module.backend = benchmark.GrowingCacheBackend()
+            hook = model.register_forward_pre_hook(
+                lambda _, args: lengths.append(args[0].numel())
+            )
+            list(getattr(benchmark, name)(model, [1, 2, 3], 4))
+            hook.remove()
+            assert lengths == expected
+            lengths.clear()
+        assert (no_cache.name, growing.name) == ("no cache", "growing cache")
+
+    def test_what_is_lacking_is_left_out_with_its_reason(self, tiny: Path) -> None:
+        rungs, left_out = benchmark.make_rungs(tiny, CPU, torch.float32, 64)
+        names = [rung.name for rung in rungs]
+        assert names[:4] == ["no cache", "growing cache", "preallocated", "SDPA"]
+        assert "CUDA graph" in left_out and "cuda_graph" in left_out["CUDA graph"]
+        assert {*names, *left_out} == {*names[:2], *benchmark.RUNGS}
+
+
+class TestRoofline:
+    @pytest.mark.usefixtures("steady")
+    def test_bandwidth_is_bytes_over_seconds(self) -> None:
+        speeds = benchmark.measure_bandwidth(CPU, 4096, num_runs=6, repeat=3)
+        assert speeds == [3 * 4096.0] * 6  # a run is one tick
+
+
+def bench_of(folder: Path, **changes: Any) -> Bench:
+    return Bench(folder, CPU, torch.float32, SIZES, **changes)
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests are no place to measure: any spread will do."""
+    monkeypatch.setattr(benchmark, "find_unsteady", lambda *_: [])
+    summarize = benchmark.summarize
+    monkeypatch.setattr(
+        benchmark, "summarize", lambda values: summarize(values) | {"spread": 0.0}
+    )
+
+
+class TestSections:
+    def test_sizes_are_cut_to_the_model(self) -> None:
+        assert list(SIZES.prompts) == [5, 40] and list(SIZES.contexts) == [6, 30]
+        assert SIZES.max_model_len == 44
+        assert Sizes().max_model_len == 8192 + 32
+        assert Sizes(prompts=(), contexts=()).max_model_len == 128 + 256
+        assert Sizes(prompts=(32,), contexts=(128,)).max_model_len == 128 + 256
+
+    @pytest.mark.usefixtures("patient")
+    def test_in_process(self, tiny: Path, tmp_path: Path) -> None:
+        names = ["decode", "prefill", "context", "ladder", "roofline"]
+        out = tmp_path / "new" / "out.json"
+        benchmark.run_all(bench_of(tiny), names, "tiny", out, "the command")
+        record = json.loads(out.read_text())
+        assert list(record["sections"]) == names
+        assert all(len(recordings) == 1 for recordings in record["sections"].values())
+        latest = {name: made[0] for name, made in record["sections"].items()}
+        decode = latest["decode"]
+        systems = [row["system"] for row in decode["rows"]]
+        assert systems == ["folo_lib", "huggingface", "huggingface_static"]
+        assert decode["tokens"]["steps"] == 10 == decode["rows"][0]["output_tokens"]
+        assert decode["tokens"]["near_ties_lost"] == {
+            "folo_lib": 0, "huggingface_static": 0,
+        }  # fmt: skip
+        assert len(decode["rows"][0]["tpot"]["values"]) == 5
+        assert decode["command"] == "the command" and decode["date"].endswith("+00:00")
+        prompts = [row["prompt_tokens"] for row in latest["prefill"]["rows"]]
+        assert prompts == [5, 5, 40, 40]
+        assert [row["prompt_tokens"] for row in latest["context"]["rows"]] == [
+            6,
+            6,
+            30,
+            30,
+        ]
+        assert {"fused"} <= set(latest["ladder"]["left_out"])
+        rows = latest["roofline"]["rows"]
+        assert [row["context"] for row in rows] == [0, 6, 30]
+        speed = latest["roofline"]["bandwidth"]["median"]
+        assert rows[1]["seconds"] == pytest.approx(rows[1]["bytes"] / speed)
+
+    def test_alone(self, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One real process; the others are imagined."""
+        args = benchmark.alone_args(bench_of(tiny), "folo_lib")
+        assert args == ["folo_lib", str(tiny), "cpu", "float32", "12", "10"]
+        row = benchmark.start_process(args)
+        assert row["system"] == "folo_lib" and row["output_tokens"] == 10
+        assert 0 < row["load_seconds"] < row["first_token_seconds"]
+        if Path("/proc/self/status").is_file():
+            assert row["peak"] > 10**8
+
+        asked: list[Any] = []
+        monkeypatch.setattr(
+            benchmark,
+            "start_process",
+            lambda args, cache=None: asked.append((args[0], cache)) or {},
+        )
+        bench = bench_of(tiny)
+        assert len(benchmark.run_memory(bench)["rows"]) == 3
+        assert [name for name, _ in asked] == [
+            "folo_lib",
+            "huggingface",
+            "huggingface_static",
+        ]
+        asked.clear()
+        states = [
+            row["compile_cache"] for row in benchmark.run_cold_start(bench)["rows"]
+        ]
+        assert states == ["empty", "filled"]
+        assert asked[0][1] == asked[1][1] is not None
+
+    def test_a_process_that_fails_says_why(self) -> None:
+        args = ["folo_lib", "/no/such/folder", "cpu", "float32", "4", "4"]
+        with pytest.raises(BenchmarkError, match="neither a folder nor a hub id"):
+            benchmark.start_process(args)
+
+
+SETUP = {"device": "a", "torch": "1", "sizes": (1, 2)}
+
+
+class TestRecord:
+    def test_starts_empty(self, tmp_path: Path) -> None:
+        for path in (None, tmp_path / "none.json"):
+            record = benchmark.open_record(path, SETUP)
+            assert record == {"setup": SETUP | {"sizes": [1, 2]}, "sections": {}}
+
+    def test_another_setup_is_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "out.json"
+        benchmark.save_record(benchmark.open_record(None, SETUP), path)
+        benchmark.open_record(path, SETUP)
+        with pytest.raises(
+            ValueError, match=r"out.json was recorded with another torch"
+        ):
+            benchmark.open_record(path, SETUP | {"torch": "2"})
+
+    def test_resumes_repeats_and_keeps(
+        self, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ran: list[str] = []
+
+        def section(name: str) -> Callable[[Bench], dict[str, Any]]:
+            def run(_: Bench) -> dict[str, Any]:
+                ran.append(name)
+                if name == "bad" and ran.count("bad") == 1:
+                    raise BenchmarkError("too wild")
+                return {"rows": [name]}
+
+            return run
+
+        names = ("one", "bad", "two")
+        monkeypatch.setattr(benchmark, "SECTIONS", {n: section(n) for n in names})
+        out, bench = tmp_path / "out.json", bench_of(tiny)
+
+        def run(sections: list[str] | None) -> dict[str, int]:
+            benchmark.run_all(bench, sections, "tiny", out, "c")
+            record = json.loads(out.read_text())
+            return {name: len(made) for name, made in record["sections"].items()}
+
+        with pytest.raises(BenchmarkError, match="refused: bad"):
+            run(None)
+        assert ran == ["one", "bad", "two"]
+        assert set(json.loads(out.read_text())["sections"]) == {"one", "two"}
+        assert run(None) == {"one": 1, "two": 1, "bad": 1}
+        assert ran == ["one", "bad", "two", "bad"]
+        assert run(["two"]) == {"one": 1, "two": 2, "bad": 1}
+
+    def test_setup_names_device_versions_and_shape(self, tiny: Path) -> None:
+        setup = benchmark.describe_setup(bench_of(tiny), "tiny")
+        assert setup["torch"] == torch.__version__ and setup["weights"] == "tiny"
+        assert setup["shape"]["head_dim"] == 16
+        assert setup["shape"]["dtype"] == "float32"
+        assert setup["device"] and setup["driver"] is None and setup["python"]
+        assert setup["sizes"]["output_tokens"] == 10
+        assert str(tiny) not in json.dumps(setup)
+
+
+class TestCommandLine:
+    @pytest.mark.usefixtures("patient")
+    def test_one_section_into_a_file(self, tiny: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out.json"
+        args = ["--model", str(tiny), "--device", "cpu", "--quick", "--out", str(out)]
+        benchmark.main([*args, "--sections", "roofline", "--runs", "9"])
+        record = json.loads(out.read_text())
+        [made] = record["sections"]["roofline"]
+        assert made["command"].startswith("python -m folo_lib.benchmark --model ")
+        assert str(tmp_path) not in out.read_text()
+        assert record["setup"]["weights"] == tiny.name
+        assert len(made["bandwidth"]["values"]) == 9
+
+    def test_a_refusal_is_an_exit_status_and_leaves_no_figures(
+        self, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(benchmark, "find_unsteady", lambda *_: ["all of it"])
+        monkeypatch.setattr(benchmark, "QUICK", SIZES)
+        out = tmp_path / "out.json"
+        args = ["--model", str(tiny), "--device", "cpu", "--quick", "--out", str(out)]
+        with pytest.raises(SystemExit, match="error: refused: context"):
+            benchmark.main([*args, "--sections", "context"])
+        assert not out.exists()
+
+    def test_as_a_module(self) -> None:
+        command = [
+            sys.executable,
+            "-W",
+            "error",
+            "-m",
+            "folo_lib.benchmark",
+            "--runs",
+            "1",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1 and "at least 5" in done.stderr
+
+    @pytest.mark.parametrize(
+        "args, message",
+        [
+            (["--runs", "4"], "at least 5"),
+            (["--max-spread", "0.5"], "goes up to 0.25"),
+            (["--device", "toaster"], "unknown device 'toaster'"),
+            (["--device", "cpu", "--model", "/no/such"], "neither a folder"),
+        ],
+    )
+    def test_errors(
+        self, args: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(benchmark, "run_all", pytest.fail)
+        with pytest.raises(SystemExit, match=message):
+            benchmark.main(args)
+
+    def test_weights(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[tuple[Bench, str]] = []
+        monkeypatch.setattr(
+            benchmark,
+            "run_all",
+            lambda bench, s, weights, *_: seen.append((bench, weights)),
+        )
+        benchmark.main(["--quick", "--device", "cpu"])
+        monkeypatch.setattr(benchmark, "QWEN3_0_6B", TINY)
+        benchmark.main(["--device", "cpu", "--dtype", "bfloat16"])
+        assert [weights for _, weights in seen] == [
+            "the bundled checkpoint",
+            "random weights of Qwen3-0.6B's shape",
+        ]
+        assert [bench.dtype for bench, _ in seen] == [torch.float32, torch.bfloat16]
+        assert seen[0][0].folder == bundled_model_path()
+
+    def test_help(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as done:
+            benchmark.main(["--help"])
+        text = capsys.readouterr().out
+        assert done.value.code == 0 and "--sections" in text
+        assert all(name in text for name in benchmark.SECTIONS)
+        assert "--alone" not in text
+
+    def test_a_private_folder_is_not_recorded(
+        self, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[str] = []
+        monkeypatch.setattr(benchmark, "run_all", lambda *args: seen.append(args[-1]))
+        benchmark.main(
+            ["--model", str(tiny), "--device", "cpu", "--out", "/a/b/c.json"]
+        )
+        assert "/a/b" not in seen[0] and str(tiny) not in seen[0]
+        assert "--out c.json" in seen[0] and f"--model {tiny.name}" in seen[0]
+
+
+def test_the_command_prints_as_it_goes(tiny: Path) -> None:
+    """Flushed line by line, so that a run that is cut off has said what it knew."""
+    source = Path(benchmark.__file__).read_text()
+    prints = [line for line in source.splitlines() if line.strip().startswith("print(")]
+    assert len(prints) > 8
+    assert all("flush=True" in p or "json.dumps(parse_alone" in p for p in prints)
