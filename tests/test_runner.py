@@ -256,6 +256,7 @@ class TestPenalties:
         run(runner, a(2), b(0))
         assert self.counts(runner, 0) == {9: 1}
         assert self.counts(runner, 1) == {}
+        assert (self.prompt(runner, 0), self.prompt(runner, 1)) == ({5, 6}, {3})
         run(runner, b(1), a(3))
         assert self.counts(runner, 0) == {4: 1}
         assert self.counts(runner, 1) == {9: 2}
