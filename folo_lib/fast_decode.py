@@ -56,7 +56,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from folo_lib.runner import (
     InputBatch,
@@ -67,7 +66,7 @@ from folo_lib.runner import (
     to_host,
 )
 
-from .attention import AttentionBackend
+from .attention import AttentionBackend, TorchSDPABackend
 from .qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
 from .sampler import LogprobsTensors, Sampler, SamplingMetadata
 from .sampling_params import SamplingParams
@@ -177,19 +176,12 @@ class StaticMetadata:
     position: Tensor | None = None
 
 
-class StaticBackend(AttentionBackend):
+class StaticBackend(TorchSDPABackend):
     """Attention without a number from the host: over a bucket, or within a prompt."""
 
     @staticmethod
     def get_name() -> str:
         return "static"
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Causal, of a prompt over itself."""
-        grouped = query.shape[-3] != key.shape[-3]
-        return F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.scale, enable_gqa=grouped
-        )
 
     def forward(
         self,

@@ -25,27 +25,15 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from folo_lib import LLMEngine, SamplingParams
+from folo_lib.benchmark import QWEN3_0_6B
 from folo_lib.qwen3 import Qwen3ForCausalLM
 
 CONTEXTS = (128, 512, 1024, 2048, 4096, 8192)
 PROMPTS = (32, 128, 512, 1024, 2048, 4096, 8192)
-SHAPE: dict[str, Any] = {
-    "vocab_size": 151_936,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 40_960,
-    "dtype": "bfloat16",
-}
 
 
 def make_model() -> Qwen3ForCausalLM:
-    rope = {"rope_type": "default", "rope_theta": 1e6}
-    config = transformers.Qwen3Config(**SHAPE, rope_parameters=rope)
+    config = transformers.Qwen3Config(**QWEN3_0_6B)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
@@ -55,7 +43,7 @@ def make_model() -> Qwen3ForCausalLM:
 
 
 def prompt_of(length: int) -> list[int]:
-    tokens: list[int] = torch.randint(SHAPE["vocab_size"], (length,)).tolist()
+    tokens: list[int] = torch.randint(QWEN3_0_6B["vocab_size"], (length,)).tolist()
     return tokens
 
 
@@ -162,7 +150,7 @@ def main() -> None:
         "python": platform.python_version(),
         "command": "python tools/record_fast_decode.py " + str(args.out),
         "date": datetime.date.today().isoformat(),
-        "shape": SHAPE,
+        "shape": dict(QWEN3_0_6B),
         "weights": "random",
         "weight_bytes": sum(p.nbytes for p in model.parameters()),
         "decode": {},
