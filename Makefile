@@ -16,12 +16,16 @@ PAGES := $(wildcard notebooks/[0-9][0-9]_*.ipynb) $(wildcard notebooks/appendix_
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help run test lab export notebooks evaluate clean
+.PHONY: help run test lab export notebooks evaluate student docs test-browser test-batch clean
 
 help:
 	@echo "make run        hear the bundled model speak, then execute every page"
 	@echo "make lab        open the pages in JupyterLab"
 	@echo "make test       linters, types, export check, unit tests, outputs of every page"
+	@echo "make docs       build the documentation site in build/docs"
+	@echo "make student    copies of the pages with the taught functions left to write"
+	@echo "make test-browser  use the widgets in a real browser (Chromium)"
+	@echo "make test-batch    run the batch inference example on a local Ray"
 	@echo "make export     write the modules of folo_lib from the pages"
 	@echo "make notebooks  execute the pages and save their outputs in place"
 	@echo "make evaluate   measure the bundled model"
@@ -50,6 +54,21 @@ export: $(READY)
 notebooks: $(READY)
 	$(PY) tools/run_pages.py --save
 
+student: $(READY)
+	$(PY) tools/student.py
+
+docs: $(VENV)/.docs
+	$(PY) -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+	@echo "Open build/docs/index.html"
+
+# Apart from `make test`, because they need a browser and Ray.
+test-browser test-batch: export HF_HUB_OFFLINE = 1
+test-browser: $(VENV)/.browser
+	$(PY) -m pytest tests/browser
+
+test-batch: $(VENV)/.batch
+	$(PY) -m pytest tests/batch
+
 evaluate: $(READY)
 	cd notebooks && ../$(PY) -m tiny_model.evaluate
 
@@ -62,6 +81,11 @@ clean:
 $(READY): pyproject.toml constraints.txt | $(PY)
 	$(PY) -m pip install -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(PY) -m pip install -c constraints.txt -e ".[notebooks,test]"
+	@touch $@
+
+# What only one command needs is installed when it is first asked for.
+$(VENV)/.docs $(VENV)/.browser $(VENV)/.batch: $(VENV)/.%: $(READY)
+	$(PY) -m pip install -c constraints.txt -e ".[$*]"
 	@touch $@
 
 $(PY):

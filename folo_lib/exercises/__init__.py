@@ -1,0 +1,68 @@
+"""Checks of the pages' exercises: each takes a solution and says what is still wrong with it.
+
+    from folo_lib.exercises.sampler import check_apply_top_n_sigma
+
+    check_apply_top_n_sigma(my_function)    # shows "Passed: ..." or "Not yet: ..."
+    assert check_apply_top_n_sigma(my_function)     # in a teacher's own tests
+
+One module for each page, one check for each exercise, named after the function that it checks.
+"""
+
+from __future__ import annotations
+
+import functools
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["NotYet", "Verdict", "exercise", "require"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check found; true if the solution passed, and shown as its message."""
+
+    passed: bool
+    message: str
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def __repr__(self) -> str:
+        return self.message
+
+
+class NotYet(Exception):
+    """What is still wrong with a solution, in words for the learner."""
+
+
+def require(condition: Any, message: str) -> None:
+    """Raises `NotYet(message)` unless the condition holds."""
+    if not condition:
+        raise NotYet(message)
+
+
+def exercise(check: Callable[[Any], None]) -> Callable[[Any], Verdict]:
+    """Makes a check that returns a `Verdict` of one that raises `NotYet`.
+
+    A stub that raises NotImplementedError, and any other error in the learner's code, is a
+    verdict too: a page with unsolved exercises runs to its end.
+    """
+
+    @functools.wraps(check)
+    def judge(solution: Any) -> Verdict:
+        name = getattr(solution, "__name__", type(solution).__name__)
+        try:
+            check(solution)
+        except NotYet as reason:
+            return Verdict(False, f"Not yet: {name}: {reason}")
+        except NotImplementedError:
+            return Verdict(False, f"Not yet: {name} is still the stub.")
+        except Exception as error:
+            line = traceback.extract_tb(error.__traceback__)[-1].lineno
+            kind = type(error).__name__
+            return Verdict(False, f"Not yet: {name}: {kind} in line {line}: {error}")
+        return Verdict(True, f"Passed: {name}")
+
+    return judge
