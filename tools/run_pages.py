@@ -9,6 +9,7 @@ import argparse
 import re
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 COPIES = ROOT / "build" / "pages"
 WIDGET = "application/vnd.jupyter.widget-view+json"
+CAPTION = re.compile(r"\*\*Figure \d+\.\*\* (.+?)(?:\n\n|\Z)", re.DOTALL)
 Notebook = nbformat.NotebookNode
 
 
@@ -85,8 +87,28 @@ def report(
     return "\n".join([where, "", *numbered, "", message])
 
 
+def read_caption(cell: Notebook) -> str | None:
+    """The caption that a cell begins with, without "Figure 1." and without markup."""
+    caption = cell.cell_type == "markdown" and CAPTION.match(cell.source)
+    if not caption:
+        return None
+    text = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", " ".join(caption[1].split()))
+    for mark in ("`", r"\*\*", r"\*", r"\$"):
+        text = re.sub(rf"{mark}(?=\S)(.+?)(?<=\S){mark}", r"\1", text)
+    return text
+
+
+def describe(notebook: Notebook) -> None:
+    """Give each figure the caption in the cell behind it as alt text, where nbconvert looks."""
+    for cell, behind in pairwise(notebook.cells):
+        caption = read_caption(behind)
+        for output in cell.get("outputs", []):
+            if caption and "image/png" in output.get("data", {}):
+                output.metadata.setdefault("image/png", {})["alt"] = caption
+
+
 def settle(notebook: Notebook) -> None:
-    """Drop what differs from run to run and between machines."""
+    """Drop what differs from run to run and between machines; describe the figures."""
     notebook.metadata = nbformat.from_dict(
         {
             "kernelspec": {
@@ -112,6 +134,7 @@ def settle(notebook: Notebook) -> None:
                     for frame in output.traceback
                     if not plain(frame).startswith("File ")
                 ]
+    describe(notebook)
 
 
 def main() -> None:
