@@ -219,6 +219,12 @@ def options(description: str, width: str = "370px") -> dict[str, Any]:
     }
 
 
+def dropdown(description: str, choices: Sequence[str], value: str) -> Any:
+    settings = options(description)
+    del settings["continuous_update"]
+    return widgets.Dropdown(options=list(choices), value=value, **settings)
+
+
 def int_slider(description: str, low: int, high: int, value: int) -> Any:
     return widgets.IntSlider(value=value, min=low, max=high, **options(description))
 
@@ -421,12 +427,14 @@ def attention_figure(
     """The map of one head, the copying scores of all heads, and what to see."""
     length = len(token_ids)
     scores, pairs = copying_scores(weights, token_ids), copy_targets(token_ids)
-    figure = Figure(figsize=(7.6, min(6.8, max(3.6, 1.2 + 0.148 * length))))
+    figure = Figure(figsize=(7.6, min(6.2, max(3.6, 1.1 + 0.14 * length))))
     grid = figure.add_gridspec(2, 2, width_ratios=[3.4, 1], height_ratios=[20, 1])
     ax = figure.add_subplot(grid[:, 0])
     hidden = torch.ones(length, length).triu(1).bool()
     seen = weights[layer, head].masked_fill(hidden, float("nan"))
-    image = ax.imshow(seen, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    image = ax.imshow(
+        seen.tolist(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest"
+    )
     size = 8.5 if length > 24 else 9.5
     ax.set_xticks(range(length), labels, rotation=90, fontsize=size)
     ax.set_yticks(range(length), labels, fontsize=size)
@@ -468,7 +476,7 @@ def draw_copying_scores(ax: Axes, scores: Tensor | None, layer: int, head: int) 
         ax.text(0.5, 0.6, "no token\nrepeats", ha="center", transform=ax.transAxes)
         return
     layers, heads = scores.shape
-    ax.imshow(scores, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    ax.imshow(scores.tolist(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     ax.set(xlabel="head", ylabel="layer")
     if layers <= 12 and heads <= 4:
         ax.set_xticks(range(heads))
@@ -567,8 +575,10 @@ def rope_figure(inv_freq: Tensor, position: int, pair: int) -> tuple[Figure, str
     scores = rope_scores(inv_freq)
     one, everyone = scores[:, pair], scores.mean(dim=-1)
     right.grid(True)
-    right.plot(distances, one, color=BLUE, linestyle="-", linewidth=1.8)
-    right.plot(distances, everyone, color=ORANGE, linestyle="--", linewidth=1.8)
+    right.plot(distances, one.tolist(), color=BLUE, linestyle="-", linewidth=1.8)
+    right.plot(
+        distances, everyone.tolist(), color=ORANGE, linestyle="--", linewidth=1.8
+    )
     right.plot(position, float(one[position]), "o", color=BLUE, markersize=9)
     right.set(
         xlabel="distance between query and key, tokens", ylabel="q·k", ylim=(-1.15, 1.5)
@@ -593,12 +603,17 @@ def rope_figure(inv_freq: Tensor, position: int, pair: int) -> tuple[Figure, str
 def draw_rotation(ax: Axes, angle: float, position: int) -> None:
     """A vector of length 1 before and after it was turned."""
     circle = torch.linspace(0, 2 * math.pi, 200)
-    ax.plot(circle.cos(), circle.sin(), color="#bbbbbb", linewidth=0.8)
+    ax.plot(
+        circle.cos().tolist(), circle.sin().tolist(), color="#bbbbbb", linewidth=0.8
+    )
     travelled = torch.linspace(0, angle, 60 + int(abs(angle) * 20))
     radius = 0.25 + 0.25 * travelled / max(8 * math.pi, angle)
     if angle > 0:
         ax.plot(
-            radius * travelled.cos(), radius * travelled.sin(), color=GREY, linewidth=1
+            (radius * travelled.cos()).tolist(),
+            (radius * travelled.sin()).tolist(),
+            color=GREY,
+            linewidth=1,
         )
     arrow = {"arrowstyle": "-|>", "mutation_scale": 14, "shrinkA": 0, "shrinkB": 0}
     before = {**arrow, "color": GREY, "linestyle": "--", "linewidth": 1.3}
@@ -703,15 +718,11 @@ def kv_memory_calculator() -> Explorer:
     contexts = [(f"{2**i:,}", 2**i) for i in range(9, 18)]
     batches = [(str(2**i), 2**i) for i in range(9)]
     controls = {
-        "model": widgets.Dropdown(
-            options=list(MODEL_SHAPES), value="Qwen3-0.6B", **options("Model")
-        ),
+        "model": dropdown("Model", list(MODEL_SHAPES), "Qwen3-0.6B"),
         "context": widgets.SelectionSlider(
             options=contexts, value=4096, **options("Context, tokens")
         ),
-        "dtype": widgets.Dropdown(
-            options=list(CACHE_DTYPES), value="bfloat16", **options("dtype")
-        ),
+        "dtype": dropdown("dtype", list(CACHE_DTYPES), "bfloat16"),
         "batch": widgets.SelectionSlider(
             options=batches, value=8, **options("Batch, requests")
         ),
