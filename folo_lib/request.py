@@ -210,6 +210,7 @@ class IncrementalDetokenizer:
         return found
 
     def _show(self, new: str) -> str | None:
+        """Takes the next characters; returns the stop string that they completed."""
         text, num_searched = self._held + new, len(self._held)
         stop = self.stop if self.num_tokens_to_ignore_stop < 0 else ()
         if found := find_stop_string(text, stop, num_searched):
