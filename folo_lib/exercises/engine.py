@@ -1,0 +1,297 @@
+"""Checks of the exercises of page 10."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from folo_lib.engine import FCFSScheduler, Prompt, StepEngine
+from folo_lib.exercises import exercise, require
+from folo_lib.kv_cache import BlockAllocator
+from folo_lib.request import InputProcessor, Request, RequestOutput
+from folo_lib.runner import GPUExecutor, SampledToken, ScheduledRequest
+from folo_lib.sampling_params import SamplingParams
+
+__all__ = ["check_ShortestFirstScheduler", "check_generate_within"]
+
+VOCAB_SIZE = 50
+NUM_BLOCKS, BLOCK_SIZE = 64, 16
+
+
+class CountingExecutor(GPUExecutor):
+    """An executor without a model: the next token is how many a request has so far."""
+
+    def __init__(self, step_time: float = 0.0) -> None:
+        self.num_blocks, self.block_size = NUM_BLOCKS, BLOCK_SIZE
+        self.max_model_len = NUM_BLOCKS * BLOCK_SIZE
+        self.step_time, self.fails_at = step_time, -1
+        self.error: BaseException = RuntimeError("the device failed")
+        self.steps: list[str] = []
+
+    def execute_model(
+        self, scheduled: Sequence[ScheduledRequest]
+    ) -> list[SampledToken]:
+        time.sleep(self.step_time)
+        self.steps += [request.request_id for request in scheduled]
+        if len(self.steps) == self.fails_at:
+            raise self.error
+        ends = [r.num_computed_tokens + len(r.token_ids) for r in scheduled]
+        return [SampledToken(end % VOCAB_SIZE) for end in ends]
+
+    def get_peak_memory(self) -> int | None:
+        return None
+
+
+def make_engine(
+    step_time: float = 0.0,
+    scheduler: Callable[[BlockAllocator], FCFSScheduler] = FCFSScheduler,
+) -> StepEngine:
+    executor = CountingExecutor(step_time)
+    processor = InputProcessor(None, VOCAB_SIZE, executor.max_model_len)
+    return StepEngine(
+        executor, scheduler(BlockAllocator(NUM_BLOCKS, BLOCK_SIZE)), processor
+    )
+
+
+def queue_of(scheduler: FCFSScheduler) -> list[str]:
+    """Runs a scheduler dry, one step a request; the ids in the order in which they ran."""
+    order: list[str] = []
+    for _ in range(100):
+        plans = scheduler.schedule()
+        if not plans:
+            return order
+        require(
+            isinstance(plans, list) and len(plans) == 1,
+            f"schedule() returns {plans!r}: a list with one request is wanted.",
+        )
+        order.append(plans[0].request_id.removesuffix("-0"))
+        running = scheduler.running
+        require(
+            running is not None and running.sample_id == plans[0].request_id,
+            f"{plans[0].request_id} is scheduled, and scheduler.running is {running}.",
+        )
+        assert running is not None
+        scheduler.finish(running)
+    require(False, "a request that has finished is scheduled again.")
+    return order
+
+
+@exercise
+def check_ShortestFirstScheduler(
+    scheduler_class: Callable[[BlockAllocator], FCFSScheduler],
+) -> None:
+    """Of `ShortestFirstScheduler`: the order, the running request, and the blocks."""
+    processor = InputProcessor(None, VOCAB_SIZE, NUM_BLOCKS * BLOCK_SIZE)
+    greedy = SamplingParams(temperature=0, max_tokens=3)
+
+    def make(name: str, length: int) -> Request:
+        return processor.process_request([1] * length, greedy, request_id=name)[0]
+
+    cases = {
+        "one request": {"a": 5},
+        "a short one behind a long one": {"a": 9, "b": 2},
+        "three": {"a": 30, "b": 40, "c": 20},
+        "two of the same length": {"a": 7, "b": 7, "c": 3},
+        "many": dict(zip("abcdefgh", [9, 3, 40, 3, 1, 9, 25, 2], strict=True)),
+    }
+    for name, lengths in cases.items():
+        allocator = BlockAllocator(NUM_BLOCKS, BLOCK_SIZE)
+        scheduler = scheduler_class(allocator)
+        require(scheduler.schedule() == [], "with nobody there, schedule() is [].")
+        for request_id, length in lengths.items():
+            scheduler.add(make(request_id, length))
+        require(scheduler.has_unfinished(), f"{name}: has_unfinished() is False.")
+        got, wanted = queue_of(scheduler), sorted(lengths, key=lengths.__getitem__)
+        require(
+            got == wanted,
+            f"{name}, prompt lengths {lengths}: they run in the order {got}, and "
+            f"{wanted} is wanted; equals in the order in which they came.",
+        )
+        require(
+            not scheduler.has_unfinished(),
+            f"{name}: all have run, and has_unfinished() is True.",
+        )
+        free = allocator.num_free_blocks
+        require(free == NUM_BLOCKS, f"{name}: {NUM_BLOCKS - free} blocks stay taken.")
+
+    scheduler = scheduler_class(BlockAllocator(NUM_BLOCKS, BLOCK_SIZE))
+    first, short, long = make("first", 20), make("short", 2), make("long", 30)
+    scheduler.add(first)
+    scheduler.schedule()
+    status, blocks = first.status.name, first.block_ids
+    require(status == "RUNNING", f"a scheduled request is {status}: start() it.")
+    require(len(blocks) == 2, f"20 + 3 tokens need 2 blocks, and it has {blocks}.")
+    scheduler.add(long)
+    scheduler.add(short)
+    [plan] = scheduler.schedule()
+    require(
+        plan.request_id == "first-0",
+        "a shorter request came while one was running, and took its place: who runs "
+        "runs to its end.",
+    )
+    scheduler.finish(short)  # aborted while it waits
+    scheduler.finish(first)
+    require(
+        queue_of(scheduler) == ["long"],
+        "a request that was finished while it waited is still scheduled.",
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """The failures below are wanted, and need not be logged."""
+    logger = logging.getLogger("folo_lib.engine")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def require_clean(engine: StepEngine, when: str) -> None:
+    """Nothing of anybody is left in the engine."""
+    assert isinstance(engine.scheduler, FCFSScheduler)
+    left = [*engine.requests, *engine.groups]
+    require(not left, f"{when} the engine still has the requests {left}.")
+    require(
+        not engine.news, f"{when} the engine still has news of {list(engine.news)}."
+    )
+    taken = NUM_BLOCKS - engine.scheduler.allocator.num_free_blocks
+    require(not taken, f"{when} {taken} blocks are still taken.")
+
+
+Generate = Callable[
+    [StepEngine, list[Prompt], SamplingParams, float], list[RequestOutput]
+]
+
+
+def ends(outputs: list[RequestOutput]) -> list[tuple[int, str | None]]:
+    """How many tokens each has, and why no more."""
+    samples = [output.outputs[0] for output in outputs]
+    return [(len(sample.token_ids), sample.finish_reason) for sample in samples]
+
+
+@exercise
+def check_generate_within(generate_within: Generate) -> None:
+    """Of `generate_within`: outputs, the clock, and what is left behind."""
+    prompts: list[Prompt] = [[1] * 5, [2] * 3, [3] * 7]
+    short = SamplingParams(temperature=0, max_tokens=4)
+    engine = make_engine()
+    got = generate_within(engine, prompts, short, 60.0)
+    require(
+        isinstance(got, list) and len(got) == 3,
+        f"for three prompts it returns {got!r}: a list of three outputs is wanted.",
+    )
+    order = [output.prompt_token_ids for output in got]
+    require(order == prompts, f"the outputs belong to {order}, for prompts {prompts}.")
+    require(
+        ends(got) == [(4, "length")] * 3,
+        "with 60 s for four tokens each, it returns (tokens, finish_reason) "
+        f"{ends(got)}, and (4, 'length') is wanted for all.",
+    )
+    require_clean(engine, "when all was done in time,")
+    require(
+        generate_within(make_engine(), [], short, 60.0) == [], "no prompt, no output."
+    )
+
+    check_clock(generate_within, prompts)
+    check_others(generate_within, prompts)
+    check_mishaps(generate_within, prompts, short)
+
+
+def check_clock(generate_within: Generate, prompts: list[Prompt]) -> None:
+    """Steps take 5 ms or more, so no more than 21 can begin in 100 ms."""
+    engine = make_engine(step_time=0.005)
+    executor = engine.executor
+    assert isinstance(executor, CountingExecutor)
+    long = SamplingParams(temperature=0, max_tokens=90)
+    got = generate_within(engine, prompts, long, 0.1)
+    require(
+        len(executor.steps) <= 21,
+        f"in 0.1 s, with steps of 5 ms, {len(executor.steps)} steps were begun: look at "
+        "the clock before each.",
+    )
+    require(len(executor.steps) > 0, "in 0.1 s not one step was begun.")
+    require(
+        isinstance(got, list) and len(got) == 3,
+        "when time is over, every prompt has an output, even one that never ran; it "
+        f"returns {len(got)} for three.",
+    )
+    order = [output.prompt_token_ids for output in got]
+    require(order == prompts, f"the outputs belong to {order}, for prompts {prompts}.")
+    wanted = [(len(executor.steps), "abort"), (0, "abort"), (0, "abort")]
+    require(
+        ends(got) == wanted,
+        f"when time is over, it returns (tokens, finish_reason) {ends(got)}, and "
+        f"{wanted} is wanted.",
+    )
+    require_clean(engine, "when time was over,")
+
+
+def check_others(generate_within: Generate, prompts: list[Prompt]) -> None:
+    """A request that was there before runs first, is not aborted, and keeps its news."""
+    engine = make_engine()
+    engine.add_request([9] * 4, SamplingParams(temperature=0, max_tokens=6), "other")
+    short = SamplingParams(temperature=0, max_tokens=2)
+    got = generate_within(engine, prompts, short, 60.0)
+    require(
+        ends(got) == [(2, "length")] * 3,
+        "with a request of somebody else in front, it returns (tokens, finish_reason) "
+        f"{ends(got)}, and (2, 'length') is wanted for all.",
+    )
+    outputs = engine.step() if engine.has_unfinished_requests() else []
+    require(
+        [o.request_id for o in outputs] == ["other"]
+        and ends(outputs) == [(6, "length")],
+        "a request of somebody else ended meanwhile, and its owner's next step() does "
+        "not bring the output: collect only your own news, which step() does not.",
+    )
+    engine = make_engine()
+    engine.add_request([9] * 4, SamplingParams(temperature=0, max_tokens=6), "other")
+    generate_within(engine, prompts, short, 0.0)
+    require(
+        list(engine.requests) == ["other-0"],
+        "with a budget of 0 s, a request of somebody else was there before, and "
+        f"afterwards the engine has {list(engine.requests)}: abort only your own.",
+    )
+
+
+def check_mishaps(
+    generate_within: Generate, prompts: list[Prompt], params: SamplingParams
+) -> None:
+    """A failing step, Ctrl-C, and a prompt that cannot be served."""
+    engine = make_engine()
+    assert isinstance(engine.executor, CountingExecutor)
+    engine.executor.fails_at = 6
+    with quiet():
+        got = generate_within(engine, prompts, params, 60.0)
+    wanted = [(4, "length"), (1, "error"), (4, "length")]
+    require(
+        ends(got) == wanted,
+        f"when the sixth step fails, it returns {ends(got)}, and {wanted} is wanted.",
+    )
+    require_clean(engine, "after a step that failed,")
+
+    engine = make_engine()
+    assert isinstance(engine.executor, CountingExecutor)
+    engine.executor.fails_at, engine.executor.error = 6, KeyboardInterrupt()
+    try:
+        generate_within(engine, prompts, params, 60.0)
+    except KeyboardInterrupt:
+        pass
+    else:
+        require(False, "it swallows Ctrl-C, which its caller has to see.")
+    require_clean(engine, "after Ctrl-C")
+
+    engine = make_engine()
+    try:
+        generate_within(engine, [[1], [2], []], params, 60.0)
+    except ValueError:
+        pass
+    else:
+        require(False, "a prompt without tokens raises no ValueError.")
+    require_clean(engine, "when the third prompt was refused,")
+    assert isinstance(engine.executor, CountingExecutor)
+    require(not engine.executor.steps, "a prompt was refused after others had run.")
