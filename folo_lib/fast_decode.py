@@ -6,11 +6,16 @@
 __all__ = [
     "logger",
     "SMALLEST_BUCKET",
+    "SHORT_PROMPTS",
     "PREFILL_BUCKETS",
     "CHUNK",
     "FIRST_LONG_BUCKET",
     "COPIED",
     "Kind",
+    "Graphs",
+    "LONGEST_TUNED",
+    "TUNING_ROOM",
+    "CUBLAS_WORKSPACE",
     "make_buckets",
     "round_up",
     "choose_bucket",
@@ -21,6 +26,7 @@ __all__ = [
     "use_backend",
     "run_layer",
     "run_long_layer",
+    "run_prompt_layer",
     "run_head",
     "ModelStep",
     "compile_step",
@@ -35,6 +41,9 @@ __all__ = [
     "RunAhead",
     "bucket_views",
     "GraphSet",
+    "make_room",
+    "count_blocks",
+    "tune",
     "load_step",
     "Launcher",
     "find_limit",
@@ -47,6 +56,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
@@ -55,7 +65,7 @@ from shutil import which
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from folo_lib.runner import (
     InputBatch,
@@ -67,6 +77,7 @@ from folo_lib.runner import (
 )
 
 from .attention import AttentionBackend, TorchSDPABackend
+from .kv_cache import allocate_kv_caches
 from .qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
 from .sampler import LogprobsTensors, Sampler, SamplingMetadata
 from .sampling_params import SamplingParams
@@ -75,7 +86,8 @@ logger = logging.getLogger(__name__)
 
 # %% ../notebooks/11_fast_decode.ipynb #buckets
 SMALLEST_BUCKET = 256
-PREFILL_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+SHORT_PROMPTS = tuple(range(32, 257, 32))
+PREFILL_BUCKETS = (*SHORT_PROMPTS, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192)
 
 
 def make_buckets(num_slots: int, smallest: int = SMALLEST_BUCKET) -> list[int]:
@@ -245,6 +257,11 @@ def run_long_layer(*args: Any) -> tuple[Tensor, Tensor]:
     return run_layer(*args)
 
 
+def run_prompt_layer(*args: Any) -> tuple[Tensor, Tensor]:
+    """`run_layer` on a prompt: likewise."""
+    return run_layer(*args)
+
+
 def run_head(
     model: Qwen3ForCausalLM, hidden_states: Tensor, residual: Tensor
 ) -> Tensor:
@@ -255,14 +272,15 @@ def run_head(
 # %% ../notebooks/11_fast_decode.ipynb #model-step
 @dataclass
 class ModelStep:
-    """The model on static tensors, `run_layer` and `run_head` compiled or not."""
+    """The model on static tensors, its functions compiled or not."""
 
     model: Qwen3ForCausalLM
     layer: Callable[..., tuple[Tensor, Tensor]] = run_layer
     long_layer: Callable[..., tuple[Tensor, Tensor]] = run_long_layer
+    prompt_layer: Callable[..., tuple[Tensor, Tensor]] = run_prompt_layer
     head: Callable[..., Tensor] = run_head
     backend: AttentionBackend = field(default_factory=StaticBackend)
-    chunked: bool = False  # long contexts go through `long_layer`
+    is_compiled: bool = False  # then long contexts go through `long_layer`
 
     def __call__(
         self,
@@ -272,15 +290,19 @@ class ModelStep:
         metadata: StaticMetadata,
         last: Tensor | None = None,
     ) -> Tensor:
-        """Logits `[1, V]` after `input_ids` `[N]`, or after number `last` of them."""
+        """Logits `[1, V]` after `input_ids` `[N]`, or after number `last` of them.
+
+        Runs as many layers as there are caches.
+        """
         core = self.model.model
         residual = core.embed_tokens(input_ids)
         hidden_states = torch.zeros_like(residual)  # x + 0: all layers run alike
         rotation = core.rotary_emb(positions, residual.dtype)
         where = metadata.slots, metadata.position
         run = self.long_layer if kv_caches[0][0].dim() == 4 else self.layer
+        run = self.prompt_layer if metadata.position is None else run
         with use_backend(self.model, self.backend):
-            for layer, kv_cache in zip(core.layers, kv_caches, strict=True):
+            for layer, kv_cache in zip(core.layers, kv_caches, strict=False):
                 hidden_states, residual = run(
                     layer, hidden_states, residual, rotation, kv_cache, *where
                 )
@@ -291,16 +313,18 @@ class ModelStep:
 
 # %% ../notebooks/11_fast_decode.ipynb #compile-step
 def compile_step(model: Qwen3ForCausalLM) -> ModelStep:
-    """A step for one token whose layers share one compiled function."""
+    """A step whose layers share one compiled function for each of its three uses."""
     # With this option a matrix times one vector becomes a sum, which fuses with its
-    # neighbours and is tuned for this GPU.
+    # neighbours and is tuned for this GPU. Padding would be tried out, for no gain.
     options: dict[str, Any] = {"coordinate_descent_tuning": True}
+    options["shape_padding"] = False
     return ModelStep(
         model,
         torch.compile(run_layer, options=options),
         torch.compile(run_long_layer, options=options),
+        torch.compile(run_prompt_layer, dynamic=True),
         torch.compile(run_head, options=options),
-        chunked=True,
+        is_compiled=True,
     )
 
 
@@ -505,10 +529,10 @@ class RunAhead:
 
 # %% ../notebooks/11_fast_decode.ipynb #bucket-views
 def bucket_views(
-    kv_cache: tuple[Tensor, Tensor], bucket: int, chunked: bool
+    kv_cache: tuple[Tensor, Tensor], bucket: int, is_compiled: bool
 ) -> tuple[Tensor, Tensor]:
     """The first slots of flat caches, `[T, H_kv, D]`; long ones `[C, t, H_kv, D]`."""
-    in_chunks = chunked and bucket >= FIRST_LONG_BUCKET
+    in_chunks = is_compiled and bucket >= FIRST_LONG_BUCKET
     keys, values = (x[: round_up(bucket, CHUNK if in_chunks else 1)] for x in kv_cache)
     if in_chunks:
         keys = keys.view(-1, CHUNK, *keys.shape[1:])  # [T, H_kv, D] -> [C, t, H_kv, D]
@@ -517,12 +541,15 @@ def bucket_views(
 
 
 # %% ../notebooks/11_fast_decode.ipynb #graph-set
+Graphs = dict[int, Callable[[], None]]
+
+
 class GraphSet:
     """Graphs of a model for prompts and for single tokens, by bucket.
 
     Args:
-        step: the model, for single tokens.
-        kv_caches: per layer, with one block more than `num_slots` slots need.
+        step: the model.
+        kv_caches: per layer, see `count_blocks`.
         num_slots: that requests may use.
         pool: see `capture`.
     """
@@ -534,9 +561,9 @@ class GraphSet:
         num_slots: int,
         pool: Any = None,
     ) -> None:
-        self.step, self.prompt_step, self.pool = step, ModelStep(step.model), pool
+        self.step, self.pool, self.scratch = step, pool, num_slots
         self.kv_caches = [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in kv_caches]
-        self.scratch, weight = num_slots, step.model.model.embed_tokens.weight
+        weight = step.model.model.embed_tokens.weight
         prompts = [min(n, num_slots) for n in PREFILL_BUCKETS]
         vocab_size = step.model.config.vocab_size
         self.state = StepState(vocab_size, prompts[-1], weight.dtype, weight.device)
@@ -548,29 +575,74 @@ class GraphSet:
 
     def run_token(self, bucket: int) -> None:
         """One token, which sees at most `bucket` slots."""
-        state, step = self.state, self.step
-        caches = [bucket_views(pair, bucket, step.chunked) for pair in self.kv_caches]
-        for view in chain(*caches) if step.layer is not run_layer else ():
+        state, compiled = self.state, self.step.is_compiled
+        caches = [bucket_views(pair, bucket, compiled) for pair in self.kv_caches]
+        for view in chain(*caches) if compiled else ():
             torch._dynamo.maybe_mark_dynamic(view, 0)  # one code for all buckets
         metadata = StaticMetadata(state.position, state.position)
-        state.logits.copy_(step(state.token, state.position, caches, metadata))
+        state.logits.copy_(self.step(state.token, state.position, caches, metadata))
 
     def run_prompt(self, bucket: int) -> None:
         """The step of a prompt of at most `bucket` tokens."""
         state, metadata = self.state, StaticMetadata(self.state.slots[:bucket])
         ids, places = state.input_ids[:bucket], state.places[:bucket]
-        logits = self.prompt_step(ids, places, self.kv_caches, metadata, state.last)
+        logits = self.step(ids, places, self.kv_caches, metadata, state.last)
         state.logits.copy_(logits)
 
-    def capture(self) -> Iterator[str]:
-        """Records every graph, and says which before each."""
-        for kind, graphs, run in (
-            ("prompt", self.prompt_graphs, self.run_prompt),
-            ("context", self.token_graphs, self.run_token),
-        ):
-            for bucket in graphs:
-                yield f"{kind} {bucket}"
-                graphs[bucket] = capture(partial(run, bucket), self.pool)
+    def list_runs(self) -> list[tuple[Graphs, int, Callable[[], None]]]:
+        """What to record: where the graph goes, its bucket, and what it does."""
+        prompts = [(self.prompt_graphs, n, self.run_prompt) for n in self.prompt_graphs]
+        tokens = [(self.token_graphs, n, self.run_token) for n in self.token_graphs]
+        return [(graphs, n, partial(run, n)) for graphs, n, run in prompts + tokens]
+
+
+# %% ../notebooks/11_fast_decode.ipynb #tune
+LONGEST_TUNED = 8192
+TUNING_ROOM = 2**27
+CUBLAS_WORKSPACE = ":4096:2:16:8"  # 8 MB, of which NVIDIA's manual says what it means
+
+
+@contextmanager
+def make_room(layers: Sequence[nn.Module], num_bytes: int) -> Iterator[None]:
+    """Keeps layers on the host for a while, enough for that much room."""
+    weights = list(layers[0].parameters())
+    size, device = sum(w.nbytes for w in weights), weights[0].device
+    aside = layers[1 : 2 + num_bytes // size]
+    with torch.inference_mode(False):
+        for layer in aside:
+            layer.to("cpu")
+        try:
+            yield
+        finally:
+            for layer in aside:
+                layer.to(device)
+
+
+def count_blocks(num_slots: int, block_size: int) -> int:
+    """A block more, for what fills up a prompt's bucket, and whole chunks."""
+    if num_slots >= FIRST_LONG_BUCKET:
+        num_slots = round_up(num_slots, CHUNK)
+    return num_slots // block_size + 1
+
+
+def tune(step: ModelStep, num_slots: int, block_size: int, use_tqdm: bool) -> None:
+    """Compiles a step, by running it on one layer with a cache of its own."""
+    from tqdm.auto import tqdm
+
+    # Read once, when cuBLAS is first used. Whoever has set it knows better.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
+    core, config = step.model.model, copy(step.model.config)
+    config.num_hidden_layers, num_slots = 1, min(num_slots, LONGEST_TUNED)
+    weight = core.embed_tokens.weight
+    with make_room(list(core.layers), TUNING_ROOM), torch.inference_mode():
+        shape = count_blocks(num_slots, block_size), block_size
+        caches = allocate_kv_caches(config, *shape, weight.dtype, weight.device)
+        runs = GraphSet(step, caches, num_slots).list_runs()
+        for _, _, run in tqdm(runs, "Compiling", disable=not use_tqdm):
+            run()
+        del caches, runs, run
+        if weight.is_cuda:
+            torch._C._cuda_clearCublasWorkspaces()
 
 
 # %% ../notebooks/11_fast_decode.ipynb #graph-set-load
@@ -682,33 +754,32 @@ class CUDAGraphRunner(ModelRunner):
     compiles = True
 
     def initialize_kv_caches(self, num_blocks: int) -> None:
-        """A block more, for what fills up a prompt's bucket, and whole chunks."""
+        """Notes the size; `warm_up` allocates, when kernels have been tuned."""
         self.num_slots = num_blocks * self.block_size
         limit = self.model.model.rotary_emb.max_position_embeddings
         self.num_places = min(self.num_slots, limit)
-        end = self.num_slots
-        if end >= FIRST_LONG_BUCKET:
-            end = round_up(end, CHUNK)
-        super().initialize_kv_caches(end // self.block_size + 1)
 
     def make_step(self) -> ModelStep:
-        """How one token runs through the model: what a faster runner replaces."""
+        """How tokens run through the model: what a faster runner replaces."""
         return make_step(self.model, self.compiles)
 
     def warm_up(self, use_tqdm: bool) -> None:
-        """Compiles, and records the graphs."""
+        """Compiles, allocates the cache, and records the graphs."""
         from tqdm.auto import tqdm
 
-        is_cuda = self.device.type == "cuda"
-        pool = torch.cuda.graph_pool_handle() if is_cuda else None
-        graphs = GraphSet(self.make_step(), self.kv_caches, self.num_slots, pool)
-        self.graphs, self.launcher = graphs, Launcher(graphs, pool)
-        total = len(graphs.prompt_graphs) + len(graphs.token_graphs)
-        with tqdm(total=total, desc="Recording graphs", disable=not use_tqdm) as bar:
-            for name in graphs.capture():
-                bar.set_postfix_str(name)
-                bar.update()
-            self.launcher.drawer.prepare_greedy(self.device)
+        pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        num_blocks = count_blocks(self.num_slots, self.block_size)
+        step = self.make_step()
+        if step.is_compiled:
+            tune(step, self.num_slots, self.block_size, use_tqdm)
+        with torch.inference_mode(False):  # tensors that anybody may change
+            super().initialize_kv_caches(num_blocks)
+        self.graphs = GraphSet(step, self.kv_caches, self.num_slots, pool)
+        runs = self.graphs.list_runs()
+        for graphs, bucket, run in tqdm(runs, "Recording", disable=not use_tqdm):
+            graphs[bucket] = capture(run, pool)
+        self.launcher = Launcher(self.graphs, pool)
+        self.launcher.drawer.prepare_greedy(self.device)
 
     def execute_model(self, batch: InputBatch) -> tuple[Tensor, LogprobsTensors | None]:
         graph = load_step(self.graphs, batch)

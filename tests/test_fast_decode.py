@@ -281,7 +281,7 @@ class TestTokens:
         self, case: Case, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         if case[0] == "cpu":  # as if it were compiled
-            step = partial(ModelStep, chunked=True)
+            step = partial(ModelStep, is_compiled=True)
             monkeypatch.setattr("folo_lib.fast_decode.ModelStep", step)
         params = replace(GREEDY, ignore_eos=True, max_tokens=12)
         prompts = [torch.randint(1, 900, (n,)).tolist() for n in (2040, 2788)]
