@@ -153,7 +153,8 @@ class Explorer(CourseWidget):
         draw: Callable[..., tuple[Figure, str]],
     ) -> None:
         self.name, self.controls, self._draw = name, controls, draw
-        self.image = widgets.Image(format="png", layout={"max_width": "100%"})
+        layout = {"max_width": "100%", "align_self": "flex-start"}  # never enlarged
+        self.image = widgets.Image(format="png", layout=layout)
         self.caption = widgets.HTML()
         self._sentence = ""
         self._refresh()
@@ -168,13 +169,12 @@ class Explorer(CourseWidget):
         return self._sentence
 
     def _refresh(self) -> None:
-        values = {name: control.value for name, control in self.controls.items()}
+        values = {name: read_control(c) for name, c in self.controls.items()}
         with _drawing, mpl.rc_context(STYLE):
             figure, sentence = self._draw(**values)
             png = to_png(figure)
         self._sentence = sentence
         self.image.value = png
-        self.image.tooltip = sentence  # what a screen reader says of the picture
         self.caption.value = paragraph(sentence)
 
     def _on_change(self, change: Any) -> None:
@@ -219,10 +219,11 @@ def options(description: str, width: str = "370px") -> dict[str, Any]:
     }
 
 
-def dropdown(description: str, choices: Sequence[str], value: str) -> Any:
-    settings = options(description)
-    del settings["continuous_update"]
-    return widgets.Dropdown(options=list(choices), value=value, **settings)
+def choice_slider(description: str, choices: Sequence[Any], value: Any) -> Any:
+    """A slider, as JupyterLab takes the arrow keys away from a drop-down list."""
+    return widgets.SelectionSlider(
+        options=list(choices), value=value, **options(description)
+    )
 
 
 def int_slider(description: str, low: int, high: int, value: int) -> Any:
@@ -242,8 +243,19 @@ def float_slider(
     )
 
 
+NEW_LINE = "\u21b5"
+"""Stands for a line break in a text field, which has one line, and in labels."""
+
+
 def text_field(description: str, value: str) -> Any:
-    return widgets.Text(value=value, **options(description, width="740px"))
+    shown = value.replace("\n", NEW_LINE)
+    return widgets.Text(value=shown, **options(description, width="740px"))
+
+
+def read_control(control: Any) -> Any:
+    """The value of a control; the text of a field with its line breaks."""
+    value = control.value
+    return value.replace(NEW_LINE, "\n") if isinstance(value, str) else value
 
 
 def drawable(text: str, font: str = "DejaVu Sans") -> str:
@@ -258,7 +270,7 @@ def token_label(token: bytes, limit: int = 12) -> str:
         text = token.decode()
     except UnicodeDecodeError:
         return "<" + token.hex(" ").upper() + ">"
-    for invisible, sign in ((" ", "\u00b7"), ("\n", "\u21b5"), ("\t", "\u21e5")):
+    for invisible, sign in ((" ", "\u00b7"), ("\n", NEW_LINE), ("\t", "\u21e5")):
         text = text.replace(invisible, sign)
     text = text if len(text) <= limit else text[: limit - 1] + "\u2026"
     return drawable("".join(c if c.isprintable() else "\u25a1" for c in text))
@@ -718,14 +730,10 @@ def kv_memory_calculator() -> Explorer:
     contexts = [(f"{2**i:,}", 2**i) for i in range(9, 18)]
     batches = [(str(2**i), 2**i) for i in range(9)]
     controls = {
-        "model": dropdown("Model", list(MODEL_SHAPES), "Qwen3-0.6B"),
-        "context": widgets.SelectionSlider(
-            options=contexts, value=4096, **options("Context, tokens")
-        ),
-        "dtype": dropdown("dtype", list(CACHE_DTYPES), "bfloat16"),
-        "batch": widgets.SelectionSlider(
-            options=batches, value=8, **options("Batch, requests")
-        ),
+        "model": choice_slider("Model", list(MODEL_SHAPES), "Qwen3-0.6B"),
+        "context": choice_slider("Context, tokens", contexts, 4096),
+        "dtype": choice_slider("dtype", list(CACHE_DTYPES), "bfloat16"),
+        "batch": choice_slider("Batch, requests", batches, 8),
     }
     return Explorer("kv_memory_calculator", controls, memory_figure)
 
@@ -929,7 +937,7 @@ def sampling_figure(
     ax.legend(loc="lower right")
     ax.set_title(f"Token {place + 1} of {len(output_ids)}", loc="left")
     text = b"".join(token_bytes[i] for i in output_ids).decode(errors="replace")
-    lines = textwrap.wrap(drawable(text.strip().replace("\n", "\u21b5")), 95) or [""]
+    lines = textwrap.wrap(drawable(text.strip().replace("\n", NEW_LINE)), 95) or [""]
     figure.supxlabel(
         "The text drawn:\n" + "\n".join(lines),
         x=0.01,
@@ -941,8 +949,7 @@ def sampling_figure(
     label = token_label(token_bytes[drawn], 16)
     return figure, (
         f"Token {place + 1}: {alive:,} of {len(after):,} tokens can be drawn; \u201c{label}\u201d was, "
-        f"with {float(after[drawn]):.1%} (the model's own: {float(before[drawn]):.1%}). "
-        f"The text drawn: \u201c{text.strip()}\u201d"
+        f"with {float(after[drawn]):.1%} (the model's own: {float(before[drawn]):.1%})."
     )
 
 
@@ -1057,6 +1064,7 @@ class LiveGeneration(CourseWidget):
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._example: list[Piece] | None = None
+        self._example_prompt = ""
 
     @property
     def is_running(self) -> bool:
@@ -1096,15 +1104,15 @@ class LiveGeneration(CourseWidget):
                 raise RuntimeError(
                     "the engine is busy: show the widget when it is free."
                 )
-            stream = self.engine.stream(self.controls["prompt"].value, self._params())
+            self._example_prompt = read_control(self.controls["prompt"])
+            stream = self.engine.stream(self._example_prompt, self._params())
             self._example = [piece for _, piece in split_by_token(stream)]
-            self._example_prompt = self.controls["prompt"].value
         with _drawing, mpl.rc_context(STYLE):
             return to_png(generation_figure(self._example_prompt, self._example))
 
     def alt_text(self) -> str:
         text = "".join(piece.text for piece in self._example or [])
-        return f"{LEGEND} The text: {self.controls['prompt'].value}{text}"
+        return f"{LEGEND} The text: {self._example_prompt}{text}"
 
     def _params(self) -> SamplingParams:
         names = ("temperature", "seed", "max_tokens")
@@ -1112,7 +1120,7 @@ class LiveGeneration(CourseWidget):
 
     def _run(self) -> None:
         try:
-            self._follow(self.controls["prompt"].value)
+            self._follow(read_control(self.controls["prompt"]))
         except Exception as error:  # a thread has nobody else to tell
             self.status.value = paragraph(f"Not generated: {error}")
 

@@ -42,8 +42,10 @@ from folo_lib.widgets import (
     kv_memory_calculator,
     live_generation,
     next_token_distributions,
+    read_control,
     rope_explorer,
     rope_scores,
+    sampling_figure,
     sampling_playground,
     split_by_token,
     token_label,
@@ -401,13 +403,23 @@ def test_greedy_leaves_one_token() -> None:
 
 
 def test_the_playground_draws_what_the_engine_draws(
-    model: Qwen3ForCausalLM, tokenizer: Any, engine: LLMEngine
+    model: Qwen3ForCausalLM,
+    tokenizer: Any,
+    engine: LLMEngine,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    drawn: list[list[int]] = []
+
+    def look(before: Any, after: Any, names: Any, output_ids: Any, place: int) -> Any:
+        drawn.append(output_ids)
+        return sampling_figure(before, after, names, output_ids, place)
+
+    monkeypatch.setattr("folo_lib.widgets.sampling_figure", look)
     widget = sampling_playground(model, tokenizer, PROMPT)
     widget.controls["seed"].value = 3
     settings = {"temperature": 0.8, "top_p": 0.9, "seed": 3, "max_tokens": 40}
     [output] = engine.generate(PROMPT, SamplingParams(**settings), use_tqdm=False)
-    assert output.outputs[0].text.strip() in widget.alt_text()
+    assert output.outputs[0].token_ids == drawn[-1] != drawn[0]
 
 
 def test_the_playground_keeps_its_picture_where_nothing_can_be_drawn(
@@ -543,6 +555,19 @@ def test_probability_is_told_with_and_without_colour() -> None:
 
 
 # Labels
+
+
+def test_a_text_field_shows_line_breaks_and_keeps_them(
+    model: Qwen3ForCausalLM, tokenizer: Any, engine: LLMEngine
+) -> None:
+    widget = attention_explorer(model, tokenizer, "a\nb")
+    assert widget.controls["text"].value == "a↵b"
+    assert read_control(widget.controls["text"]) == "a\nb"
+    live = live_generation(engine, "a\nb")
+    live.controls["max_tokens"].value = 1
+    live.generate()
+    assert live.wait(20)
+    assert "a\nb</span>" in live.text.value
 
 
 def test_labels_can_be_drawn() -> None:
