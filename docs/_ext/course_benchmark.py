@@ -1,0 +1,399 @@
+"""The benchmark page: tables and figures from the results that page 12 recorded."""
+
+from __future__ import annotations
+
+import io
+import json
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from course_pages import COPIES, ROOT, write_if_changed
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+DATA = ROOT / "notebooks" / "data"
+GPU_RECORD = DATA / "benchmark_h200.json"
+CPU_RECORD = DATA / "benchmark_cpu.json"
+BASELINE = "huggingface"
+
+# Label, colour, hatch, marker and dash of a system; those of page 12.
+LOOKS = {
+    "folo_lib": ("folo_lib", "#0072B2", "", "o", "-"),
+    BASELINE: ("Hugging Face", "#D55E00", "//", "s", "--"),
+    "huggingface_static": ("Hugging Face, static cache", "#009E73", "..", "^", "-."),
+}
+OTHER = ("#CC79A7", "xx", "D", ":")
+
+Result = dict[str, Any]
+
+
+def find_record() -> Path:
+    """The results of the GPU, or those of a CPU as long as there are none."""
+    return GPU_RECORD if GPU_RECORD.is_file() else CPU_RECORD
+
+
+def look(system: str) -> tuple[str, str, str, str, str]:
+    return LOOKS.get(system, (system, *OTHER))
+
+
+# Tables
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    align = ["---", *["--:"] * (len(header) - 1)]
+    lines = [header, align, *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def milliseconds(summary: Result) -> str:
+    """Median, and the 10th to the 90th percentile."""
+    low, middle, high = (1e3 * summary[name] for name in ("p10", "median", "p90"))
+    digits = 3 if middle < 1 else 2 if middle < 10 else 1
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def times_faster(slow: Result, fast: Result) -> str:
+    """The median of the ratios of paired runs, and their range."""
+    pairs = zip(slow["values"], fast["values"], strict=True)
+    ratios = sorted(a / b for a, b in pairs)
+    middle = statistics.median(ratios)
+    return f"{middle:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+
+
+def by_size(rows: Sequence[Result]) -> Iterator[tuple[int, dict[str, Result]]]:
+    """Prompt length, and the row of each system at that length."""
+    for size in sorted({row["prompt_tokens"] for row in rows}):
+        yield (
+            size,
+            {row["system"]: row for row in rows if row["prompt_tokens"] == size},
+        )
+
+
+def agreement(section: Result) -> str:
+    """That the systems gave the same tokens, in a sentence."""
+    tokens = section["tokens"]
+    lost = sum(tokens["near_ties_lost"].values())
+    ties = f"; {lost} near-ties fell otherwise" if lost else ""
+    return (
+        f"Before timing, {tokens['decided']} of {tokens['steps']} greedy steps were far "
+        f"enough from a tie to be compared, and every system chose the same token at "
+        f"all of them{ties}."
+    )
+
+
+def recorded(sections: Sequence[Result]) -> str:
+    """When and by which command; earlier recordings stay in the file."""
+    latest = sections[-1]
+    times = f", the last of {len(sections)} recordings" if len(sections) > 1 else ""
+    return f"*Recorded {latest['date'][:10]}{times}: `{latest['command']}`*"
+
+
+def describe_setup(setup: Result, is_gpu: bool) -> str:
+    """What was measured where, before any number."""
+    shape = setup["shape"]
+    if is_gpu:
+        first = f"Measured on one **{setup['device']}**."
+    else:
+        first = (
+            f"**This is not a GPU.** The recording of an H200 is not in the repository "
+            f"yet. What follows is the quick run on {setup['threads']} thread of a CPU "
+            f"({setup['device']}) with a model of three million parameters. It shows "
+            f"how the measurement works, and says nothing about large models or GPUs."
+        )
+    rows = [
+        ["weights", setup["weights"]],
+        [
+            "shape",
+            f"{shape['num_hidden_layers']} layers, hidden size {shape['hidden_size']}, "
+            f"{shape['num_attention_heads']} query heads and "
+            f"{shape['num_key_value_heads']} key/value heads of {shape['head_dim']}, "
+            f"vocabulary {shape['vocab_size']:,}, {shape['dtype']}",
+        ],
+        ["torch", setup["torch"]],
+        ["transformers", setup["transformers"]],
+        ["Python", setup["python"]],
+    ]
+    if is_gpu:
+        rows.append(["driver, CUDA", f"{setup['driver']}, {setup['cuda']}"])
+    return first + "\n\n" + table(["", ""], rows).replace("--:", "---")
+
+
+def decode_part(sections: Sequence[Result]) -> str:
+    rows = sections[-1]["rows"]
+    base = next((row for row in rows if row["system"] == BASELINE), None)
+    lines = []
+    for row in rows:
+        ratio = times_faster(base["tpot"], row["tpot"]) if base else "–"
+        lines.append(
+            [
+                look(row["system"])[0],
+                milliseconds(row["ttft"]),
+                milliseconds(row["tpot"]),
+                f"{1 / row['tpot']['median']:,.0f}",
+                "1" if row is base else ratio,
+            ]
+        )
+    size = f"{rows[0]['prompt_tokens']} tokens in, {rows[0]['output_tokens']} out"
+    header = [
+        "",
+        "TTFT, ms",
+        "TPOT, ms",
+        "tokens/s",
+        "speed-up over Hugging Face",
+    ]
+    return f"""## One prompt, one answer
+
+Batch 1, {size}, greedy. TTFT is the time to the first token, TPOT the time for each token after it,
+and tokens/s is 1/TPOT. In brackets: the 10th to the 90th percentile of the runs. The
+speed-up is that of TPOT, the median of paired runs, with its least and its greatest.
+
+![{picture_alt(rows)}](pages/benchmark-speed.png)
+
+{table(header, lines)}
+
+{agreement(sections[-1])}
+
+{recorded(sections)}"""
+
+
+def picture_alt(rows: Sequence[Result]) -> str:
+    parts = [
+        f"{look(row['system'])[0]} {1 / row['tpot']['median']:,.0f}" for row in rows
+    ]
+    return f"Tokens per second at batch 1: {', '.join(parts)}."
+
+
+def sizes_part(
+    title: str, sections: Sequence[Result], name: str, text: str, picture: str, alt: str
+) -> str:
+    """One time, at several lengths of the prompt."""
+    rows = sections[-1]["rows"]
+    systems = list(dict.fromkeys(row["system"] for row in rows))
+    lines = []
+    for size, found in by_size(rows):
+        cells = [
+            milliseconds(found[system][name]) if system in found else "–"
+            for system in systems
+        ]
+        pair = found.get(BASELINE), found.get("folo_lib")
+        ratio = times_faster(pair[0][name], pair[1][name]) if all(pair) else "–"
+        lines.append([f"{size:,}", *cells, ratio])
+    header = ["tokens", *(look(s)[0] + ", ms" for s in systems), "speed-up"]
+    return f"""## {title}
+
+{text}
+
+![{alt}](pages/{picture})
+
+{table(header, lines)}
+
+{recorded(sections)}"""
+
+
+def ladder_part(sections: Sequence[Result]) -> str:
+    latest = sections[-1]
+    rows = latest["rows"]
+    lines = [
+        [
+            row["system"],
+            milliseconds(row["tpot"]),
+            times_faster(rows[0]["tpot"], row["tpot"]) if number else "1",
+        ]
+        for number, row in enumerate(rows)
+    ]
+    left_out = ", ".join(latest.get("left_out", {}))
+    note = f"\n\nNot on this machine or in this build: {left_out}." if left_out else ""
+    return f"""## What each page was worth
+
+The same model and prompt, on every rung of the ladder that the course climbs. Each rung keeps
+what the one before it had.
+
+![{ladder_alt(rows)}](pages/benchmark-ladder.png)
+
+{table(["", "TPOT, ms", "speed-up over the first"], lines)}{note}
+
+{recorded(sections)}"""
+
+
+def ladder_alt(rows: Sequence[Result]) -> str:
+    parts = [f"{row['system']} {1e3 * row['tpot']['median']:.2f}" for row in rows]
+    return f"Milliseconds per token, rung by rung: {', '.join(parts)}."
+
+
+def alone_part(memory: Sequence[Result], cold: Sequence[Result], is_gpu: bool) -> str:
+    lines = [
+        [look(row["system"])[0], f"{row['peak'] / 2**20:,.0f}"]
+        for row in memory[-1]["rows"]
+        if row["peak"]
+    ]
+    what = (
+        "Only tensors count: the most bytes that were allocated at once."
+        if is_gpu
+        else "The whole process counts, Python and PyTorch included."
+    )
+    parts = [
+        f"""## Memory and the first start
+
+The same run, alone in a fresh process. {what}
+
+{table(["", "peak, MiB"], lines)}"""
+    ]
+    if cold:
+        starts = [
+            [row["compile_cache"], f"{row['first_token_seconds']:.1f}"]
+            for row in cold[-1]["rows"]
+        ]
+        parts.append("From nothing to the first token, without the imports:")
+        parts.append(table(["cache for compiled code", "seconds"], starts))
+    parts.append(recorded(memory))
+    return "\n\n".join(parts)
+
+
+def write_page() -> str:
+    """All of the results, as Markdown."""
+    path = find_record()
+    record = json.loads(path.read_text(encoding="utf-8"))
+    sections, is_gpu = record["sections"], path == GPU_RECORD
+    parts = [describe_setup(record["setup"], is_gpu)]
+    if "decode" in sections:
+        parts.append(decode_part(sections["decode"]))
+    if "context" in sections:
+        text = (
+            "TPOT behind contexts of several lengths. The floor is what the bytes of a "
+            "step would take at the bandwidth that this machine reached."
+        )
+        alt = "TPOT over tokens of context, with the floor that bandwidth sets."
+        title = "Long contexts"
+        context = sections["context"]
+        picture = "benchmark-context.png"
+        parts.append(sizes_part(title, context, "tpot", text, picture, alt))
+    if "prefill" in sections:
+        text = "The time to the first token, most of which is reading the prompt."
+        alt = "TTFT over tokens of the prompt."
+        title, prefill = "Long prompts", sections["prefill"]
+        picture = "benchmark-prefill.png"
+        parts.append(sizes_part(title, prefill, "ttft", text, picture, alt))
+    if "ladder" in sections:
+        parts.append(ladder_part(sections["ladder"]))
+    if "memory" in sections:
+        cold = sections.get("cold_start", [])
+        parts.append(alone_part(sections["memory"], cold, is_gpu))
+    name = path.relative_to(ROOT).as_posix()
+    url = f"https://github.com/folovllm/FoloVLLM/blob/main/{name}"
+    parts.append(f"All runs, one by one: [{name}]({url}).")
+    return "\n\n".join(parts)
+
+
+# Figures
+
+
+def draw_speed(ax: Any, sections: Result) -> None:
+    rows = sections["decode"][-1]["rows"]
+    for y, row in enumerate(rows):
+        label, colour, hatch, *_ = look(row["system"])
+        speeds = [1 / tpot for tpot in row["tpot"]["values"]]
+        middle, low, high = statistics.median(speeds), min(speeds), max(speeds)
+        ax.barh(y, middle, height=0.5, color=colour, hatch=hatch, edgecolor="black")
+        ax.plot([low, high], [y, y], "-", color="black", linewidth=1.5)
+        ax.text(high, y, f"  {middle:,.0f}", va="center")
+        ax.text(0, y - 0.29, label, va="bottom")
+    ax.set(yticks=[], ylim=(len(rows) - 0.6, -0.7), xlabel="tokens per second, batch 1")
+    ax.margins(x=0.12)
+    ax.grid(axis="y", visible=False)
+
+
+def draw_sizes(ax: Any, rows: Sequence[Result], name: str) -> None:
+    for system in dict.fromkeys(row["system"] for row in rows):
+        label, colour, _, marker, dash = look(system)
+        mine = [row for row in rows if row["system"] == system]
+        x = [row["prompt_tokens"] for row in mine]
+        y = [1e3 * row[name]["median"] for row in mine]
+        ax.plot(x, y, dash, color=colour, marker=marker, label=label)
+    sizes = sorted({row["prompt_tokens"] for row in rows})
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
+
+
+def draw_context(ax: Any, sections: Result) -> None:
+    rows = sections["context"][-1]["rows"]
+    draw_sizes(ax, rows, "tpot")
+    if "roofline" in sections:
+        sizes = {row["prompt_tokens"] for row in rows}
+        floor = [r for r in sections["roofline"][-1]["rows"] if r["context"] in sizes]
+        x, y = (
+            [row["context"] for row in floor],
+            [1e3 * row["seconds"] for row in floor],
+        )
+        ax.plot(x, y, ":", color="black", label="floor: bytes / bandwidth")
+    ax.set(xlabel="tokens of context", ylabel="TPOT (ms)", ylim=(0, None))
+    ax.margins(y=0.15)
+    ax.legend(loc="best")
+
+
+def draw_prefill(ax: Any, sections: Result) -> None:
+    draw_sizes(ax, sections["prefill"][-1]["rows"], "ttft")
+    ax.set_yscale("log")
+    ax.set(xlabel="tokens of prompt", ylabel="TTFT (ms)")
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.legend(loc="best")
+
+
+def draw_ladder(ax: Any, sections: Result) -> None:
+    for row in sections["ladder"][-1]["rows"]:
+        tpot = 1e3 * row["tpot"]["median"]
+        ax.barh(row["system"], tpot, color="0.75", edgecolor="black", height=0.6)
+        ax.text(tpot, row["system"], f"  {tpot:.2f}", va="center")
+    ax.invert_yaxis()
+    ax.margins(x=0.12)
+    ax.grid(axis="y", visible=False)
+    ax.set_xlabel("TPOT (ms)")
+
+
+FIGURES: dict[str, tuple[str, Callable[[Any, Result], None], float]] = {
+    "decode": ("benchmark-speed.png", draw_speed, 2.8),
+    "context": ("benchmark-context.png", draw_context, 3.2),
+    "prefill": ("benchmark-prefill.png", draw_prefill, 3.2),
+    "ladder": ("benchmark-ladder.png", draw_ladder, 2.8),
+}
+
+
+def draw_figures(app: Sphinx) -> None:
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    path = find_record()
+    record = json.loads(path.read_text(encoding="utf-8"))
+    where = record["setup"]["device"]
+    weights = record["setup"]["weights"]
+    style = mpl.rc_params_from_file(
+        ROOT / "notebooks" / "folo.mplstyle", use_default_template=False
+    )
+    for section, (name, draw, height) in FIGURES.items():
+        if section not in record["sections"]:
+            continue
+        with mpl.rc_context(style):
+            figure = Figure(figsize=(7, height))
+            ax = figure.subplots()
+            draw(ax, record["sections"])
+            ax.set_title(f"{where}, {weights}", fontsize=10, loc="left")
+            buffer = io.BytesIO()
+            FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+        write_if_changed(COPIES / name, buffer.getvalue())
+
+
+class Benchmark(SphinxDirective):
+    """The results; read again when they change."""
+
+    def run(self) -> list[nodes.Node]:
+        self.env.note_dependency(str(find_record()))
+        return self.parse_text_to_nodes(write_page(), allow_section_headings=True)
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    app.connect("builder-inited", draw_figures)
+    app.add_directive("benchmark", Benchmark)
+    return {"version": "1", "parallel_read_safe": True}
