@@ -61,6 +61,7 @@ toc_object_entries_show_parents = "hide"
 # Looks.
 html_theme = "furo"
 html_title = "FoloVLLM"
+pygments_dark_style = "a11y-dark"
 html_static_path = ["_static"]
 html_css_files = ["course.css"]
 html_favicon = "_static/favicon.svg"
@@ -68,7 +69,6 @@ html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False
 html_theme_options = {
-    "source_repository": "",
     "top_of_page_buttons": [],
     "light_css_variables": {
         "color-brand-primary": "#005a8d",

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from course_pages import COPIES, ROOT, write_if_changed
-from docutils import nodes
 from sphinx.application import Sphinx
-from sphinx.util.docutils import SphinxDirective
 
 DATA = ROOT / "notebooks" / "data"
 GPU_RECORD = DATA / "benchmark_h200.json"
@@ -84,16 +82,19 @@ def agreement(section: Result) -> str:
     )
 
 
-def recorded(sections: Sequence[Result]) -> str:
-    """When and by which command; earlier recordings stay in the file."""
-    latest = sections[-1]
-    times = f", the last of {len(sections)} recordings" if len(sections) > 1 else ""
-    return f"*Recorded {latest['date'][:10]}{times}: `{latest['command']}`*"
+def repeated(sections: Sequence[Result]) -> str:
+    """That earlier recordings are not shown, if there are any."""
+    count = len(sections)
+    return f"\n\nThe last of {count} recordings." if count > 1 else ""
 
 
-def describe_setup(setup: Result, is_gpu: bool) -> str:
+def describe_setup(record: Result, is_gpu: bool) -> str:
     """What was measured where, before any number."""
+    setup = record["setup"]
     shape = setup["shape"]
+    shown = [found[-1] for found in record["sections"].values()]
+    dates = sorted({section["date"][:10] for section in shown})
+    commands = sorted({section["command"] for section in shown})
     if is_gpu:
         first = f"Measured on one **{setup['device']}**."
     else:
@@ -118,6 +119,8 @@ def describe_setup(setup: Result, is_gpu: bool) -> str:
     ]
     if is_gpu:
         rows.append(["driver, CUDA", f"{setup['driver']}, {setup['cuda']}"])
+    rows.append(["recorded", ", ".join(dates)])
+    rows.append(["command", "<br>".join(f"`{command}`" for command in commands)])
     return first + "\n\n" + table(["", ""], rows).replace("--:", "---")
 
 
@@ -154,9 +157,7 @@ speed-up is that of TPOT, the median of paired runs, with its least and its grea
 
 {table(header, lines)}
 
-{agreement(sections[-1])}
-
-{recorded(sections)}"""
+{agreement(sections[-1])}{repeated(sections)}"""
 
 
 def picture_alt(rows: Sequence[Result]) -> str:
@@ -188,9 +189,7 @@ def sizes_part(
 
 ![{alt}](pages/{picture})
 
-{table(header, lines)}
-
-{recorded(sections)}"""
+{table(header, lines)}{repeated(sections)}"""
 
 
 def ladder_part(sections: Sequence[Result]) -> str:
@@ -213,9 +212,7 @@ what the one before it had.
 
 ![{ladder_alt(rows)}](pages/benchmark-ladder.png)
 
-{table(["", "TPOT, ms", "speed-up over the first"], lines)}{note}
-
-{recorded(sections)}"""
+{table(["", "TPOT, ms", "speed-up over the first"], lines)}{note}{repeated(sections)}"""
 
 
 def ladder_alt(rows: Sequence[Result]) -> str:
@@ -248,7 +245,6 @@ The same run, alone in a fresh process. {what}
         ]
         parts.append("From nothing to the first token, without the imports:")
         parts.append(table(["cache for compiled code", "seconds"], starts))
-    parts.append(recorded(memory))
     return "\n\n".join(parts)
 
 
@@ -257,7 +253,7 @@ def write_page() -> str:
     path = find_record()
     record = json.loads(path.read_text(encoding="utf-8"))
     sections, is_gpu = record["sections"], path == GPU_RECORD
-    parts = [describe_setup(record["setup"], is_gpu)]
+    parts = [describe_setup(record, is_gpu)]
     if "decode" in sections:
         parts.append(decode_part(sections["decode"]))
     if "context" in sections:
@@ -385,15 +381,6 @@ def draw_figures(app: Sphinx) -> None:
         write_if_changed(COPIES / name, buffer.getvalue())
 
 
-class Benchmark(SphinxDirective):
-    """The results; read again when they change."""
-
-    def run(self) -> list[nodes.Node]:
-        self.env.note_dependency(str(find_record()))
-        return self.parse_text_to_nodes(write_page(), allow_section_headings=True)
-
-
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("builder-inited", draw_figures)
-    app.add_directive("benchmark", Benchmark)
     return {"version": "1", "parallel_read_safe": True}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from docutils import nodes
 from sphinx.application import Sphinx
 
 CODE = re.compile(r"(\w?)(?<!`)`([^`]+)`(?!`)(\w?)")
@@ -66,6 +67,14 @@ def process(
         lines[:] = convert_docstring(lines)
 
 
+def forget_object(app: Sphinx, doctree: nodes.document) -> None:
+    """That a class is an object need not be said."""
+    for paragraph in [*doctree.findall(nodes.paragraph)]:
+        if paragraph.astext() == "Bases: object":
+            paragraph.parent.remove(paragraph)
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("autodoc-process-docstring", process, priority=400)
+    app.connect("doctree-read", forget_object)
     return {"version": "1", "parallel_read_safe": True}

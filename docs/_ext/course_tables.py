@@ -1,4 +1,8 @@
-"""Tables that are made at build time, so that they cannot be wrong: `{course} pages` and such."""
+"""What Markdown files leave to the build, so that it cannot be out of date.
+
+`<!-- made at build time: pages -->`, alone on a line, becomes what the function `pages` of
+`WRITERS` returns.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,11 @@ import inspect
 import pkgutil
 import re
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
+import course_benchmark
 from course_pages import find_pages, read_page
-from docutils import nodes
 from sphinx.application import Sphinx
-from sphinx.util.docutils import SphinxDirective
 
 import folo_lib
 import folo_lib.exercises
@@ -51,28 +54,28 @@ def checks_list() -> str:
         module = importlib.import_module(f"folo_lib.exercises.{found.name}")
         lines = [f"`folo_lib.exercises.{found.name}`", ""]
         for name, check in vars(module).items():
-            if name.startswith("check_"):
+            if name.startswith("check_") and hasattr(check, "__wrapped__"):
                 summary = (inspect.getdoc(check) or "").partition("\n\n")[0]
                 lines.append(f"- `{name}`: {' '.join(summary.split())}")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
 
-class Course(SphinxDirective):
-    """Markdown that a function writes."""
+WRITERS: dict[str, Callable[[], str]] = {
+    "pages": pages_table,
+    "names": names_table,
+    "checks": checks_list,
+    "benchmark": course_benchmark.write_page,
+}
+PLACE = re.compile(r"^<!-- made at build time: (\w+) -->$", re.MULTILINE)
 
-    required_arguments = 1
-    writers: ClassVar[dict[str, Callable[[], str]]] = {
-        "pages": pages_table,
-        "names": names_table,
-        "checks": checks_list,
-    }
 
-    def run(self) -> list[nodes.Node]:
-        self.env.note_reread()  # what it says changes without this file
-        return self.parse_text_to_nodes(self.writers[self.arguments[0]]())
+def fill_in(app: Sphinx, docname: str, content: list[str]) -> None:
+    if PLACE.search(content[0]):
+        app.env.note_reread()  # what it says changes without the file
+        content[0] = PLACE.sub(lambda found: WRITERS[found[1]](), content[0])
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    app.add_directive("course", Course)
+    app.connect("source-read", fill_in)
     return {"version": "1", "parallel_read_safe": True}
