@@ -66,6 +66,7 @@ html_static_path = ["_static"]
 html_css_files = ["course.css"]
 html_favicon = "_static/favicon.svg"
 html_copy_source = False
+html_domain_indices = False
 html_show_sourcelink = False
 html_show_sphinx = False
 html_theme_options = {
