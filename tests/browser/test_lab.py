@@ -1,0 +1,157 @@
+"""The pages with widgets in JupyterLab, run and used by keyboard as a reader would."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import nbformat
+import pytest
+from lab_server import Lab
+
+expect = pytest.importorskip(
+    "playwright.sync_api", reason="Playwright is missing: pip install -e '.[browser]'"
+).expect
+expect.set_options(timeout=60_000)
+
+SLOW = 180_000  # milliseconds: a page runs in under 25 s on an idle machine
+# What to turn, and which way there is room.
+PAGES = {
+    "02_rope": {"Position": "ArrowRight", "Frequency pair": "ArrowLeft"},
+    "05_checkpoint": {"Layer": "ArrowLeft", "Head": "ArrowLeft"},
+    "06_kv_cache": {
+        "Model": "ArrowRight",
+        "Context, tokens": "ArrowRight",
+        "dtype": "ArrowLeft",
+        "Batch, requests": "ArrowLeft",
+    },
+    "07_sampler": {"Temperature": "ArrowRight", "Top-p (1: off)": "ArrowLeft"},
+}
+
+# JupyterLab shows errors and what goes to stderr alike; a page has neither.
+TROUBLE = '[data-mime-type="application/vnd.jupyter.stderr"]'
+# "ran", "failed", or null while cells are still to run. Cells tagged raises-exception may fail.
+STATE = """([may_fail, trouble]) => {
+  const cells = [...document.querySelectorAll('.jp-Notebook .jp-Cell')];
+  if (cells.some((cell, i) => !may_fail.includes(i) && cell.querySelector(trouble)))
+    return 'failed';
+  const code = cells.filter(cell => cell.matches('.jp-CodeCell'));
+  const prompts = code.map(cell => cell.querySelector('.jp-InputPrompt').textContent);
+  return code.length && prompts.every(text => /\\[\\d+\\]/.test(text)) ? 'ran' : null;
+}"""
+# What an image shows, as a number of its bytes; null while it is being replaced.
+PICTURE = """async image => {
+  try {
+    const bytes = await (await fetch(image.src)).arrayBuffer();
+    const digest = await crypto.subtle.digest('SHA-256', bytes);
+    return image.naturalWidth ? new Uint32Array(digest).join() : null;
+  } catch { return null; }
+}"""
+
+
+def run_page(window: Any, lab: Lab, name: str) -> str:
+    """Opens a page and runs all its cells; how that ended."""
+    cells = nbformat.read(lab.folder / f"{name}.ipynb", as_version=4).cells
+    may_fail = [
+        i
+        for i, c in enumerate(cells)
+        if "raises-exception" in c.metadata.get("tags", [])
+    ]
+    window.goto(f"{lab.url}/lab/workspaces/{name}/tree/{name}.ipynb")
+    window.locator(".jp-Notebook .jp-Cell").nth(len(cells) - 1).wait_for(
+        state="attached"
+    )
+    window.get_by_text("| Idle").wait_for()  # earlier, Run would ask for a kernel
+    window.get_by_role("menuitem", name="Run", exact=True).click()
+    window.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    state = window.wait_for_function(STATE, arg=[may_fail, TROUBLE], timeout=SLOW)
+    return str(state.json_value())
+
+
+def wait_for_picture(image: Any, wanted: Callable[[str], bool]) -> str:
+    """What the image shows as soon as it is what is wanted."""
+    deadline = time.monotonic() + 60
+    while True:
+        picture = image.evaluate(PICTURE)
+        if picture and wanted(picture):
+            return str(picture)
+        assert time.monotonic() < deadline, "the picture stayed as it was"
+        time.sleep(0.05)
+
+
+def trouble_in(window: Any) -> str:
+    return "\n".join(window.locator(TROUBLE).all_inner_texts())
+
+
+def test_a_failing_cell_is_noticed(window: Any, lab: Lab) -> None:
+    """Else the tests below would prove nothing."""
+    cell = nbformat.v4.new_code_cell
+    cells = [cell("1 / 0", metadata={"tags": ["raises-exception"]}), cell("2 / 0")]
+    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    for name, count in (("allowed", 1), ("failing", 2)):
+        notebook = nbformat.v4.new_notebook(cells=cells[:count], metadata=metadata)
+        nbformat.write(notebook, lab.folder / f"{name}.ipynb")
+    assert run_page(window, lab, "allowed") == "ran"
+    assert run_page(window, lab, "failing") == "failed"
+    assert "ZeroDivisionError" in trouble_in(window)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_arrow_keys_turn_the_knobs(window: Any, lab: Lab, name: str) -> None:
+    assert run_page(window, lab, name) == "ran", trouble_in(window)
+    widget = window.locator(".jp-OutputArea-output:has(img.widget-image)")
+    expect(widget).to_have_count(1)
+    image = widget.locator("img.widget-image")
+    first = wait_for_picture(image, bool)
+    sentence = widget.get_by_role("status")
+    for label, there in PAGES[name].items():
+        knob = widget.locator(f'.widget-slider:has(label:text-is("{label}"))')
+        handle = knob.get_by_role("slider")
+        value, words = handle.get_attribute("aria-valuetext"), sentence.inner_text()
+        handle.focus()
+        window.keyboard.press(there)
+        wait_for_picture(image, lambda picture: picture != first)
+        assert handle.get_attribute("aria-valuetext") != value
+        expect(sentence).not_to_have_text(words)
+        back = "ArrowLeft" if there == "ArrowRight" else "ArrowRight"
+        window.keyboard.press(back)
+        wait_for_picture(image, lambda picture: picture == first)
+        expect(sentence).to_have_text(words)
+        assert handle.get_attribute("aria-valuetext") == value
+        expect(handle).to_be_focused()
+    assert not window.locator(".jupyter-widgets-error-widget").count()
+
+
+def test_generate_and_stop(window: Any, lab: Lab) -> None:
+    assert run_page(window, lab, "10_engine") == "ran", trouble_in(window)
+    widget = window.locator(".jp-OutputArea-output:has(.folo-live)")
+    expect(widget).to_have_count(1)
+    text, status = widget.locator(".folo-live"), widget.get_by_role("status").first
+    generate = widget.get_by_role("button", name="Generate")
+    stop = widget.get_by_role("button", name="Stop")
+
+    def watch_it_grow(times: int) -> None:
+        for _ in range(times):
+            expect(text).not_to_have_text(str(text.text_content()))
+
+    generate.focus()
+    window.keyboard.press("Enter")
+    watch_it_grow(4)
+    window.keyboard.press("Tab")
+    expect(stop).to_be_focused()
+    window.keyboard.press("Enter")
+    expect(status).to_contain_text("abort")
+    summary = str(status.text_content())
+    made = re.search(r"(\d+) tokens", summary)
+    free = re.search(r"blocks free: (\d+) of (\d+)", summary)
+    assert made and 3 <= int(made[1]) < 120, summary
+    assert free and free[1] == free[2], summary  # the request gave its cache back
+
+    generate.click()  # the engine is ready for the next
+    expect(status).to_contain_text("Generating")
+    watch_it_grow(2)
+    stop.click()
+    expect(status).to_contain_text("abort")
+    assert not window.locator(".jupyter-widgets-error-widget").count()
