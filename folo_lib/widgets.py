@@ -194,7 +194,7 @@ def to_png(figure: Figure) -> bytes:
 
 def paragraph(text: str) -> str:
     """Plain text as HTML that breaks its lines."""
-    return f'<div role="status" style="line-height: 1.5; white-space: normal; max-width: 770px">{html.escape(text)}</div>'
+    return f'<div role="status" style="line-height: 1.5; white-space: normal; max-width: 836px">{html.escape(text)}</div>'
 
 
 def row(children: Any) -> Any:
@@ -309,9 +309,8 @@ class RecordingBackend(AttentionBackend):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         scale = query.shape[-1] ** -0.5
-        mask = create_causal_mask(query.shape[-2], key.shape[-2], device=query.device)[
-            0, 0
-        ]
+        lengths = query.shape[-2], key.shape[-2]
+        mask = create_causal_mask(*lengths, device=query.device)[0, 0]  # [S, T]
         keys = repeat_kv(key, query.shape[-3] // key.shape[-3]).float()
         scores = query.float() @ keys.transpose(-1, -2) * scale + mask
         self.weights.append(scores.softmax(dim=-1).cpu())
@@ -599,11 +598,7 @@ def rope_figure(inv_freq: Tensor, position: int, pair: int) -> tuple[Figure, str
     lines = right.get_lines()[:2]
     names = [f"pair {pair} alone", "mean of all pairs"]
     right.legend(lines, names, loc="upper right", ncols=2, handlelength=3, fontsize=9)
-    turn = (
-        f"one turn takes {period:,.0f} tokens"
-        if period >= 10
-        else (f"one turn takes {period:.1f} tokens")
-    )
+    turn = f"one turn takes {period:,.{0 if period >= 10 else 1}f} tokens"
     return figure, (
         f"Position {position} turns pair {pair} by {position} x {frequency:.3g} = "
         f"{angle:.3g} radians ({angle / (2 * math.pi):.3g} turns; {turn}). "
@@ -1013,7 +1008,7 @@ def html_text(prompt: str, pieces: Sequence[Piece]) -> str:
     ]
     return (
         '<div class="folo-live" style="background: white; color: black; border: 1px solid #999; '
-        "padding: 8px 10px; max-width: 770px; min-height: 7em; line-height: 1.9; "
+        "padding: 8px 10px; max-width: 836px; min-height: 7em; line-height: 1.9; "
         'font-size: 14px; white-space: pre-wrap; box-sizing: border-box">'
         f'<span style="color: #555">{html.escape(prompt)}</span>{"".join(spans)}</div>'
     )
@@ -1185,11 +1180,14 @@ def lay_out(pieces: Sequence[Piece], width: int) -> Iterator[tuple[int, int, Pie
         text = piece.text
         if column and column + len(text) > width:  # a token is not torn apart
             line, column, text = line + 1, 0, text.lstrip(" ")
-        for number, part in enumerate(text.split("\n")):
+        for number, rest in enumerate(text.split("\n")):
+            part = rest
             if number:
                 line, column = line + 1, 0
-            for start in range(0, len(part), width):
-                chunk = part[start : start + width]
+            while part:
+                if column >= width:
+                    line, column = line + 1, 0
+                chunk, part = part[: width - column], part[width - column :]
                 yield line, column, Piece(chunk, piece.probability)
                 column += len(chunk)
 

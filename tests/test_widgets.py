@@ -40,6 +40,7 @@ from folo_lib.widgets import (
     drawable,
     html_text,
     kv_memory_calculator,
+    lay_out,
     live_generation,
     next_token_distributions,
     read_control,
@@ -552,6 +553,23 @@ def test_probability_is_told_with_and_without_colour() -> None:
     text = html_text("a < b", pieces)
     assert "a &lt; b" in text and "&lt;b&gt;" in text and "<b>" not in text
     assert text.count("<span") == 4  # the prompt, and what has text
+
+
+def test_lines_break_between_tokens() -> None:
+    texts = ["one", " two", " three", "\nfour", "x" * 25, "", "\n"]
+    placed = [
+        (line, column, piece.text)
+        for line, column, piece in lay_out([Piece(text, 0.5) for text in texts], 10)
+    ]
+    assert placed == [
+        (0, 0, "one"),
+        (0, 3, " two"),
+        (1, 0, "three"),
+        (2, 0, "four"),
+        (3, 0, "x" * 10),
+        (4, 0, "x" * 10),
+        (5, 0, "x" * 5),
+    ]
 
 
 # Labels
