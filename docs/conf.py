@@ -31,6 +31,7 @@ exclude_patterns = ["_ext", "_static"]
 # JavaScript or a font of somebody else's.
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_render_markdown_format = "gfm"
 nb_output_stderr = "remove-warn"
 nb_ipywidgets_js = {}
 nb_mime_priority_overrides = [
