@@ -214,15 +214,20 @@ def options(description: str, width: str = "370px") -> dict[str, Any]:
     return {
         "description": description,
         "style": {"description_width": "145px"},
-        "layout": {"width": width},
+        "layout": {"width": width, "max_width": "98%"},
         "continuous_update": False,
     }
 
 
-def choice_slider(description: str, choices: Sequence[Any], value: Any) -> Any:
-    """A slider, as JupyterLab takes the arrow keys away from a drop-down list."""
+def choice_slider(
+    description: str, choices: Sequence[Any], value: Any, readout: bool = True
+) -> Any:
+    """A slider, as JupyterLab takes the arrow keys away from a drop-down list.
+
+    Its readout has room for nine letters.
+    """
     return widgets.SelectionSlider(
-        options=list(choices), value=value, **options(description)
+        options=list(choices), value=value, readout=readout, **options(description)
     )
 
 
@@ -725,7 +730,7 @@ def kv_memory_calculator() -> Explorer:
     contexts = [(f"{2**i:,}", 2**i) for i in range(9, 18)]
     batches = [(str(2**i), 2**i) for i in range(9)]
     controls = {
-        "model": choice_slider("Model", list(MODEL_SHAPES), "Qwen3-0.6B"),
+        "model": choice_slider("Model", list(MODEL_SHAPES), "Qwen3-0.6B", False),
         "context": choice_slider("Context, tokens", contexts, 4096),
         "dtype": choice_slider("dtype", list(CACHE_DTYPES), "bfloat16"),
         "batch": choice_slider("Batch, requests", batches, 8),
@@ -740,7 +745,7 @@ def memory_figure(
     shape, kind = MODEL_SHAPES[model], CACHE_DTYPES[dtype]
     weights, one = shape.weight_bytes(kind), shape.kv_bytes(context, kind)
     total = weights + batch * one
-    figure = Figure(figsize=(7.6, 3.4))
+    figure = Figure(figsize=(7.6, 3.6))
     ax = figure.subplots()
     parts: tuple[Any, Any] = (
         {"facecolor": BLUE, "edgecolor": "black", "linewidth": 0.6},
@@ -777,7 +782,9 @@ def memory_figure(
         f"weights {gib(weights)}",
         f"KV cache {batch} x {gib(one)} = {gib(batch * one)}",
     ]
-    figure.legend(handles, names, loc="outside upper left", ncols=2, fontsize=10)
+    ax.legend(handles, names, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    title = f"{model} in {dtype}, {context:,} tokens a request"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     sentence = (
         f"{model} in {dtype}: weights {gib(weights)}; KV cache {gib(one)} for a request of "
         f"{context:,} tokens, {gib(batch * one)} for {batch}; together {gib(total)}. "
