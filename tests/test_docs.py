@@ -258,7 +258,7 @@ def test_the_benchmark_of_a_gpu(
     text = benchmark.write_page()
     assert text.startswith("Measured on one **NVIDIA H200**.")
     assert "| driver, CUDA | 580.1, 13.0 |" in text
-    assert "| vllm | " in text and "The last of 2 recordings." in text
+    assert "| vLLM | " in text and "The last of 2 recordings." in text
     assert "not a GPU" not in text
 
 

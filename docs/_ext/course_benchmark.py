@@ -22,8 +22,10 @@ LOOKS = {
     "folo_lib": ("folo_lib", "#0072B2", "", "o", "-"),
     BASELINE: ("Hugging Face", "#D55E00", "//", "s", "--"),
     "huggingface_static": ("Hugging Face, static cache", "#009E73", "..", "^", "-."),
+    "vllm": ("vLLM", "#CC79A7", "xx", "D", ":"),
+    "nanovllm": ("nano-vllm", "#F0E442", "\\\\", "v", ":"),
 }
-OTHER = ("#CC79A7", "xx", "D", ":")
+OTHER = ("#999999", "++", "x", ":")
 
 Result = dict[str, Any]
 
@@ -46,19 +48,24 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def three_digits(number: float) -> str:
+    """As many of them as a measurement deserves."""
+    digits = sum(number < bound for bound in (1, 10, 100))
+    return f"{number:,.{digits}f}"
+
+
 def milliseconds(summary: Result) -> str:
     """Median, and the 10th to the 90th percentile."""
-    low, middle, high = (1e3 * summary[name] for name in ("p10", "median", "p90"))
-    digits = 3 if middle < 1 else 2 if middle < 10 else 1
-    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+    times = (three_digits(1e3 * summary[name]) for name in ("median", "p10", "p90"))
+    return "{} ({} to {})".format(*times)
 
 
 def times_faster(slow: Result, fast: Result) -> str:
     """The median of the ratios of paired runs, and their range."""
     pairs = zip(slow["values"], fast["values"], strict=True)
-    ratios = sorted(a / b for a, b in pairs)
-    middle = statistics.median(ratios)
-    return f"{middle:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+    ratios = [a / b for a, b in pairs]
+    shown = statistics.median(ratios), min(ratios), max(ratios)
+    return "{} ({} to {})".format(*map(three_digits, shown))
 
 
 def by_size(rows: Sequence[Result]) -> Iterator[tuple[int, dict[str, Result]]]:
@@ -150,8 +157,9 @@ def decode_part(sections: Sequence[Result]) -> str:
     return f"""## One prompt, one answer
 
 Batch 1, {size}, greedy. TTFT is the time to the first token, TPOT the time for each token after it,
-and tokens/s is 1/TPOT. In brackets: the 10th to the 90th percentile of the runs. The
-speed-up is that of TPOT, the median of paired runs, with its least and its greatest.
+and tokens/s is 1/TPOT; the lines in the figure go from the slowest run to the fastest. In brackets:
+the 10th to the 90th percentile of the runs. The speed-up is that of TPOT, the median of paired
+runs, with its least and its greatest.
 
 ![{picture_alt(rows)}](pages/benchmark-speed.png)
 
@@ -182,7 +190,11 @@ def sizes_part(
         pair = found.get(BASELINE), found.get("folo_lib")
         ratio = times_faster(pair[0][name], pair[1][name]) if all(pair) else "–"
         lines.append([f"{size:,}", *cells, ratio])
-    header = ["tokens", *(look(s)[0] + ", ms" for s in systems), "speed-up"]
+    header = [
+        "tokens",
+        *(look(s)[0] + ", ms" for s in systems),
+        "folo_lib, times as fast",
+    ]
     return f"""## {title}
 
 {text}
@@ -330,10 +342,14 @@ def draw_context(ax: Any, sections: Result) -> None:
 
 
 def draw_prefill(ax: Any, sections: Result) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     draw_sizes(ax, sections["prefill"][-1]["rows"], "ttft")
     ax.set_yscale("log")
     ax.set(xlabel="tokens of prompt", ylabel="TTFT (ms)")
     ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_minor_locator(NullLocator())
     ax.legend(loc="best")
 
 
@@ -348,11 +364,12 @@ def draw_ladder(ax: Any, sections: Result) -> None:
     ax.set_xlabel("TPOT (ms)")
 
 
-FIGURES: dict[str, tuple[str, Callable[[Any, Result], None], float]] = {
-    "decode": ("benchmark-speed.png", draw_speed, 2.8),
-    "context": ("benchmark-context.png", draw_context, 3.2),
-    "prefill": ("benchmark-prefill.png", draw_prefill, 3.2),
-    "ladder": ("benchmark-ladder.png", draw_ladder, 2.8),
+# By section: file, function, and the height in inches, of which a part is for each bar.
+FIGURES: dict[str, tuple[str, Callable[[Any, Result], None], float, float]] = {
+    "decode": ("benchmark-speed.png", draw_speed, 0.85, 0.65),
+    "context": ("benchmark-context.png", draw_context, 3.2, 0),
+    "prefill": ("benchmark-prefill.png", draw_prefill, 3.2, 0),
+    "ladder": ("benchmark-ladder.png", draw_ladder, 0.9, 0.4),
 }
 
 
@@ -368,10 +385,11 @@ def draw_figures(app: Sphinx) -> None:
     style = mpl.rc_params_from_file(
         ROOT / "notebooks" / "folo.mplstyle", use_default_template=False
     )
-    for section, (name, draw, height) in FIGURES.items():
+    for section, (name, draw, height, per_bar) in FIGURES.items():
         if section not in record["sections"]:
             continue
         with mpl.rc_context(style):
+            height += per_bar * len(record["sections"][section][-1]["rows"])
             figure = Figure(figsize=(7, height))
             ax = figure.subplots()
             draw(ax, record["sections"])
