@@ -72,11 +72,14 @@ class TestPages:
         cells = cells_of(page)
         for cell, behind in pairwise([*cells, None]):
             caption = behind and run_pages.read_caption(behind)
-            shown = f"cell {cell.id}"
-            assert bool(caption) == bool(pictures(cell)), f"{shown}: figure, caption?"
-            for output in pictures(cell):
+            figures = pictures(cell)
+            if figures:
+                assert caption, f"cell {cell.id}: no caption behind it"
+            else:
+                assert not caption, f"cell {cell.id}: a caption, but no figure"
+            for output in figures:
                 alt = output.metadata.get("image/png", {}).get("alt")
-                assert alt == caption, f"{shown}: run tools/run_pages.py --save"
+                assert alt == caption, f"cell {cell.id}: tools/run_pages.py --save"
 
     def test_figures_are_numbered(self, page: Path) -> None:
         numbers = [
@@ -102,7 +105,9 @@ class TestPages:
         for number, i in enumerate(places, start=1):
             task, cell, check = cells[i - 1 : i + 2]
             assert task.cell_type == "markdown"
-            assert re.search(rf"^\*\*{number}\. .+[.?]\*\* ", task.source, re.M), cell.id
+            assert re.search(rf"^\*\*{number}\. .+[.?]\*\* ", task.source, re.M), (
+                cell.id
+            )
             name = stub_name(cell.source)
             call = f"check_{name}({name})"
             assert check.source.split("\n")[-1] == call, check.id

@@ -122,17 +122,11 @@ def code_cells(page: Path) -> list[student.Notebook]:
     return [cell for cell in cells if cell.cell_type == "code"]
 
 
-def write_edition(folder: Path, *arguments: str | Path) -> str:
-    """What tools/student.py prints."""
-    tool = ROOT / "tools" / "student.py"
-    command = [sys.executable, tool, "--output", folder, *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
 @pytest.fixture(scope="module")
 def edition(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("student")
-    write_edition(folder)
+    tool = ROOT / "tools" / "student.py"
+    subprocess.run([sys.executable, tool, "--output", folder], check=True)
     return folder
 
 
@@ -213,16 +207,28 @@ class TestEdition:
         }
         assert not list(edition.rglob("__pycache__"))
 
-    def test_leaves_a_page_alone_that_is_there_already(self, tmp_path: Path) -> None:
+    def test_leaves_a_page_alone_that_is_there_already(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
         page = TAUGHT[0]
-        fresh = write_edition(tmp_path, page)
-        assert "functions to write" in fresh
         target = tmp_path / page.name
+
+        def write(*flags: str) -> str:
+            command = ["student.py", *flags, "--output", str(tmp_path), str(page)]
+            monkeypatch.setattr(sys, "argv", command)
+            student.main()
+            return capsys.readouterr().out
+
+        fresh = write()
+        assert "functions to write" in fresh
         stubs = target.read_text(encoding="utf-8")
         target.write_text("an evening's work", encoding="utf-8")
-        assert "left alone" in write_edition(tmp_path, page)
+        assert "left alone" in write()
         assert target.read_text(encoding="utf-8") == "an evening's work"
-        assert write_edition(tmp_path, "--fresh", page) == fresh
+        assert write("--fresh") == fresh
         assert target.read_text(encoding="utf-8") == stubs
 
 

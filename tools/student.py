@@ -28,10 +28,10 @@ NOTE = """\
 **Student edition.** What you write on this page: {names}.
 
 Each of them raises `NotImplementedError` now; its docstring says what it must do. Put your code in
-place of that line, then run the page from the top. It stops where something is missing or
-wrong: the page's own cells compare your results, with the library's or with a simpler way, and a
-page that runs to its end is done. What comes from `folo_lib` is the finished package, so no page
-needs what you wrote on another. To compare afterwards: `notebooks/{page}`."""
+place of that line and run the page from the top: it stops where something is still missing, and the
+page's own checks stop it where something is wrong. Where a cell only prints or draws,
+`notebooks/{page}` shows what should come out. Whatever is imported from `folo_lib` is the finished
+package, so no page needs what you wrote on another."""
 
 
 def taught_functions(source: str) -> dict[str, Function]:
