@@ -59,7 +59,9 @@ def batch(
         for i, token in zip(running, executor.execute_model(plans), strict=True):
             cached[i] = len(tokens[i])
             tokens[i].append(token.token_id)
-    answers = [ids[len(p) :][:max_tokens] for ids, p in zip(tokens, prompts, strict=True)]
+    answers = [
+        ids[len(p) :][:max_tokens] for ids, p in zip(tokens, prompts, strict=True)
+    ]
     if stay:  # what was written behind the end is cut off
         answers = [a[: a.index(eos) + 1] if eos in a else a for a in answers]
     return answers if keep_eos else [[t for t in ids if t != eos] for ids in answers]
