@@ -101,15 +101,23 @@ def is_local(url: str) -> bool:
 def test_every_picture_is_shown_described_and_large_enough(
     found: dict[Path, dict[str, Any]],
 ) -> None:
+    troubles = []
     for path, seen in found.items():
-        for image in seen["images"]:
-            assert image["drawn"] > 0, f"{path.name}: {image}"
+        pairs = zip(seen["images"], seen["narrow"]["images"], strict=True)
+        for number, (image, narrow) in enumerate(pairs, 1):
             said = image["alt"].strip()  # the file's name, if nobody said more
-            assert said and not said.endswith(".png"), f"{path.name}: {image}"
-            assert image["shown"] > 0.8 * image["drawn"], f"{path.name}: {image}"
-        for image in seen["narrow"]["images"]:
-            shrunk = image["shown"] < 0.65 * image["drawn"]
-            assert not shrunk, f"{path.name} on a phone: {image}"
+            if not image["drawn"]:
+                trouble = "is not shown"
+            elif not said or said.endswith(".png"):
+                trouble = "has no alternative text"
+            elif image["shown"] < 0.8 * image["drawn"]:
+                trouble = f"is shrunk: {image['shown']:.0f} of {image['drawn']} pixels"
+            elif narrow["shown"] < 0.65 * narrow["drawn"]:
+                trouble = f"is shrunk on a phone: {narrow['shown']:.0f} pixels"
+            else:
+                continue
+            troubles.append(f"{path.name}, picture {number}, {trouble}")
+    assert not troubles, "\n".join(troubles)
 
 
 def test_no_page_is_wider_than_its_window(found: dict[Path, dict[str, Any]]) -> None:
