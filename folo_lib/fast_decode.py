@@ -66,6 +66,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from folo_lib.runner import (
     InputBatch,
@@ -212,11 +213,15 @@ class StaticBackend(TorchSDPABackend):
         for cache, new in zip(kv_cache, (key, value), strict=True):
             cache.index_put_(places, new)
         if metadata.position is None:
-            heads = (x.transpose(0, 1)[None] for x in (query, key, value))
-            return self.attend(*heads)[0].transpose(0, 1)  # [1, H, N, D] -> [N, H, D]
+            q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+            gqa = query.shape[1] != key.shape[1]
+            options: dict[str, Any] = {"scale": self.scale, "enable_gqa": gqa}
+            attend = F.scaled_dot_product_attention
+            output = attend(q, k, v, is_causal=True, **options)  # [1, H, N, D]
+            return output[0].transpose(0, 1)
         scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
-        attend = attend_chunks if in_chunks else attend_bucket
-        return attend(query, *kv_cache, metadata.position, scale)
+        attend_slots = attend_chunks if in_chunks else attend_bucket
+        return attend_slots(query, *kv_cache, metadata.position, scale)
 
 
 # %% ../notebooks/11_fast_decode.ipynb #use-backend
@@ -318,12 +323,13 @@ def compile_step(model: Qwen3ForCausalLM) -> ModelStep:
     # neighbours and is tuned for this GPU. Padding would be tried out, for no gain.
     options: dict[str, Any] = {"coordinate_descent_tuning": True}
     options["shape_padding"] = False
+    compiled = partial(torch.compile, fullgraph=True)
     return ModelStep(
         model,
-        torch.compile(run_layer, options=options),
-        torch.compile(run_long_layer, options=options),
-        torch.compile(run_prompt_layer, dynamic=True),
-        torch.compile(run_head, options=options),
+        compiled(run_layer, options=options),
+        compiled(run_long_layer, options=options),
+        compiled(run_prompt_layer, dynamic=True),
+        compiled(run_head, options=options),
         is_compiled=True,
     )
 
@@ -608,7 +614,7 @@ def make_room(layers: Sequence[nn.Module], num_bytes: int) -> Iterator[None]:
     weights = list(layers[0].parameters())
     size, device = sum(w.nbytes for w in weights), weights[0].device
     aside = layers[1 : 2 + num_bytes // size]
-    with torch.inference_mode(False):
+    with torch.inference_mode(weights[0].is_inference()):  # they stay what they are
         for layer in aside:
             layer.to("cpu")
         try:
@@ -634,9 +640,10 @@ def tune(step: ModelStep, num_slots: int, block_size: int, use_tqdm: bool) -> No
     core, config = step.model.model, copy(step.model.config)
     config.num_hidden_layers, num_slots = 1, min(num_slots, LONGEST_TUNED)
     weight = core.embed_tokens.weight
-    with make_room(list(core.layers), TUNING_ROOM), torch.inference_mode():
-        shape = count_blocks(num_slots, block_size), block_size
+    shape = count_blocks(num_slots, block_size), block_size
+    with torch.inference_mode(False):
         caches = allocate_kv_caches(config, *shape, weight.dtype, weight.device)
+    with make_room(list(core.layers), TUNING_ROOM), torch.inference_mode():
         runs = GraphSet(step, caches, num_slots).list_runs()
         for _, _, run in tqdm(runs, "Compiling", disable=not use_tqdm):
             run()
