@@ -336,21 +336,25 @@ def draw_context(ax: Any, sections: Result) -> None:
             [1e3 * row["seconds"] for row in floor],
         )
         ax.plot(x, y, ":", color="black", label="floor: bytes / bandwidth")
-    ax.set(xlabel="tokens of context", ylabel="TPOT (ms)", ylim=(0, None))
-    ax.margins(y=0.15)
-    ax.legend(loc="best")
+    ax.set(xlabel="tokens of context", ylabel="TPOT (ms)")
+    show_ratios(ax)
 
 
 def draw_prefill(ax: Any, sections: Result) -> None:
+    draw_sizes(ax, sections["prefill"][-1]["rows"], "ttft")
+    ax.set(xlabel="tokens of prompt", ylabel="TTFT (ms)")
+    show_ratios(ax)
+
+
+def show_ratios(ax: Any) -> None:
+    """A logarithmic axis: lines that are equally far apart differ by the same factor."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    draw_sizes(ax, sections["prefill"][-1]["rows"], "ttft")
     ax.set_yscale("log")
-    ax.set(xlabel="tokens of prompt", ylabel="TTFT (ms)")
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_minor_locator(NullLocator())
-    ax.legend(loc="best")
+    ax.legend(loc="best", frameon=True, framealpha=1, edgecolor="none")
 
 
 def draw_ladder(ax: Any, sections: Result) -> None:
