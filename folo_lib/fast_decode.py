@@ -557,7 +557,6 @@ class GraphSet:
         step: the model.
         kv_caches: per layer, see `count_blocks`.
         num_slots: that requests may use.
-        pool: see `capture`.
     """
 
     def __init__(
@@ -565,9 +564,8 @@ class GraphSet:
         step: ModelStep,
         kv_caches: Sequence[tuple[Tensor, Tensor]],
         num_slots: int,
-        pool: Any = None,
     ) -> None:
-        self.step, self.pool, self.scratch = step, pool, num_slots
+        self.step, self.scratch = step, num_slots
         self.kv_caches = [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in kv_caches]
         weight = step.model.model.embed_tokens.weight
         prompts = [min(n, num_slots) for n in PREFILL_BUCKETS]
@@ -781,7 +779,7 @@ class CUDAGraphRunner(ModelRunner):
             tune(step, self.num_slots, self.block_size, use_tqdm)
         with torch.inference_mode(False):  # tensors that anybody may change
             super().initialize_kv_caches(num_blocks)
-        self.graphs = GraphSet(step, self.kv_caches, self.num_slots, pool)
+        self.graphs = GraphSet(step, self.kv_caches, self.num_slots)
         runs = self.graphs.list_runs()
         for graphs, bucket, run in tqdm(runs, "Recording", disable=not use_tqdm):
             graphs[bucket] = capture(run, pool)
