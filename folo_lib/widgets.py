@@ -38,6 +38,7 @@ from .sampling_params import SamplingParams
 try:
     import ipywidgets as widgets
     import matplotlib as mpl
+    from cycler import cycler
     from matplotlib import font_manager
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -84,6 +85,8 @@ STYLE: Any = {
     "axes.spines.right": False,
     "axes.grid": False,
     "axes.axisbelow": True,
+    "axes.prop_cycle": cycler(color=["#0072B2"]),  # and lines without dashes
+    "lines.linewidth": 1.8,
     "grid.color": "#e0e0e0",
     "grid.linewidth": 0.6,
     "hatch.linewidth": 0.8,

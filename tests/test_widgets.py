@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import matplotlib as mpl
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen3Config
@@ -166,6 +167,18 @@ def check_bundle(widget: CourseWidget) -> None:
 
 def test_the_same_widget_draws_the_same_picture() -> None:
     assert rope_explorer().picture() == rope_explorer().picture()
+
+
+@pytest.mark.parametrize("name", [*MAKERS, "live_generation"])
+def test_the_style_of_a_page_changes_no_picture(
+    name: str, model: Qwen3ForCausalLM, tokenizer: Any, engine: LLMEngine
+) -> None:
+    make = MAKERS.get(name, lambda m, t: live_generation(engine, PROMPT))
+    plain = make(model, tokenizer).picture()
+    cycle = mpl.cycler(color=["red", "blue"], linestyle=[":", "--"])
+    other = {"axes.prop_cycle": cycle, "axes.grid": True, "font.size": 20}
+    with mpl.rc_context(other):
+        assert make(model, tokenizer).picture() == plain
 
 
 # Attention
