@@ -96,7 +96,8 @@ def _require_contents(
         size = _num_bytes(shard)
         require(
             size <= max_bytes or len(shard) == 1,
-            f"{what}: {file} holds {list(shard)}, {size} bytes.",
+            f"{what}: {file} holds {list(shard)}, {size} bytes, and only a tensor that is "
+            "larger by itself may exceed max_bytes.",
         )
     got, wanted = [list(shard) for shard in files.values()], _cut(weights, max_bytes)
     sizes = {name: _num_bytes({name: tensor}) for name, tensor in weights.items()}
@@ -220,8 +221,8 @@ def _require_merged(
     require(kept, f"{what}: it changed the adapter.")
     for name, tensor in weights.items():
         module = name.removesuffix(".weight")
-        r = ranks.get(module)
-        why = f"r = {r}, alpha = {alpha}" if r else "the adapter does not name it"
+        named = module in ranks
+        why = f"r = {ranks[module]}, alpha = {alpha}" if named else "not in the adapter"
         here = wanted[name] - tensor
         where = divmod(int(here.abs().argmax()), tensor.shape[1])
         require(

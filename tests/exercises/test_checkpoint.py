@@ -159,7 +159,7 @@ def size_as_a_tensor(weights: Weights, max_bytes: int) -> Any:
         (map_alone, "the index lacks 'metadata'"),
         (size_of_the_last, "over all files"),
         (size_as_a_tensor, "json cannot write the index"),
-        (lambda weights, max_bytes: named([weights]), "bytes."),
+        (lambda weights, max_bytes: named([weights]), "may exceed max_bytes"),
         (lambda weights, max_bytes: greedy(weights, max_bytes), "wanted is a pair"),
         (lambda weights, max_bytes: None, "gives a NoneType"),
     ],
