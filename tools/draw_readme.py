@@ -104,7 +104,11 @@ def save_animation(pictures: Sequence[Image.Image], path: Path) -> None:
     frames = [p.quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures]
     colours = palette.getpalette() or []
     corner = 3 * int(frames[0].tobytes()[0])
-    colours[corner : corner + 3] = (255, 255, 255)  # which a palette may miss by a little
+    colours[corner : corner + 3] = (
+        255,
+        255,
+        255,
+    )  # which a palette may miss by a little
     for frame in frames:
         frame.putpalette(colours)
     first, *rest = frames
