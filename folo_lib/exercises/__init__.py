@@ -11,6 +11,7 @@ One module for each page, one check for each exercise, named after the function 
 from __future__ import annotations
 
 import functools
+import textwrap
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +31,11 @@ class Verdict:
         return self.passed
 
     def __repr__(self) -> str:
-        return self.message
+        # JupyterLab would break lines in the middle of a word.
+        lines = self.message.split("\n")
+        return "\n".join(
+            textwrap.fill(line, 88, break_on_hyphens=False) for line in lines
+        )
 
 
 class NotYet(Exception):
