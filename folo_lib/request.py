@@ -572,6 +572,8 @@ def to_token_ids(prompt: Any, vocab_size: int) -> list[int]:
             f"prompt is a {type(prompt).__name__}, and a str or a sequence of token "
             "ids is expected. Decode bytes; of a tokenizer's output take .input_ids."
         )
+    if set(map(type, values)) == {int} and 0 <= min(values) <= max(values) < vocab_size:
+        return list(values)  # nearly always: nothing is looked at one by one
     for at, token_id in enumerate(values):
         if isinstance(token_id, bool) or not isinstance(token_id, Integral):
             raise TypeError(

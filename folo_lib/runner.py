@@ -28,6 +28,7 @@ __all__ = [
 # %% ../notebooks/08_runner.ipynb #imports
 import pkgutil
 import sys
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -246,7 +247,8 @@ def make_input_batch(
     """The tensors of one step, on the device of `running`."""
     ids, positions, slots, starts = lay_end_to_end(scheduled, block_size)
     last = [start - 1 for start in starts[1:]]
-    packed = torch.tensor(ids + positions + slots + last)
+    numbers = array("q", ids + positions + slots + last)  # 64 bits each
+    packed = torch.frombuffer(numbers, dtype=torch.int64)  # quick, however long
     packed = packed.to(running.block_table.device)
     sizes = [len(ids), len(ids), len(ids), len(last)]
     input_ids, position_ids, slot_mapping, logits_indices = torch.split(packed, sizes)
