@@ -27,31 +27,25 @@ from folo_lib.sampler import (
 )
 from folo_lib.sampling_params import SamplingParams
 from folo_lib.widgets import (
-    GPU_GIGABYTES,
     MODEL_SHAPES,
     CourseWidget,
     Explorer,
     LiveGeneration,
-    Piece,
     attention_explorer,
     attention_weights,
-    copy_targets,
     copying_scores,
-    count_requests,
-    drawable,
-    html_text,
     kv_memory_calculator,
-    lay_out,
     live_generation,
     next_token_distributions,
-    read_control,
     rope_explorer,
-    rope_scores,
-    sampling_figure,
     sampling_playground,
-    split_by_token,
-    token_label,
 )
+from folo_lib.widgets.attention import copy_targets
+from folo_lib.widgets.base import drawable, read_control, token_label
+from folo_lib.widgets.generation import Piece, html_text, lay_out, split_by_token
+from folo_lib.widgets.memory import GPU_GIGABYTES, count_requests
+from folo_lib.widgets.rope import rope_scores
+from folo_lib.widgets.sampling import sampling_figure
 
 PNG = b"\x89PNG\r\n\x1a\n"
 TEXT = "river stone cloud green river stone cloud green"
@@ -221,7 +215,7 @@ def test_the_model_gets_its_backend_back(
     before = backends()
     attention_weights(model, [1, 2, 3])
     assert backends() == before
-    monkeypatch.setattr("folo_lib.widgets.naive_attention", None)
+    monkeypatch.setattr("folo_lib.widgets.attention.naive_attention", None)
     with pytest.raises(TypeError):
         attention_weights(model, [1, 2, 3])
     assert backends() == before
@@ -428,7 +422,7 @@ def test_the_playground_draws_what_the_engine_draws(
         drawn.append(output_ids)
         return sampling_figure(before, after, names, output_ids, place)
 
-    monkeypatch.setattr("folo_lib.widgets.sampling_figure", look)
+    monkeypatch.setattr("folo_lib.widgets.sampling.sampling_figure", look)
     widget = sampling_playground(model, tokenizer, PROMPT)
     widget.controls["seed"].value = 3
     settings = {"temperature": 0.8, "top_p": 0.9, "seed": 3, "max_tokens": 40}

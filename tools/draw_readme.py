@@ -25,7 +25,12 @@ sys.path.insert(0, str(ROOT))
 
 from folo_lib import LLMEngine, SamplingParams  # noqa: E402
 from folo_lib.benchmark import paired_ratios  # noqa: E402
-from folo_lib.widgets import Piece, lay_out, split_by_token, split_words  # noqa: E402
+from folo_lib.widgets.generation import (  # noqa: E402
+    Piece,
+    lay_out,
+    split_by_token,
+    split_words,
+)
 
 STATIC = ROOT / "docs" / "_static"
 RECORD = ROOT / "notebooks" / "data" / "benchmark_h200.json"

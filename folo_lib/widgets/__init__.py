@@ -1,0 +1,46 @@
+"""Widgets of the pages: attention, RoPE, cache memory, sampling and a generation to watch.
+
+    from folo_lib.widgets import rope_explorer
+
+    rope_explorer()  # the last expression of a cell
+
+Each function returns a `CourseWidget`, which shows itself: controls and a picture in JupyterLab,
+the picture alone where no kernel runs. `controls` holds the controls by name, so that Python
+can turn them too: `widget.controls["pair"].value = 5`.
+"""
+
+try:
+    import ipywidgets as _ipywidgets  # noqa: F401
+    import matplotlib as _matplotlib  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"folo_lib.widgets needs ipywidgets and matplotlib ({error}): "
+        'pip install "folo-lib[notebooks]"'
+    ) from error
+
+from folo_lib.widgets.attention import (
+    attention_explorer,
+    attention_weights,
+    copying_scores,
+)
+from folo_lib.widgets.base import CourseWidget, Explorer
+from folo_lib.widgets.generation import LiveGeneration, live_generation
+from folo_lib.widgets.memory import MODEL_SHAPES, ModelShape, kv_memory_calculator
+from folo_lib.widgets.rope import rope_explorer
+from folo_lib.widgets.sampling import next_token_distributions, sampling_playground
+
+__all__ = [
+    "MODEL_SHAPES",
+    "CourseWidget",
+    "Explorer",
+    "LiveGeneration",
+    "ModelShape",
+    "attention_explorer",
+    "attention_weights",
+    "copying_scores",
+    "kv_memory_calculator",
+    "live_generation",
+    "next_token_distributions",
+    "rope_explorer",
+    "sampling_playground",
+]

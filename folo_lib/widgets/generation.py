@@ -1,0 +1,330 @@
+"""A generation to watch and to stop."""
+
+from __future__ import annotations
+
+import html
+import math
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import ipywidgets as widgets
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from folo_lib.engine import LLMEngine
+from folo_lib.request import RequestOutput
+from folo_lib.sampling_params import SamplingParams
+from folo_lib.widgets.base import (
+    STYLE,
+    CourseWidget,
+    drawable,
+    drawing_lock,
+    encode,
+    float_slider,
+    int_slider,
+    paragraph,
+    read_control,
+    row,
+    stack,
+    text_field,
+    to_png,
+)
+
+if TYPE_CHECKING:
+    pass
+
+SURE, UNSURE = 0.5, 0.1
+"""From the one up a token is shown plain, below the other underlined twice."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that a token added, and the probability that the model gave it."""
+
+    text: str
+    probability: float
+
+    @property
+    def colour(self) -> str:
+        """White for a token that was certain, orange for one that was not expected at all."""
+        share = 1 - self.probability
+        orange = (0xF2, 0xA0, 0x3D)
+        return "#" + "".join(f"{round(255 - share * (255 - c)):02x}" for c in orange)
+
+    @property
+    def num_underlines(self) -> int:
+        """0, 1 or 2: what the colour says, without colour."""
+        return (self.probability < SURE) + (self.probability < UNSURE)
+
+
+def split_by_token(
+    outputs: Iterator[RequestOutput],
+) -> Iterator[tuple[RequestOutput, Piece]]:
+    """Each output of a stream with what is new in it.
+
+    A token that ends within a character shows nothing; the next has the whole character.
+    """
+    length, num_tokens = 0, 0
+    for output in outputs:
+        sample = output.outputs[0]
+        new = [
+            logprobs[i].logprob
+            for i, logprobs in zip(
+                sample.token_ids[num_tokens:],
+                (sample.logprobs or [])[num_tokens:],
+                strict=True,
+            )
+        ]
+        yield output, Piece(sample.text[length:], math.exp(min(new, default=0.0)))
+        length, num_tokens = len(sample.text), len(sample.token_ids)
+
+
+def html_text(prompt: str, pieces: Sequence[Piece]) -> str:
+    """The prompt in grey, then each piece on its colour; the tooltip has the number."""
+    decoration = ("none", "underline 1px", "underline double 1px")
+    spans = [
+        f'<span title="{piece.probability:.1%}" style="background: {piece.colour}; '
+        f'text-decoration: {decoration[piece.num_underlines]}; text-underline-offset: 3px">'
+        f"{html.escape(piece.text)}</span>"
+        for piece in pieces
+        if piece.text
+    ]
+    return (
+        '<div class="folo-live" style="background: white; color: black; border: 1px solid #999; '
+        "padding: 8px 10px; max-width: 836px; min-height: 7em; line-height: 1.9; "
+        'font-size: 14px; white-space: pre-wrap; box-sizing: border-box">'
+        f'<span style="color: #555">{html.escape(prompt)}</span>{"".join(spans)}</div>'
+    )
+
+
+LEGEND = (
+    "Probability of each token: white and plain from 50 %, underlined below, "
+    "underlined twice below 10 %; the less expected, the darker."
+)
+
+
+class LiveGeneration(CourseWidget):
+    """Text that grows as the engine makes it, with a button that stops the request.
+
+    The engine runs in a thread of its own, so that the click on Stop finds the kernel free; that
+    thread alone touches the engine, and aborts the request between two steps. While it runs,
+    leave the engine to it.
+
+    Args:
+        engine: with a tokenizer.
+        prompt: to begin with.
+    """
+
+    def __init__(self, engine: LLMEngine, prompt: str) -> None:
+        if engine.tokenizer is None:
+            raise ValueError("the engine has no tokenizer, and so no text to show.")
+        encode(engine.tokenizer, "prompt", prompt, 1)
+        self.name, self.engine = "live_generation", engine
+        longest = max(1, min(400, engine.max_model_len // 2))
+        self.controls = {
+            "prompt": text_field("Prompt", prompt),
+            "temperature": float_slider("Temperature", 0, 2, 0.05, 0.8),
+            "seed": int_slider("Seed", 0, 99, 0),
+            "max_tokens": int_slider("Most tokens", 1, longest, min(120, longest)),
+            "pace": int_slider("Tokens/s at most", 2, 200, 20),
+            "generate": widgets.Button(description="Generate", icon="play"),
+            "stop": widgets.Button(description="Stop", icon="stop"),
+        }
+        self.text = widgets.HTML(html_text(prompt, []))
+        self.status = widgets.HTML(paragraph("Press Generate. Stop ends the request."))
+        self.controls["generate"].on_click(lambda button: self.generate())
+        self.controls["stop"].on_click(lambda button: self.stop())
+        *settings, start, stop = self.controls.values()
+        legend = widgets.HTML(paragraph(LEGEND))
+        self.box = stack(
+            [row(settings), row([start, stop]), self.text, self.status, legend]
+        )
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._example: list[Piece] | None = None
+        self._example_prompt = ""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether text is being made."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def generate(self) -> None:
+        """Starts a generation and returns at once; while one runs, does nothing."""
+        if self.is_running:
+            return
+        if self.engine.has_unfinished_requests():
+            self.status.value = paragraph(
+                "The engine is busy with other requests: wait for them."
+            )
+            return
+        self._stopping.clear()
+        self.status.value = paragraph("Generating.")
+        self._thread = threading.Thread(
+            target=self._run, daemon=True, name="live_generation"
+        )
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Aborts the request that runs, if any; returns at once."""
+        self._stopping.set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits until the generation has ended; whether it has."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+        return not self.is_running
+
+    def picture(self) -> bytes:
+        """A generation of the prompt as it was at first, run to its end."""
+        if self._example is None:
+            if self.is_running or self.engine.has_unfinished_requests():
+                raise RuntimeError(
+                    "the engine is busy: show the widget when it is free."
+                )
+            self._example_prompt = read_control(self.controls["prompt"])
+            stream = self.engine.stream(self._example_prompt, self._params())
+            self._example = [piece for _, piece in split_by_token(stream)]
+        with drawing_lock, mpl.rc_context(STYLE):
+            return to_png(generation_figure(self._example_prompt, self._example))
+
+    def alt_text(self) -> str:
+        text = "".join(piece.text for piece in self._example or [])
+        return f"{LEGEND} The text: {self._example_prompt}{text}"
+
+    def _params(self) -> SamplingParams:
+        names = ("temperature", "seed", "max_tokens")
+        return SamplingParams(logprobs=0, **{n: self.controls[n].value for n in names})
+
+    def _run(self) -> None:
+        try:
+            self._follow(read_control(self.controls["prompt"]))
+        except Exception as error:  # a thread has nobody else to tell
+            self.status.value = paragraph(f"Not generated: {error}")
+
+    def _follow(self, prompt: str) -> None:
+        """Streams a request to its end, or aborts it."""
+        self.text.value = html_text(prompt, [])
+        pieces: list[Piece] = []
+        started, shown = time.perf_counter(), 0.0
+        for output, piece in split_by_token(self.engine.stream(prompt, self._params())):
+            pieces.append(piece)
+            now = time.perf_counter()
+            if now - shown > 0.1 or output.finished:  # the whole text travels each time
+                self.text.value, shown = html_text(prompt, pieces), now
+            if output.finished:
+                self.status.value = paragraph(self._summary(output, now - started))
+            else:
+                due = started + len(pieces) / self.controls["pace"].value
+                if self._stopping.wait(max(0.0, due - now)):
+                    self.engine.abort_request(output.request_id)
+
+    def _summary(self, output: RequestOutput, seconds: float) -> str:
+        sample = output.outputs[0]
+        ends = {
+            "abort": "Stopped",
+            "stop": "Finished",
+            "length": "At its limit",
+            "error": f"Failed ({output.error})",
+        }
+        count = len(sample.token_ids)
+        text = (
+            f"{ends[sample.finish_reason or 'error']}: finish_reason is "
+            f"\u201c{sample.finish_reason}\u201d, {count} tokens in {seconds:.1f} s."
+        )
+        allocator = getattr(self.engine.scheduler, "allocator", None)
+        if allocator is not None:
+            free, all_blocks = allocator.num_free_blocks, allocator.num_blocks
+            text += f" Cache blocks free: {free} of {all_blocks}."
+        return text
+
+
+def live_generation(engine: LLMEngine, prompt: str) -> LiveGeneration:
+    """Streamed text, each token coloured by its probability, with Generate and Stop.
+
+    Args:
+        engine: with a tokenizer; leave it alone while the widget generates.
+        prompt: to begin with.
+
+    Raises:
+        TypeError: if `prompt` is not text.
+        ValueError: if it is empty, or the engine has no tokenizer.
+    """
+    return LiveGeneration(engine, prompt)
+
+
+FONT, FONT_SIZE = "DejaVu Sans Mono", 10
+
+
+def lay_out(pieces: Sequence[Piece], width: int) -> Iterator[tuple[int, int, Piece]]:
+    """Line, column and text of what fits on lines of `width` characters."""
+    line = column = 0
+    for piece in pieces:
+        text = piece.text
+        if column and column + len(text) > width:  # a token is not torn apart
+            line, column, text = line + 1, 0, text.lstrip(" ")
+        for number, rest in enumerate(text.split("\n")):
+            part = rest
+            if number:
+                line, column = line + 1, 0
+            while part:
+                if column >= width:
+                    line, column = line + 1, 0
+                chunk, part = part[: width - column], part[width - column :]
+                yield line, column, Piece(chunk, piece.probability)
+                column += len(chunk)
+
+
+def generation_figure(prompt: str, pieces: Sequence[Piece]) -> Figure:
+    """The text of a finished generation, as the widget colours it."""
+    advance, pitch, margin = 0.602 * FONT_SIZE / 72, 0.27, 0.15  # inches
+    width = 7.6
+    words = [Piece(word, 1.0) for word in split_words(prompt)]
+    places = list(lay_out([*words, *pieces], int((width - 2 * margin) / advance)))
+    num_prompt = len(list(lay_out(words, int((width - 2 * margin) / advance))))
+    num_lines = max((line for line, _, _ in places), default=0) + 1
+    height = (num_lines + 1.6) * pitch + 2 * margin
+    figure = Figure(figsize=(width, height))
+    figure.set_layout_engine("none")
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.set(xlim=(0, width), ylim=(height, 0))
+    ax.axis("off")
+
+    def put(x: float, y: float, piece: Piece, colour: str = "black") -> None:
+        span = len(piece.text) * advance
+        ax.add_patch(Rectangle((x, y), span, pitch * 0.8, color=piece.colour, lw=0))
+        ax.text(
+            x,
+            y + pitch * 0.6,
+            drawable(piece.text, FONT),
+            family=FONT,
+            fontsize=FONT_SIZE,
+            color=colour,
+        )
+        for i in range(piece.num_underlines):
+            low = y + pitch * (0.7 + 0.09 * i)
+            ax.plot([x, x + span], [low, low], color="black", linewidth=0.8)
+
+    for number, (line, column, piece) in enumerate(places):
+        colour = "#555555" if number < num_prompt else "black"
+        put(margin + column * advance, margin + line * pitch, piece, colour)
+    x, y = margin, margin + (num_lines + 0.6) * pitch
+    for text, probability in (
+        ("from 50 %", 0.75),
+        ("10 to 50 %", 0.3),
+        ("below 10 %", 0.05),
+    ):
+        put(x, y, Piece(text, probability))
+        x += (len(text) + 3) * advance
+    ax.text(x, y + pitch * 0.6, "probability that the model gave the token", fontsize=9)
+    return figure
+
+
+def split_words(text: str) -> list[str]:
+    """The text in pieces that end before a space, so that lines break there."""
+    words = text.split(" ")
+    return [words[0], *(" " + word for word in words[1:])]
