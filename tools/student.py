@@ -21,6 +21,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "notebooks"
+PYTHON = ".venv/bin/python"
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Notebook = nbformat.NotebookNode
 
@@ -120,10 +121,11 @@ def main() -> None:
         ]
         print(f"{page.name:28} {len(taught):2} functions to write")
 
-    print(f"\nThe pages are in {folder}; open them with `make lab`.")
+    print(f"\nThe pages are in {folder}; open them with")
+    print(f"  {PYTHON} -m jupyterlab {folder}")
     if ROOT / "build" in folder.resolve().parents:
         print("`make clean` removes that folder. Keep what you write in another:")
-        print("  python tools/student.py --output FOLDER")
+        print(f"  {PYTHON} tools/student.py --output FOLDER")
 
 
 if __name__ == "__main__":
