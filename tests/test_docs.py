@@ -263,5 +263,6 @@ def test_the_benchmark_of_a_gpu(
 
 
 def test_the_speed_up_is_of_paired_runs(benchmark: ModuleType) -> None:
-    slow, fast = {"values": [4.0, 9.0, 4.0]}, {"values": [2.0, 3.0, 4.0]}
-    assert benchmark.times_faster(slow, fast) == "2.00 (1.00 to 3.00)"
+    slow = {"tpot": {"values": [4.0, 9.0, 4.0]}}
+    fast = {"tpot": {"values": [2.0, 3.0, 4.0]}}
+    assert benchmark.times_faster(slow, fast, "tpot") == "2.00 (1.00 to 3.00)"

@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 from folo_lib import LLMEngine, SamplingParams  # noqa: E402
 from folo_lib.benchmark import paired_ratios  # noqa: E402
 from folo_lib.widgets.generation import (  # noqa: E402
+    SAMPLES,
     Piece,
     lay_out,
     split_by_token,
@@ -86,12 +87,8 @@ def draw_story(pieces: Sequence[Piece]) -> list[Image.Image]:
     frame = (MARGIN, MARGIN, WIDTH - MARGIN, height - MARGIN)
     draw.rounded_rectangle(frame, radius=16, outline="#999999", width=2)
     x: float = left
-    for text, probability in (
-        ("from 50 %", 0.75),
-        ("10 to 50 %", 0.3),
-        ("below 10 %", 0.05),
-    ):
-        x = put(x, bottom, Piece(text, probability)) + 2 * advance
+    for piece in SAMPLES:
+        x = put(x, bottom, piece) + 2 * advance
     draw.text((x, bottom + 7), "how likely the token was", font=small, fill=GREY)
 
     pictures = [picture.copy()]
@@ -109,11 +106,7 @@ def save_animation(pictures: Sequence[Image.Image], path: Path) -> None:
     frames = [p.quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures]
     colours = palette.getpalette() or []
     corner = 3 * int(frames[0].tobytes()[0])
-    colours[corner : corner + 3] = (
-        255,
-        255,
-        255,
-    )  # which a palette may miss by a little
+    colours[corner : corner + 3] = [255] * 3  # a palette may miss white by a little
     for frame in frames:
         frame.putpalette(colours)
     first, *rest = frames

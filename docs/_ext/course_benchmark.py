@@ -12,6 +12,8 @@ from typing import Any
 from course_pages import COPIES, ROOT, write_if_changed
 from sphinx.application import Sphinx
 
+from folo_lib.benchmark import paired_ratios
+
 DATA = ROOT / "notebooks" / "data"
 GPU_RECORD = DATA / "benchmark_h200.json"
 CPU_RECORD = DATA / "benchmark_cpu.json"
@@ -60,10 +62,9 @@ def milliseconds(summary: Result) -> str:
     return "{} ({} to {})".format(*times)
 
 
-def times_faster(slow: Result, fast: Result) -> str:
+def times_faster(slow: Result, fast: Result, name: str) -> str:
     """The median of the ratios of paired runs, and their range."""
-    pairs = zip(slow["values"], fast["values"], strict=True)
-    ratios = [a / b for a, b in pairs]
+    ratios = paired_ratios(slow, fast, name)
     shown = statistics.median(ratios), min(ratios), max(ratios)
     return "{} ({} to {})".format(*map(three_digits, shown))
 
@@ -136,7 +137,7 @@ def decode_part(sections: Sequence[Result]) -> str:
     base = next((row for row in rows if row["system"] == BASELINE), None)
     lines = []
     for row in rows:
-        ratio = times_faster(base["tpot"], row["tpot"]) if base else "–"
+        ratio = times_faster(base, row, "tpot") if base else "–"
         lines.append(
             [
                 look(row["system"])[0],
@@ -188,7 +189,7 @@ def sizes_part(
             for system in systems
         ]
         pair = found.get(BASELINE), found.get("folo_lib")
-        ratio = times_faster(pair[0][name], pair[1][name]) if all(pair) else "–"
+        ratio = times_faster(pair[0], pair[1], name) if all(pair) else "–"
         lines.append([f"{size:,}", *cells, ratio])
     header = [
         "tokens",
@@ -211,7 +212,7 @@ def ladder_part(sections: Sequence[Result]) -> str:
         [
             row["system"],
             milliseconds(row["tpot"]),
-            times_faster(rows[0]["tpot"], row["tpot"]) if number else "1",
+            times_faster(rows[0], row, "tpot") if number else "1",
         ]
         for number, row in enumerate(rows)
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from matplotlib.axes import Axes
@@ -19,6 +19,7 @@ from folo_lib.attention import (
     naive_attention,
     repeat_kv,
 )
+from folo_lib.fast_decode import use_backend
 from folo_lib.request import TokenBytes
 from folo_lib.widgets.base import (
     GREY,
@@ -68,17 +69,9 @@ def attention_weights(model: Qwen3ForCausalLM, token_ids: Sequence[int]) -> Tens
         `[layers, H, S, S]` float32 on the CPU; each row sums to 1, none looks ahead.
     """
     recorder = RecordingBackend()
-    modules = [cast(Any, layer).self_attn for layer in model.model.layers]
-    backends = [module.backend for module in modules]
     device = model.model.embed_tokens.weight.device
-    try:
-        for module in modules:
-            module.backend = recorder
-        with torch.inference_mode():
-            model(torch.tensor(token_ids, device=device))
-    finally:
-        for module, backend in zip(modules, backends, strict=True):
-            module.backend = backend
+    with use_backend(model, recorder), torch.inference_mode():
+        model(torch.tensor(token_ids, device=device))
     return torch.stack(recorder.weights)
 
 

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import ipywidgets as widgets
 import matplotlib as mpl
@@ -34,9 +33,6 @@ from folo_lib.widgets.base import (
     to_png,
 )
 
-if TYPE_CHECKING:
-    pass
-
 SURE, UNSURE = 0.5, 0.1
 """From the one up a token is shown plain, below the other underlined twice."""
 
@@ -59,6 +55,10 @@ class Piece:
     def num_underlines(self) -> int:
         """0, 1 or 2: what the colour says, without colour."""
         return (self.probability < SURE) + (self.probability < UNSURE)
+
+
+SAMPLES = Piece("from 50 %", 0.75), Piece("10 to 50 %", 0.3), Piece("below 10 %", 0.05)
+"""One piece for each look, which the legend of a picture shows."""
 
 
 def split_by_token(
@@ -283,9 +283,10 @@ def generation_figure(prompt: str, pieces: Sequence[Piece]) -> Figure:
     """The text of a finished generation, as the widget colours it."""
     advance, pitch, margin = 0.602 * FONT_SIZE / 72, 0.27, 0.15  # inches
     width = 7.6
+    columns = int((width - 2 * margin) / advance)
     words = [Piece(word, 1.0) for word in split_words(prompt)]
-    places = list(lay_out([*words, *pieces], int((width - 2 * margin) / advance)))
-    num_prompt = len(list(lay_out(words, int((width - 2 * margin) / advance))))
+    places = list(lay_out([*words, *pieces], columns))
+    num_prompt = len(list(lay_out(words, columns)))
     num_lines = max((line for line, _, _ in places), default=0) + 1
     height = (num_lines + 1.6) * pitch + 2 * margin
     figure = Figure(figsize=(width, height))
@@ -313,13 +314,9 @@ def generation_figure(prompt: str, pieces: Sequence[Piece]) -> Figure:
         colour = "#555555" if number < num_prompt else "black"
         put(margin + column * advance, margin + line * pitch, piece, colour)
     x, y = margin, margin + (num_lines + 0.6) * pitch
-    for text, probability in (
-        ("from 50 %", 0.75),
-        ("10 to 50 %", 0.3),
-        ("below 10 %", 0.05),
-    ):
-        put(x, y, Piece(text, probability))
-        x += (len(text) + 3) * advance
+    for piece in SAMPLES:
+        put(x, y, piece)
+        x += (len(piece.text) + 3) * advance
     ax.text(x, y + pitch * 0.6, "probability that the model gave the token", fontsize=9)
     return figure
 

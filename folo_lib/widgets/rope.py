@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from matplotlib.axes import Axes
@@ -12,9 +11,6 @@ from torch import Tensor
 
 from folo_lib.rope import apply_rotary_emb, compute_cos_sin, compute_inv_freq
 from folo_lib.widgets.base import BLUE, GREY, ORANGE, Explorer, int_slider
-
-if TYPE_CHECKING:
-    pass
 
 
 def rope_explorer(head_dim: int = 64, rope_theta: float = 1e6) -> Explorer:
