@@ -249,8 +249,10 @@ class TorchSDPABackend(AttentionBackend):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query_len, key_len = query.shape[-2], key.shape[-2]
-        mask = None
-        if 1 < query_len < key_len:
+        mask, is_causal = None, False
+        if query_len == key_len:  # a branch, so that page 11 can compile it
+            is_causal = True
+        elif query_len > 1:
             mask = create_causal_mask(query_len, key_len, query.dtype, query.device)
             mask = mask[0, 0]  # [1, 1, S, T] -> [S, T], for any leading shape
         return F.scaled_dot_product_attention(
@@ -258,7 +260,7 @@ class TorchSDPABackend(AttentionBackend):
             key,
             value,
             attn_mask=mask,
-            is_causal=1 < query_len == key_len,
+            is_causal=is_causal,
             scale=self.scale,
             enable_gqa=query.shape[-3] != key.shape[-3],
         )

@@ -66,7 +66,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from folo_lib.runner import (
     InputBatch,
@@ -214,11 +213,7 @@ class StaticBackend(TorchSDPABackend):
             cache.index_put_(places, new)
         if metadata.position is None:
             q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-            gqa = query.shape[1] != key.shape[1]
-            options: dict[str, Any] = {"scale": self.scale, "enable_gqa": gqa}
-            attend = F.scaled_dot_product_attention
-            output = attend(q, k, v, is_causal=True, **options)  # [1, H, N, D]
-            return output[0].transpose(0, 1)
+            return self.attend(q, k, v)[0].transpose(0, 1)  # [1, H, N, D] -> [N, H, D]
         scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
         attend_slots = attend_chunks if in_chunks else attend_bucket
         return attend_slots(query, *kv_cache, metadata.position, scale)
@@ -569,8 +564,9 @@ class GraphSet:
         self.kv_caches = [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in kv_caches]
         weight = step.model.model.embed_tokens.weight
         prompts = [min(n, num_slots) for n in PREFILL_BUCKETS]
-        vocab_size = step.model.config.vocab_size
-        self.state = StepState(vocab_size, prompts[-1], weight.dtype, weight.device)
+        vocab_size, device = step.model.config.vocab_size, weight.device
+        # One place more, or the longest bucket is the whole tensor, and compiled apart.
+        self.state = StepState(vocab_size, prompts[-1] + 1, weight.dtype, device)
         self.prompt_graphs = dict.fromkeys(sorted({*prompts}, reverse=True), do_nothing)
         # Kernels are tuned for the first bucket they meet: 256, and in chunks 8,192.
         buckets = make_buckets(num_slots)

@@ -13,23 +13,28 @@ from typing import Any
 import pytest
 import torch
 from models import load, make_config, make_reference
+from torch._dynamo.testing import CompileCounter
 
 from folo_lib import LLMEngine, bundled_model_path, load_model
 from folo_lib.attention import naive_attention
 from folo_lib.fast_decode import (
     CUDAGraphRunner,
     Flight,
+    GraphSet,
     ModelStep,
     RunAhead,
     attend_bucket,
     attend_chunks,
     choose_bucket,
+    compile_step,
+    count_blocks,
     load_step,
     make_buckets,
     run_layer,
     sampling_kind,
     use_backend,
 )
+from folo_lib.kv_cache import allocate_kv_caches
 from folo_lib.qwen3 import Qwen3ForCausalLM
 from folo_lib.runner import MODEL_RUNNERS, GPUWorker, ModelRunner, ScheduledRequest
 from folo_lib.sampling_params import SamplingParams
@@ -488,6 +493,38 @@ def test_bfloat16_errs_no_more_than_eager(case: Case) -> None:
     clear = top[:, 0] - top[:, 1] > 10 * reference
     assert clear.sum() >= 10
     assert torch.equal(ours.argmax(-1)[clear], exact.argmax(-1)[clear])
+
+
+def test_each_use_is_compiled_whole_and_once_for_all_its_buckets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A graph break or a number that is baked in shows without a GPU too."""
+    counter, compile_function = CompileCounter(), torch.compile
+
+    def compile_without_options(function: Any, **options: Any) -> Any:
+        options.pop("options", None)  # which the backend that counts does not know
+        return compile_function(function, backend=counter, **options)
+
+    monkeypatch.setattr(torch, "compile", compile_without_options)
+    torch._dynamo.reset()
+    model = load_model(bundled_model_path(), torch.float32, use_tqdm=False)
+    num_slots, prompt = 4096, torch.arange(7, 107)
+    results = []
+    for step in (compile_step(model), ModelStep(model, is_compiled=True)):
+        shape = count_blocks(num_slots, 16), 16
+        caches = allocate_kv_caches(model.config, *shape, torch.float32, "cpu")
+        graphs, logits = GraphSet(step, caches, num_slots), []
+        with torch.inference_mode():
+            graphs.state.load_prompt(prompt, torch.arange(100), graphs.scratch)
+            for recorded, bucket, run in graphs.list_runs():
+                if recorded is graphs.token_graphs or bucket >= len(prompt):
+                    run()
+                    logits.append(graphs.state.logits.clone())
+        results.append(torch.cat(logits))
+    num_prompts = sum(len(prompt) <= bucket for bucket in graphs.prompt_graphs)
+    assert len(results[0]) == num_prompts + len(make_buckets(num_slots))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 4  # prompts, short contexts, long ones, the head
 
 
 @pytest.mark.gpu
