@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import subprocess
@@ -224,6 +225,18 @@ class TestTurns:
         a = Scripted("a", [], lambda i: 9.0 if i == 0 else 1.0)
         runs = benchmark.take_turns([a], 4, 3, 100, 5)
         assert [run.tpot for run in runs["a"]] == [1.0] * 5
+
+    def test_no_run_waits_for_a_search_through_all_that_is_loaded(self) -> None:
+        frozen: list[bool] = []
+
+        class Looks(Scripted):
+            def generate(self, prompt: list[int], num_tokens: int) -> Run:
+                frozen.append(gc.get_freeze_count() > 0)
+                return super().generate(prompt, num_tokens)
+
+        benchmark.take_turns([Looks("a", [])], 4, 3, 100, 5)
+        assert frozen == [False] + [True] * 5
+        assert gc.get_freeze_count() == 0
 
     def test_an_answer_that_is_too_short_is_an_error(self) -> None:
         class Short(Scripted):

@@ -133,7 +133,7 @@ def main() -> None:
         "cuda": torch.version.cuda,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "command": "python tools/record_fast_decode.py " + str(args.out),
+        "command": f"python tools/record_fast_decode.py {args.out.name}",
         "date": datetime.date.today().isoformat(),
         "shape": dict(QWEN3_0_6B),
         "weights": "random",
