@@ -10,10 +10,13 @@ One module for each page, one check for each exercise, named after the function 
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import signal
 import textwrap
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +41,9 @@ class Verdict:
         )
 
 
+MAX_SECONDS = 10.0
+
+
 class NotYet(Exception):
     """What is still wrong with a solution, in words for the learner."""
 
@@ -48,18 +54,45 @@ def require(condition: Any, message: str) -> None:
         raise NotYet(message)
 
 
+@contextlib.contextmanager
+def _time_limit() -> Iterator[None]:
+    """Ends a loop that never ends, by the processor's time and not the clock's.
+
+    Not on Windows, which has no such signal, nor in a thread, which would not get it.
+    """
+    here = threading.current_thread() is threading.main_thread()
+    if not (here and hasattr(signal, "SIGVTALRM")):
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise NotYet(
+            f"it is still running after {MAX_SECONDS:g} seconds. Is there a loop whose "
+            "condition never becomes false?"
+        )
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
 def exercise(check: Callable[[Any], None]) -> Callable[[Any], Verdict]:
     """Makes a check that returns a `Verdict` of one that raises `NotYet`.
 
     A stub that raises NotImplementedError, and any other error in the learner's code, is a
-    verdict too: a page with unsolved exercises runs to its end.
+    verdict too, and so is a loop without an end: a page with unsolved exercises runs to its end.
     """
 
     @functools.wraps(check)
     def judge(solution: Any) -> Verdict:
         name = getattr(solution, "__name__", type(solution).__name__)
         try:
-            check(solution)
+            with _time_limit():
+                check(solution)
         except NotYet as reason:
             return Verdict(False, f"Not yet: {name}: {reason}")
         except Exception as error:

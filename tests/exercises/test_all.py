@@ -7,8 +7,10 @@ import ast
 import importlib
 import random
 import re
+import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,12 @@ import nbformat
 import pytest
 import torch
 
+import folo_lib.exercises
 from folo_lib.exercises import NotYet, Verdict, exercise, require
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = sorted(ROOT.glob("notebooks/*.ipynb"))
-MAX_SECONDS = 4.0
+MAX_SECONDS = 4.0  # well below the limit for loops without an end
 
 Check = Callable[[Any], Verdict]
 
@@ -221,6 +224,26 @@ class TestVerdict:
         verdict = check_double(double)
         assert "NotImplementedError in line" in verdict.message
         assert verdict.message.endswith(": 'double' for 'Half'")
+
+    @pytest.mark.skipif(not hasattr(signal, "SIGVTALRM"), reason="no such signal")
+    def test_loop_without_an_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def double(x: int) -> int:
+            while x:
+                pass
+            return x
+
+        monkeypatch.setattr(folo_lib.exercises, "MAX_SECONDS", 0.1)
+        handler = signal.getsignal(signal.SIGVTALRM)
+        verdict = check_double(double)
+        assert verdict.message.startswith(
+            "Not yet: double: it is still running after 0.1"
+        )
+        assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+        assert signal.getsignal(signal.SIGVTALRM) is handler
+
+    def test_in_a_thread_there_is_no_limit(self) -> None:
+        with ThreadPoolExecutor() as pool:
+            assert pool.submit(check_double, lambda x: x + x).result()
 
     def test_interrupt_is_not_a_verdict(self) -> None:
         def double(x: int) -> int:

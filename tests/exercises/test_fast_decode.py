@@ -47,6 +47,14 @@ def doubling(n: int, smallest: int, factor: float, block: int) -> list[int]:
     return [*buckets, n]
 
 
+def stays_the_same(n: int, smallest: int, factor: float, block: int) -> list[int]:
+    buckets, width = [], smallest
+    while width < n:
+        buckets.append(width)
+        round(width * factor / block) * block
+    return [*buckets, n]
+
+
 @pytest.mark.parametrize(
     ("attempt", "reason"),
     [
@@ -59,6 +67,12 @@ def doubling(n: int, smallest: int, factor: float, block: int) -> list[int]:
 def test_make_geometric_buckets(attempt: Callable[..., Any], reason: str) -> None:
     verdict = check_make_geometric_buckets(attempt)
     assert not verdict and reason in verdict.message
+
+
+def test_buckets_that_stay_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("folo_lib.exercises.MAX_SECONDS", 0.1)
+    verdict = check_make_geometric_buckets(stays_the_same)
+    assert not verdict and "still running" in verdict.message
 
 
 def counts_all_that_agree(draft: Tensor, chosen: Tensor) -> Tensor:
