@@ -16,9 +16,11 @@ __all__ = [
     "LONGEST_TUNED",
     "TUNING_ROOM",
     "CUBLAS_WORKSPACE",
+    "RECORDED",
     "make_buckets",
     "round_up",
     "choose_bucket",
+    "score_slots",
     "attend_bucket",
     "attend_chunks",
     "StaticMetadata",
@@ -33,6 +35,7 @@ __all__ = [
     "can_compile",
     "make_step",
     "do_nothing",
+    "Recorder",
     "capture",
     "sampling_kind",
     "StepState",
@@ -47,6 +50,7 @@ __all__ = [
     "load_step",
     "Launcher",
     "find_limit",
+    "RecordingRunner",
     "CUDAGraphRunner",
     "PlainCUDAGraphRunner",
 ]
@@ -55,7 +59,7 @@ __all__ = [
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -63,6 +67,7 @@ from importlib.util import find_spec
 from itertools import chain
 from shutil import which
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +114,22 @@ def choose_bucket(buckets: Sequence[int], length: int) -> int | None:
     return next((bucket for bucket in buckets if length <= bucket), None)
 
 
+# %% ../notebooks/11_fast_decode.ipynb #score-slots
+def score_slots(groups: Tensor, keys: Tensor) -> Tensor:
+    """Products in float32, as fused attention keeps them.
+
+    Args:
+        groups: `[H_kv, H/H_kv, D]`.
+        keys: `[H_kv, D, T]`.
+
+    Returns:
+        `[H_kv, H/H_kv, T]`.
+    """
+    if groups.is_cuda and groups.dtype != torch.float32 and groups.shape[1] > 1:
+        return torch.bmm(groups, keys, out_dtype=torch.float32)  # copies no keys
+    return groups.float() @ keys.float()
+
+
 # %% ../notebooks/11_fast_decode.ipynb #attend-bucket
 def attend_bucket(
     query: Tensor, keys: Tensor, values: Tensor, position: Tensor, scale: float
@@ -128,8 +149,8 @@ def attend_bucket(
     num_kv_heads, head_dim = keys.shape[1:]
     seen = torch.arange(keys.shape[0], device=query.device) <= position  # [T]
     groups = query.reshape(num_kv_heads, -1, head_dim)  # [1, H, D] -> [H_kv, H/H_kv, D]
-    scores = groups @ keys.permute(1, 2, 0) * scale  # [H_kv, H/H_kv, T]
-    scores = scores.float().masked_fill(~seen, float("-inf"))
+    scores = score_slots(groups, keys.permute(1, 2, 0)) * scale  # [H_kv, H/H_kv, T]
+    scores = scores.masked_fill(~seen, float("-inf"))
     weights = scores.softmax(dim=-1).to(query.dtype)
     values = values.masked_fill(~seen[:, None, None], 0)  # a weight of 0 is not enough
     output = weights @ values.transpose(0, 1)  # [H_kv, H/H_kv, D]
@@ -329,20 +350,24 @@ def compile_step(model: Qwen3ForCausalLM) -> ModelStep:
     )
 
 
-def can_compile() -> bool:
-    """Whether Triton and a C compiler are there, which `torch.compile` needs."""
+def can_compile(weight: Tensor) -> bool:
+    """Whether there are Triton, a C compiler and a GPU that is new enough for both."""
     compilers = os.environ.get("CC"), "cc", "gcc", "clang"
     has_compiler = any(which(name) for name in compilers if name)
-    return has_compiler and find_spec("triton") is not None
+    oldest = (8, 0) if weight.dtype == torch.bfloat16 else (7, 0)
+    is_new = torch.cuda.get_device_capability(weight.device) >= oldest
+    return is_new and has_compiler and find_spec("triton") is not None
 
 
 # %% ../notebooks/11_fast_decode.ipynb #make-step
 def make_step(model: Qwen3ForCausalLM, compiles: bool) -> ModelStep:
     """A compiled step if that is wanted and possible, else a plain one."""
-    if not compiles or model.model.embed_tokens.weight.device.type != "cuda":
+    weight = model.model.embed_tokens.weight
+    if not compiles or not weight.is_cuda:
         return ModelStep(model)
-    if not can_compile():
-        logger.warning("No Triton or no C compiler: layers are not compiled.")
+    if not can_compile(weight):
+        needs = "Triton, a C compiler, and for bfloat16 compute capability 8"
+        logger.warning("Layers are not compiled: that needs %s.", needs)
         return ModelStep(model)
     return compile_step(model)
 
@@ -352,22 +377,37 @@ def do_nothing() -> None:
     """Stands in for a graph that has not been recorded."""
 
 
-def capture(run: Callable[[], None], pool: Any = None) -> Callable[[], None]:
+@dataclass(frozen=True)
+class Recorder:
+    """What the graphs of an engine share.
+
+    Attributes:
+        pool: memory, as they never run at the same time.
+        stream: on which they are recorded, of the engine's device.
+    """
+
+    pool: Any
+    stream: torch.cuda.Stream
+
+
+def capture(
+    run: Callable[[], None], recorder: Recorder | None = None
+) -> Callable[[], None]:
     """Records the kernels that `run` launches, and returns what launches them again.
 
     On a CPU there is nothing to record, and the result is `run`.
 
     Args:
         run: reads and writes tensors that stay where they are, and never waits.
-        pool: memory that graphs share, which never run at the same time.
+        recorder: of the current device; None on a CPU.
     """
-    if pool is None:
+    if recorder is None:
         return run
     run()  # compiles, and loads kernels
     graph = torch.cuda.CUDAGraph()
     # cuBLAS keeps a workspace for each stream: this one shall come from the pool.
     torch._C._cuda_clearCublasWorkspaces()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph, pool=recorder.pool, stream=recorder.stream):
         run()
     torch._C._cuda_clearCublasWorkspaces()
     replay: Callable[[], None] = graph.replay
@@ -433,8 +473,8 @@ class Drawer:
 
     max_graphs = 16
 
-    def __init__(self, state: StepState, pool: Any = None) -> None:
-        self.state, self.pool, self.sampler = state, pool, Sampler()
+    def __init__(self, state: StepState, recorder: Recorder | None = None) -> None:
+        self.state, self.recorder, self.sampler = state, recorder, Sampler()
         self.graphs: dict[Kind, tuple[SamplingMetadata, Callable[[], None]]] = {}
 
     def prepare(self, kind: Kind, sampling: SamplingMetadata) -> Callable[[], None]:
@@ -448,8 +488,8 @@ class Drawer:
             copied = {name: getattr(sampling, name).clone() for name in kind[0]}
             static = replace(sampling, **copied)
             run = partial(self.draw, static)
-            self.graphs[kind] = static, capture(run, self.pool)
-        static, graph = self.graphs[kind]
+            self.graphs[kind] = static, capture(run, self.recorder)
+        static, graph = self.graphs[kind] = self.graphs.pop(kind)  # now the latest
         for name in kind[0]:
             getattr(static, name).copy_(getattr(sampling, name))
         return graph
@@ -492,15 +532,9 @@ class Flight:
 
 
 class RunAhead:
-    """Launches the next step of a request before it reads the token of this one.
+    """Launches the next step of a request before it reads the token of this one."""
 
-    Args:
-        launch: starts the decode step at a position, with the token that the step
-            before it draws, and returns what waits for the new token.
-    """
-
-    def __init__(self, launch: Callable[[int], Callable[[], int]]) -> None:
-        self.launch = launch
+    def __init__(self) -> None:
         self.flight: Flight | None = None
 
     def take(self, scheduled: Sequence[ScheduledRequest]) -> Flight | None:
@@ -516,11 +550,18 @@ class RunAhead:
         wanted = asked.request_id, asked.num_computed_tokens, list(asked.token_ids)
         return flight if launched == wanted else None
 
-    def finish(self, flight: Flight, limit: int) -> int:
-        """A step's token; the step behind it starts if its place is below `limit`."""
+    def finish(
+        self, flight: Flight, limit: int, launch: Callable[[int], Callable[[], int]]
+    ) -> int:
+        """A step's token; the step behind it starts if its place is below `limit`.
+
+        Args:
+            launch: starts the decode step at a position, with the token that the step
+                before it draws, and returns what waits for the new token.
+        """
         position, following = flight.position + 1, None
         if position < limit:
-            following = Flight(flight.request_id, position, self.launch(position))
+            following = Flight(flight.request_id, position, launch(position))
         token_id = flight.read()
         if following is not None:
             following.token_id = token_id
@@ -567,6 +608,8 @@ class GraphSet:
         vocab_size, device = step.model.config.vocab_size, weight.device
         # One place more, or the longest bucket is the whole tensor, and compiled apart.
         self.state = StepState(vocab_size, prompts[-1] + 1, weight.dtype, device)
+        longest = step.model.model.rotary_emb.max_position_embeddings
+        self.state.places.clamp_(max=longest - 1)  # of what fills up a bucket
         self.prompt_graphs = dict.fromkeys(sorted({*prompts}, reverse=True), do_nothing)
         # Kernels are tuned for the first bucket they meet: 256, and in chunks 8,192.
         buckets = make_buckets(num_slots)
@@ -602,12 +645,16 @@ TUNING_ROOM = 2**27
 CUBLAS_WORKSPACE = ":4096:2:16:8"  # 8 MB, of which NVIDIA's manual says what it means
 
 
+RECORDED: WeakSet[nn.Module] = WeakSet()
+"""Models whose weights must stay where they are, as graphs hold their addresses."""
+
+
 @contextmanager
 def make_room(layers: Sequence[nn.Module], num_bytes: int) -> Iterator[None]:
     """Keeps layers on the host for a while, enough for that much room."""
     weights = list(layers[0].parameters())
     size, device = sum(w.nbytes for w in weights), weights[0].device
-    aside = layers[1 : 2 + num_bytes // size]
+    aside = layers[1 : 1 + -(-num_bytes // size)]  # rounded up
     with torch.inference_mode(weights[0].is_inference()):  # they stay what they are
         for layer in aside:
             layer.to("cpu")
@@ -637,7 +684,8 @@ def tune(step: ModelStep, num_slots: int, block_size: int, use_tqdm: bool) -> No
     shape = count_blocks(num_slots, block_size), block_size
     with torch.inference_mode(False):
         caches = allocate_kv_caches(config, *shape, weight.dtype, weight.device)
-    with make_room(list(core.layers), TUNING_ROOM), torch.inference_mode():
+    room = 0 if step.model in RECORDED else TUNING_ROOM
+    with make_room(list(core.layers), room), torch.inference_mode():
         runs = GraphSet(step, caches, num_slots).list_runs()
         for _, _, run in tqdm(runs, "Compiling", disable=not use_tqdm):
             run()
@@ -676,13 +724,13 @@ class Launcher:
 
     Args:
         graphs: of the model, recorded or about to be.
-        pool: see `capture`.
+        recorder: see `capture`.
     """
 
-    def __init__(self, graphs: GraphSet, pool: Any = None) -> None:
-        self.graphs, self.drawer = graphs, Drawer(graphs.state, pool)
+    def __init__(self, graphs: GraphSet, recorder: Recorder | None = None) -> None:
+        self.graphs, self.drawer = graphs, Drawer(graphs.state, recorder)
         self.draw, self.num_launched = do_nothing, 0
-        self.run_ahead = RunAhead(self.launch_token)
+        self.run_ahead = RunAhead()
 
     def start(self, request_id: str, batch: InputBatch) -> Flight | None:
         """Starts a step from the host's numbers; None if there is no graph for it."""
@@ -745,12 +793,9 @@ def find_limit(
     return min(limit, num_prompt_tokens + request.params.max_tokens - 1)
 
 
-# %% ../notebooks/11_fast_decode.ipynb #runner
-class CUDAGraphRunner(ModelRunner):
-    """`ModelRunner` that replays graphs of compiled layers, one step ahead.
-
-    What no graph was made for runs as in `ModelRunner`.
-    """
+# %% ../notebooks/11_fast_decode.ipynb #recording-runner
+class RecordingRunner(ModelRunner):
+    """`ModelRunner` that compiles the model and records its graphs before it runs."""
 
     compiles = True
 
@@ -764,23 +809,55 @@ class CUDAGraphRunner(ModelRunner):
         """How tokens run through the model: what a faster runner replaces."""
         return make_step(self.model, self.compiles)
 
+    def on_device(self) -> AbstractContextManager[object]:
+        """Streams and events are made on the current device: let it be the model's."""
+        weight = self.model.model.embed_tokens.weight
+        return torch.cuda.device_of(weight)  # type: ignore[no-untyped-call]
+
     def warm_up(self, use_tqdm: bool) -> None:
         """Compiles, allocates the cache, and records the graphs."""
+        with self.on_device():
+            step = self.make_step()
+            if step.is_compiled:
+                step = self.tune(step, use_tqdm)
+            num_blocks = count_blocks(self.num_slots, self.block_size)
+            with torch.inference_mode(False):  # tensors that anybody may change
+                super().initialize_kv_caches(num_blocks)
+            self.graphs = GraphSet(step, self.kv_caches, self.num_slots)
+            self.record(use_tqdm)
+
+    def tune(self, step: ModelStep, use_tqdm: bool) -> ModelStep:
+        """The compiled step, or a plain one if the compiler fails."""
+        try:
+            tune(step, self.num_slots, self.block_size, use_tqdm)
+        except Exception as error:
+            logger.warning("Layers are not compiled: %s", str(error).partition("\n")[0])
+            logger.debug("What the compiler said:", exc_info=True)
+            return ModelStep(self.model)
+        return step
+
+    def record(self, use_tqdm: bool) -> None:
+        """Makes the graphs; they hold the addresses of weights and caches."""
         from tqdm.auto import tqdm
 
-        pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
-        num_blocks = count_blocks(self.num_slots, self.block_size)
-        step = self.make_step()
-        if step.is_compiled:
-            tune(step, self.num_slots, self.block_size, use_tqdm)
-        with torch.inference_mode(False):  # tensors that anybody may change
-            super().initialize_kv_caches(num_blocks)
-        self.graphs = GraphSet(step, self.kv_caches, self.num_slots)
+        recorder = None
+        if self.device.type == "cuda":
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            recorder = Recorder(torch.cuda.graph_pool_handle(), stream)
         runs = self.graphs.list_runs()
         for graphs, bucket, run in tqdm(runs, "Recording", disable=not use_tqdm):
-            graphs[bucket] = capture(run, pool)
-        self.launcher = Launcher(self.graphs, pool)
+            graphs[bucket] = capture(run, recorder)
+        self.launcher = Launcher(self.graphs, recorder)
         self.launcher.drawer.prepare_greedy(self.device)
+        RECORDED.add(self.model)
+
+
+# %% ../notebooks/11_fast_decode.ipynb #runner
+class CUDAGraphRunner(RecordingRunner):
+    """`ModelRunner` that replays graphs of compiled layers, one step ahead.
+
+    What no graph was made for runs as in `ModelRunner`.
+    """
 
     def execute_model(self, batch: InputBatch) -> tuple[Tensor, LogprobsTensors | None]:
         graph = load_step(self.graphs, batch)
@@ -790,16 +867,18 @@ class CUDAGraphRunner(ModelRunner):
         return self.sampler.sample(self.graphs.state.logits, batch.sampling)
 
     def run_step(self, scheduled: Sequence[ScheduledRequest]) -> list[SampledToken]:
-        run_ahead = self.launcher.run_ahead
-        flight = run_ahead.take(scheduled)
-        if flight is None:
-            batch = self.prepare_inputs(scheduled)
-            flight = self.launcher.start(scheduled[0].request_id, batch)
-            if flight is None:
-                return to_host(scheduled, *self.execute_model(batch))
-        assert self.running is not None
-        limit = find_limit(scheduled[0], self.running, self.num_places, self.block_size)
-        return [SampledToken(run_ahead.finish(flight, limit))]
+        with self.on_device():
+            ahead, launch = self.launcher.run_ahead, self.launcher.launch_token
+            flight, running = ahead.take(scheduled), self.running
+            if flight is None or running is None or not running.goes_on(scheduled):
+                batch = self.prepare_inputs(scheduled)
+                flight = self.launcher.start(scheduled[0].request_id, batch)
+                if flight is None:
+                    return to_host(scheduled, *self.execute_model(batch))
+            assert self.running is not None
+            sizes = self.num_places, self.block_size
+            limit = find_limit(scheduled[0], self.running, *sizes)
+            return [SampledToken(ahead.finish(flight, limit, launch))]
 
 
 # %% ../notebooks/11_fast_decode.ipynb #plain-runner

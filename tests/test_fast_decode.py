@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,11 +28,14 @@ from folo_lib.fast_decode import (
     RunAhead,
     attend_bucket,
     attend_chunks,
+    can_compile,
     choose_bucket,
     compile_step,
     count_blocks,
+    do_nothing,
     load_step,
     make_buckets,
+    make_room,
     run_layer,
     sampling_kind,
     use_backend,
@@ -142,6 +148,31 @@ class TestAttendBucket:
             ours = attend_chunks(query, *chunks, place, 0.3)
             torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
 
+    @pytest.mark.parametrize("device", DEVICES)
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("heads", [4, 8, 28])
+    def test_large_scores_are_not_rounded(
+        self, device: str, dtype: torch.dtype, heads: int
+    ) -> None:
+        """Qwen2.5's biases make scores of thousands, which have few bits in 16."""
+        with torch.device(device):
+            bias = 30 * torch.randn(1, 4, 64)
+            query = torch.randn(1, heads, 64) + bias.repeat_interleave(heads // 4, 1)
+            keys, values = torch.randn(256, 4, 64) + bias, torch.randn(256, 4, 64)
+            position = torch.tensor([199])
+        step = [x.to(dtype) for x in (query, keys, values)]
+        q, k, v = (x.double().transpose(0, 1)[None] for x in step)
+        exact = naive_attention(q, k[:, :, :200], v[:, :, :200], 0.125)[0].transpose(
+            0, 1
+        )
+        chunks = [x.unflatten(0, (-1, 64)) for x in step[1:]]
+        for ours in (
+            attend_bucket(*step, position, 0.125),
+            attend_chunks(step[0], *chunks, position, 0.125),
+        ):
+            error = (ours.double() - exact).norm() / exact.norm()
+            assert error < 0.01
+
 
 class TestUseBackend:
     def test_gives_back_what_was_there_after_an_error_too(self) -> None:
@@ -179,12 +210,12 @@ def ask(name: str, position: int, *token_ids: int) -> list[ScheduledRequest]:
 class TestRunAhead:
     def test_every_step_starts_before_the_one_before_it_is_read(self) -> None:
         launcher = Launcher()
-        ahead = RunAhead(launcher)
-        token = ahead.finish(Flight("a", 4, launcher(4)), 8)
+        ahead = RunAhead()
+        token = ahead.finish(Flight("a", 4, launcher(4)), 8, launcher)
         for position in (5, 6, 7):
             flight = ahead.take(ask("a", position, token))
             assert flight is not None and flight.position == position
-            token = ahead.finish(flight, 8)
+            token = ahead.finish(flight, 8, launcher)
             assert token == 100 + position
         assert launcher.log == [
             *["launch 4", "launch 5", "read 4", "launch 6", "read 5"],
@@ -193,8 +224,8 @@ class TestRunAhead:
 
     def test_nothing_starts_at_the_limit(self) -> None:
         launcher = Launcher()
-        ahead = RunAhead(launcher)
-        assert ahead.finish(Flight("a", 7, launcher(7)), 8) == 107
+        ahead = RunAhead()
+        assert ahead.finish(Flight("a", 7, launcher(7)), 8, launcher) == 107
         assert ahead.flight is None and launcher.log == ["launch 7", "read 7"]
 
     @pytest.mark.parametrize(
@@ -213,8 +244,8 @@ class TestRunAhead:
         self, asked: list[ScheduledRequest]
     ) -> None:
         launcher = Launcher()
-        ahead = RunAhead(launcher)
-        ahead.finish(Flight("a", 4, launcher(4)), 8)
+        ahead = RunAhead()
+        ahead.finish(Flight("a", 4, launcher(4)), 8, launcher)
         assert ahead.take(asked) is None
         assert ahead.take(ask("a", 5, 104)) is None  # it is gone for good
         assert "read 5" not in launcher.log
@@ -223,9 +254,9 @@ class TestRunAhead:
         def interrupted() -> int:
             raise KeyboardInterrupt
 
-        ahead = RunAhead(Launcher())
+        ahead = RunAhead()
         with pytest.raises(KeyboardInterrupt):
-            ahead.finish(Flight("a", 4, interrupted), 8)
+            ahead.finish(Flight("a", 4, interrupted), 8, Launcher())
         assert ahead.flight is None
 
 
@@ -432,6 +463,152 @@ class TestRunner:
             plan = ScheduledRequest("x", [1, 2], 0, [0], [1, 2], params)
             runner.run_step([plan])
         assert len(runner.launcher.drawer.graphs) == runner.launcher.drawer.max_graphs
+
+    @torch.inference_mode()
+    def test_the_one_used_longest_ago_makes_room(self) -> None:
+        runner = make_engine(("cpu", "unrecorded")).executor.worker.runner
+        assert isinstance(runner, CUDAGraphRunner)
+        [(greedy, recorded)] = runner.launcher.drawer.graphs.items()
+        for top_k in range(1, 40):
+            params = SamplingParams(temperature=1, top_k=top_k)
+            for each in (params, GREEDY):
+                runner.run_step([ScheduledRequest("x", [1], 0, [0], [1], each)])
+        assert runner.launcher.drawer.graphs[greedy][0] is recorded[0]
+
+
+@torch.inference_mode()
+def test_a_step_that_was_launched_with_other_blocks_does_not_count() -> None:
+    """A scheduler that gives blocks ahead of need, and not in a row."""
+    runner = make_engine(("cpu", "unrecorded")).executor.worker.runner
+    text, start, blocks = list(range(50, 60)), 0, [0]
+    for _ in range(14):
+        if start == 13:
+            blocks = [0, 5]
+        plan = ScheduledRequest("a", text[start:], start, blocks, range(50, 60), GREEDY)
+        start = len(text)
+        text.append(runner.run_step([plan])[0].token_id)
+    keys = runner.kv_caches[0][0]
+    assert keys[0].isfinite().all() and keys[5, :7].isfinite().all()
+    assert keys[1].isnan().all()  # the block of somebody else
+
+
+@pytest.mark.parametrize("case", RUNNERS)
+@torch.inference_mode()
+def test_a_limit_that_is_no_whole_number_of_blocks(case: Case) -> None:
+    config = make_config("qwen3 4/1")
+    config.max_position_embeddings = 1000
+    model = load(config, make_reference(config), "auto").to(case[0])
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    prompts = [torch.randint(60, (length,)).tolist() for length in (700, 900, 997)]
+    runs = []
+    for decode in (case[1], "eager"):
+        engine = LLMEngine(model, decode=decode, use_tqdm=False)
+        runner = engine.executor.worker.runner
+        if isinstance(runner, CUDAGraphRunner):
+            for _, _, run in runner.graphs.list_runs():
+                run()  # as recording does
+        outputs = engine.generate(prompts, params, use_tqdm=False)
+        runs.append([(o.error, o.outputs[0].token_ids) for o in outputs])
+    assert runs[0] == runs[1]
+    assert {error for error, _ in runs[0]} == {None}
+
+
+class TestCompiler:
+    @pytest.mark.parametrize(
+        ("capability", "dtype", "expected"),
+        [
+            ((7, 5), torch.bfloat16, False),  # a T4
+            ((7, 5), torch.float16, True),
+            ((6, 1), torch.float32, False),
+            ((8, 0), torch.bfloat16, True),
+            ((9, 0), torch.bfloat16, True),
+        ],
+    )
+    def test_old_gpus_do_without(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        capability: tuple[int, int],
+        dtype: torch.dtype,
+        expected: bool,
+    ) -> None:
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
+        monkeypatch.setattr("folo_lib.fast_decode.which", lambda name: name)
+        monkeypatch.setattr("folo_lib.fast_decode.find_spec", lambda name: name)
+        assert can_compile(torch.zeros(1, dtype=dtype)) is expected
+        monkeypatch.setattr("folo_lib.fast_decode.find_spec", lambda _: None)
+        assert not can_compile(torch.zeros(1, dtype=dtype))
+
+    def test_if_it_fails_the_engine_does_without(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def broken(*_: Any) -> Any:
+            raise RuntimeError("no kernel for this\nand a long trace")
+
+        def make_step(runner: CUDAGraphRunner) -> ModelStep:
+            return ModelStep(runner.model, broken, broken, broken, is_compiled=True)
+
+        expected = tokens_of(make_engine(("cpu", "eager")), STEMS, GREEDY)
+        monkeypatch.setattr(CUDAGraphRunner, "make_step", make_step)
+        engine = make_engine(("cpu", "unrecorded"))
+        assert "Layers are not compiled: no kernel for this" in caplog.messages
+        assert tokens_of(engine, STEMS, GREEDY) == expected
+
+
+class TestMakeRoom:
+    @pytest.mark.parametrize(("room", "moved"), [(0, 0), (1, 1), (16, 1), (17, 2)])
+    def test_moves_no_more_layers_than_needed_and_brings_them_back(
+        self, room: int, moved: int
+    ) -> None:
+        log: list[tuple[int, str]] = []
+
+        class Layer(torch.nn.Linear):
+            def to(self, *args: Any, **_: Any) -> Any:
+                log.append((layers.index(self), str(args[0])))
+                return self
+
+        layers = [Layer(4, 1, bias=False) for _ in range(4)]  # 16 bytes each
+        with pytest.raises(KeyError), make_room(layers, room):
+            assert log == [(i, "cpu") for i in range(1, 1 + moved)]
+            raise KeyError
+        assert len(log) == 2 * moved
+
+    def test_a_model_with_graphs_stays_where_it_is(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Graphs of another engine on the same model hold its addresses."""
+        rooms: list[int] = []
+
+        @contextmanager
+        def note(layers: Any, num_bytes: int) -> Iterator[None]:
+            rooms.append(num_bytes)
+            yield
+
+        monkeypatch.setattr("folo_lib.fast_decode.make_room", note)
+        step = partial(ModelStep, is_compiled=True)
+        monkeypatch.setattr("folo_lib.fast_decode.ModelStep", step)
+        model = load_model(bundled_model_path(), torch.float32, use_tqdm=False)
+        for _ in range(2):
+            LLMEngine(model, decode="unrecorded", max_model_len=64, use_tqdm=False)
+        assert rooms[0] > 0 and rooms[1] == 0
+
+
+def test_the_cache_is_free_as_soon_as_the_engine_is_gone() -> None:
+    """Without a garbage collection: a notebook makes the next engine at once."""
+    engine = make_engine(("cpu", "unrecorded"))
+    tokens_of(engine, PROMPTS[:1], GREEDY)
+    runner = engine.executor.worker.runner
+    assert isinstance(runner, CUDAGraphRunner)
+    runner.graphs.prompt_graphs.clear()  # a recorded graph holds no function of ours
+    runner.graphs.token_graphs.clear()
+    runner.launcher.drawer.graphs.clear()
+    runner.launcher.draw = do_nothing
+    cache = weakref.ref(runner.kv_caches[0][0])
+    gc.disable()
+    try:
+        del engine, runner
+        assert cache() is None
+    finally:
+        gc.enable()
 
 
 def teacher_forced(runner: ModelRunner, text: Sequence[int]) -> torch.Tensor:
