@@ -76,6 +76,8 @@ __all__ = [
     "run_all",
     "make_parser",
     "parse_alone",
+    "describe_model",
+    "describe_command",
     "choose_weights",
     "main",
 ]
@@ -274,17 +276,19 @@ def take_turns(
 
     runs: dict[str, list[Run]] = {system.name: [] for system in systems}
     label = f"prompt {prompt_len}, {num_tokens} tokens"
-    for turn in tqdm(range(num_runs + 1), label, disable=None, leave=False):
-        prompt = make_prompt(vocab_size, prompt_len, seed=turn)
-        for system in systems[:: 1 if turn % 2 else -1]:
-            run = system.generate(prompt, num_tokens)
-            if len(run.token_ids) != num_tokens:
-                counts = f"{len(run.token_ids)} tokens, not {num_tokens}"
-                raise RuntimeError(f"{system.name} stopped after {counts}.")
-            runs[system.name] += [run] if turn else []
-        if turn == 0:
-            gc.freeze()
-    gc.unfreeze()
+    try:
+        for turn in tqdm(range(num_runs + 1), label, disable=None, leave=False):
+            prompt = make_prompt(vocab_size, prompt_len, seed=turn)
+            for system in systems[:: 1 if turn % 2 else -1]:
+                run = system.generate(prompt, num_tokens)
+                if len(run.token_ids) != num_tokens:
+                    counts = f"{len(run.token_ids)} tokens, not {num_tokens}"
+                    raise RuntimeError(f"{system.name} stopped after {counts}.")
+                runs[system.name] += [run] if turn else []
+            if turn == 0:
+                gc.freeze()
+    finally:
+        gc.unfreeze()
     return runs
 
 
@@ -478,7 +482,7 @@ def check_reference(reference: Reference, dtype: torch.dtype) -> None:
     """Raises a BenchmarkError if a comparison with it would prove nothing."""
     share = reference.num_decided / len(reference.token_ids)
     error = reference.error / reference.std
-    if not error <= MAX_ERROR[dtype] or share < MIN_DECIDED:
+    if error > MAX_ERROR[dtype] or share < MIN_DECIDED:
         raise BenchmarkError(
             f"the logits are off by {error:.1e} standard deviations (at most "
             f"{MAX_ERROR[dtype]:.0e} in {dtype}), and {share:.0%} of the steps can be "
@@ -691,7 +695,6 @@ def measure_bandwidth(
     numbers = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
     speeds = []
     for _ in range(num_runs + 1):
-        synchronize(device)
         start = time.perf_counter()
         for _ in range(repeat):
             numbers.sum()
@@ -850,7 +853,6 @@ QUICK = Sizes(
     output_tokens=64,
     prompts=(32, 128, 512, 2048),
     contexts=(128, 512, 2048),
-    context_tokens=32,
     ladder_tokens=32,
     bandwidth_bytes=2**27,
 )
@@ -1122,7 +1124,7 @@ def run_all(
         BenchmarkError: at the end, if a section was refused.
     """
     record = open_record(path, describe_setup(bench, weights))
-    refused = {}
+    refused = []
     for name in SECTIONS if sections is None else sections:
         if sections is None and name in record["sections"]:
             print(f"== {name}: in the file already\n", flush=True)
@@ -1130,7 +1132,7 @@ def run_all(
         try:
             result = run_section(bench, name, command)
         except BenchmarkError as error:
-            refused[name] = str(error)
+            refused.append(name)
             print(f"== {name}: refused: {error}\n", flush=True)
             continue
         record["sections"].setdefault(name, []).append(result)
@@ -1177,14 +1179,34 @@ def parse_alone(values: Sequence[str]) -> Result:
     return run_alone(name, Path(folder), target, DTYPES[dtype], *map(int, sizes))
 
 
+# %% ../notebooks/12_benchmark.ipynb #describe-command
+def describe_model(model: str) -> str:
+    """A folder's name, or a hub id."""
+    folder = Path(model).expanduser()
+    return folder.resolve().name if folder.is_dir() else model
+
+
+def describe_command(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """The command with those arguments, and no folder in it."""
+    shown = dict(vars(args))
+    shown["out"] = args.out and args.out.name
+    shown["model"] = args.model and describe_model(args.model)
+    words = ["python", "-m", "folo_lib.benchmark"]
+    for name, value in shown.items():
+        if value != parser.get_default(name):
+            words.append("--" + name.replace("_", "-"))
+            values = value if isinstance(value, list) else [value]
+            words += [str(value) for value in values if value is not True]
+    return shlex.join(words)
+
+
 # %% ../notebooks/12_benchmark.ipynb #main
 def choose_weights(
     args: argparse.Namespace, device: torch.device, scratch: Path
 ) -> tuple[Path, str]:
     """A checkpoint's folder, and what its weights are, in words."""
     if args.model is not None:
-        name = Path(args.model).name if Path(args.model).is_dir() else args.model
-        return find_checkpoint(args.model), f"{name}"
+        return find_checkpoint(args.model), describe_model(args.model)
     if args.quick and device.type == "cpu":
         return bundled_model_path(), "the bundled checkpoint"
     print("writing random weights", flush=True)
@@ -1199,12 +1221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.alone:
         print(json.dumps(parse_alone(args.alone)))
         return
-    shown = list(sys.argv[1:] if argv is None else argv)
-    private = {str(path): Path(path).name for path in (args.out, args.model) if path}
-    if args.model and not Path(args.model).is_dir():
-        del private[args.model]  # a hub id
-    shown = [private.get(word, word) for word in shown]
-    command = shlex.join(["python", "-m", "folo_lib.benchmark", *shown])
+    command = describe_command(parser, args)
     try:
         check_bounds(args.runs, args.max_spread)
         device = resolve_device(args.device)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import folo_lib.benchmark as benchmark
 from folo_lib import bundled_model_path
@@ -204,6 +208,68 @@ class TestSystems:
         assert run.token_ids == [0, 1, 2, 3, 4]
         assert run.ttft >= 0.02 and run.total - run.ttft >= 0.02
 
+    def test_the_clock_waits_for_the_device(
+        self, ours: FoloLib, theirs: HuggingFace, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A device busy for 100 s when a run begins, and for 1 s at each later wait."""
+        clock, waited = time.perf_counter, [0]
+        monkeypatch.setattr(time, "perf_counter", lambda: clock() + waited[0])
+
+        def wait(_: torch.device) -> None:
+            waited[0] += 1 if waited[0] else 100
+
+        monkeypatch.setattr(benchmark, "synchronize", wait)
+        assert 1 < ours.generate([1, 2, 3], 4).total < 2
+        waited[0] = 0
+        run = theirs.generate([1, 2, 3], 4)
+        assert 1 < run.ttft < 2 < run.total < 3
+
+    def test_a_gpu_is_waited_for_and_a_cpu_is_not(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        waited: list[torch.device] = []
+        monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+        benchmark.synchronize(CPU)
+        benchmark.synchronize(torch.device("cuda", 1))
+        assert waited == [torch.device("cuda", 1)]
+
+    def test_huggingface_has_the_device_and_the_dtype_asked_for(
+        self, tiny: Path
+    ) -> None:
+        model = benchmark.load_huggingface(tiny, torch.device("meta"), torch.bfloat16)
+        assert model.device.type == "meta" and model.dtype == torch.bfloat16
+
+    def test_options_reach_generate(
+        self, theirs: HuggingFace, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[Any] = []
+        generate: Any = theirs.model.generate
+
+        def spy(*args: Any, **options: Any) -> Any:
+            seen.append(options.get("cache_implementation"))
+            return generate(*args, **options)
+
+        monkeypatch.setattr(theirs.model, "generate", spy)
+        static = HuggingFace(theirs.model, "static", cache_implementation="static")
+        for system in (theirs, static):
+            system.generate([1, 2], 3)
+        assert seen == [None, "static"]
+
+    def test_ours_reports_what_went_wrong_later(
+        self, ours: FoloLib, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = model_of(ours)
+        forward = model.forward
+
+        def fail(ids: Any, *args: Any, **kwargs: Any) -> Any:
+            if ids.numel() == 1:
+                raise RuntimeError("out of luck")
+            return forward(ids, *args, **kwargs)
+
+        monkeypatch.setattr(model, "forward", fail)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            ours.generate([1, 2], 3)
+
 
 class TestTurns:
     def test_take_turns_in_alternating_order_after_a_warm_up(self) -> None:
@@ -238,13 +304,14 @@ class TestTurns:
         assert frozen == [False] + [True] * 5
         assert gc.get_freeze_count() == 0
 
-    def test_an_answer_that_is_too_short_is_an_error(self) -> None:
-        class Short(Scripted):
+    @pytest.mark.parametrize("extra", [-1, 1])
+    def test_an_answer_of_another_length_is_an_error(self, extra: int) -> None:
+        class Other(Scripted):
             def generate(self, prompt: list[int], num_tokens: int) -> Run:
-                return super().generate(prompt, num_tokens - 1)
+                return super().generate(prompt, num_tokens + extra)
 
-        with pytest.raises(RuntimeError, match="stopped after 2 tokens, not 3"):
-            benchmark.take_turns([Short("a", [])], 4, 3, 100, 5)
+        with pytest.raises(RuntimeError, match=f"stopped after {3 + extra} tokens"):
+            benchmark.take_turns([Other("a", [])], 4, 3, 100, 5)
 
 
 class TestStatistics:
@@ -281,6 +348,20 @@ class TestStatistics:
         with pytest.raises(ValueError, match="at least 5"):
             benchmark.measure([a], 4, 3, 100, num_runs=4)
         assert a.calls == 0
+
+    def test_pairs_must_be_as_many(self) -> None:
+        slow, fast = {"tpot": {"values": [4.0, 9.0]}}, {"tpot": {"values": [2.0]}}
+        with pytest.raises(ValueError):
+            benchmark.paired_ratios(slow, fast)
+
+    def test_a_row_shows_its_medians(self) -> None:
+        runs = [Run([1, 2], i, 3.0 * i) for i in (1.0, 2.0, 30.0)]
+        line = benchmark.describe_row(benchmark.make_row("a", 7, runs))
+        assert "TTFT  2000.000 ms" in line and "TPOT  4000.000 ms" in line
+
+    def test_a_spread_may_be_as_large_as_its_bound(self) -> None:
+        row = {"system": "a", "prompt_tokens": 4, "ttft": {"spread": 0.25}}
+        assert benchmark.find_unsteady([row], 0.25) == []
 
 
 class TestMeasure:
@@ -439,6 +520,41 @@ class TestTokens:
         benchmark.check_reference(reference, torch.bfloat16)
         assert benchmark.check_tokens(ours, reference) <= 32 - reference.num_decided
 
+    @pytest.mark.parametrize(
+        "dtype, most",
+        [(torch.float32, 1e-4), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)],
+    )
+    def test_the_error_is_bounded_in_standard_deviations(
+        self, dtype: torch.dtype, most: float
+    ) -> None:
+        for std in (0.01, 100.0):
+            good = Reference([1], [2], [1e9], 0.99 * most * std, std)
+            benchmark.check_reference(good, dtype)
+            bad = Reference([1], [2], [1e9], 1.01 * most * std, std)
+            with pytest.raises(BenchmarkError, match="nothing is timed"):
+                benchmark.check_reference(bad, dtype)
+
+    def test_the_reference_has_their_margins_and_spread(
+        self, tiny: Path, theirs: HuggingFace
+    ) -> None:
+        model = load_model(tiny, "float32", "cpu", use_tqdm=False)
+        exact = benchmark.load_exact(tiny, CPU, torch.float32)
+        model.model.norm.weight.mul_(1.5)  # our logits are others
+        reference = benchmark.make_reference(theirs, model, exact, [5, 6, 7], 4)
+        ids = torch.tensor([[5, 6, 7, *reference.token_ids[:-1]]])
+        logits = theirs.model(ids).logits[0, -4:]
+        margins = -logits.topk(2).values.diff().flatten()
+        assert reference.margins == pytest.approx(margins.tolist(), abs=1e-5)
+        assert reference.std == pytest.approx(float(logits.std()), rel=1e-5)
+
+    def test_the_exact_model_is_not_rounded(self, tiny: Path) -> None:
+        stored = load_file(tiny / "model.safetensors")["model.embed_tokens.weight"]
+        for dtype in (torch.bfloat16, torch.float16):
+            exact = benchmark.load_exact(tiny, CPU, dtype)
+            torch.testing.assert_close(
+                exact.model.embed_tokens.weight.detach(), stored, rtol=0, atol=0
+            )
+
 
 class TestCheckpoint:
     def test_random_weights_load_and_have_uneven_norms(self, tiny: Path) -> None:
@@ -465,28 +581,28 @@ class TestCheckpoint:
         tied = benchmark.weight_bytes_per_step(Qwen3Config(**TINY), torch.float32)
         assert untied == tied
 
+    def test_weights_are_stored_in_the_dtype_of_the_shape(self, tmp_path: Path) -> None:
+        benchmark.write_random_checkpoint(tmp_path, TINY | {"dtype": "bfloat16"}, CPU)
+        stored = load_file(tmp_path / "model.safetensors").values()
+        assert {weight.dtype for weight in stored} == {torch.bfloat16}
+
+    def test_the_same_weights_each_time(self, tmp_path: Path) -> None:
+        one, two = tmp_path / "one", tmp_path / "two"
+        for folder in (one, two):
+            benchmark.write_random_checkpoint(folder, TINY, CPU)
+            torch.rand(3)
+        file = "model.safetensors"
+        assert (one / file).read_bytes() == (two / file).read_bytes()
+
+    def test_a_step_reads_twice_the_bytes_in_float32(self) -> None:
+        from transformers import Qwen3Config
+
+        config = Qwen3Config(**TINY)
+        half = benchmark.step_bytes(config, torch.bfloat16, 3)
+        assert benchmark.step_bytes(config, torch.float32, 3) == 2 * half
+
 
 class TestLadder:
-    def test_the_growing_cache_runs_one_token_a_step(self, tiny: Path) -> None:
-        no_cache, growing = benchmark.make_loops(tiny, CPU, torch.float32)
-        model = load_model(tiny, "float32", "cpu", "torch_naive", use_tqdm=False)
-        lengths: list[int] = []
-        for name, expected in (
-            ("recompute_all", [3, 4, 5, 6]),
-            ("grow_cache", [3, 1, 1, 1]),
-        ):
-            for module in model.modules():
-                if isinstance(module, benchmark.Attention):
-                    module.backend = benchmark.GrowingCacheBackend()
-            hook = model.register_forward_pre_hook(
-                lambda _, args: lengths.append(args[0].numel())
-            )
-            list(getattr(benchmark, name)(model, [1, 2, 3], 4))
-            hook.remove()
-            assert lengths == expected
-            lengths.clear()
-        assert (no_cache.name, growing.name) == ("no cache", "growing cache")
-
     def test_what_is_lacking_is_left_out_with_its_reason(self, tiny: Path) -> None:
         rungs, left_out = benchmark.make_rungs(tiny, CPU, torch.float32, 64)
         names = [rung.name for rung in rungs]
@@ -494,12 +610,61 @@ class TestLadder:
         assert "CUDA graph" in left_out and "cuda_graph" in left_out["CUDA graph"]
         assert {*names, *left_out} == {*names[:2], *benchmark.RUNGS}
 
+    def test_the_loops_read_as_many_tokens_a_step_as_they_say(self, tiny: Path) -> None:
+        loops: Any = benchmark.make_loops(tiny, CPU, torch.bfloat16)
+        assert [loop.name for loop in loops] == ["no cache", "growing cache"]
+        for loop, expected in zip(loops, ([3, 4, 5, 6], [3, 1, 1, 1]), strict=True):
+            model, lengths = loop.tokens.args[0], list[int]()
+            assert model.model.norm.weight.dtype == torch.bfloat16
+            hook = model.register_forward_pre_hook(
+                lambda _, args, lengths=lengths: lengths.append(args[0].numel())
+            )
+            loop.generate([1, 2, 3], 4)
+            hook.remove()
+            assert lengths == expected
+
+    def test_each_rung_has_its_attention(self, tiny: Path) -> None:
+        rungs: Any = benchmark.make_rungs(tiny, CPU, torch.float32, 64)[0]
+        names = {
+            rung.name: type(module.backend).__name__
+            for rung in rungs[2:4]
+            for module in model_of(rung).modules()
+            if isinstance(module, benchmark.Attention)
+        }
+        expected = {"preallocated": "TorchNaiveBackend", "SDPA": "TorchSDPABackend"}
+        assert names == expected
+
 
 class TestRoofline:
     @pytest.mark.usefixtures("steady")
     def test_bandwidth_is_bytes_over_seconds(self) -> None:
         speeds = benchmark.measure_bandwidth(CPU, 4096, num_runs=6, repeat=3)
         assert speeds == [3 * 4096.0] * 6  # a run is one tick
+
+    @pytest.mark.usefixtures("steady")
+    def test_the_bandwidth_clock_waits_for_the_device(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ticks = iter([50])  # the first run warms up
+
+        def wait(_: torch.device) -> None:
+            for _tick in range(next(ticks, 1)):
+                time.perf_counter()
+
+        monkeypatch.setattr(benchmark, "synchronize", wait)
+        speeds = benchmark.measure_bandwidth(CPU, 4096, num_runs=6, repeat=3)
+        assert speeds == [3 * 4096 / 2] * 6  # a tick to wait, and one to read
+
+    def test_an_unsteady_bandwidth_is_refused(
+        self, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        speeds = [1.0, 2.0, 3.0, 4.0, 5.0]
+        monkeypatch.setattr(benchmark, "measure_bandwidth", lambda *_: speeds)
+        with pytest.raises(BenchmarkError, match="bandwidth's spread is 107%"):
+            benchmark.run_roofline(bench_of(tiny))
+        speeds[:] = [4.0, 4.0, 4.0, 4.0, 4.8]
+        row = benchmark.run_roofline(bench_of(tiny))["rows"][0]
+        assert row["seconds"] == row["bytes"] / 4
 
 
 def bench_of(folder: Path, **changes: Any) -> Bench:
@@ -591,6 +756,78 @@ class TestSections:
         with pytest.raises(BenchmarkError, match="neither a folder nor a hub id"):
             benchmark.start_process(args)
 
+    def test_the_longest_prompt_just_fits(self) -> None:
+        lengths = (124, 125)
+        cut = Sizes(prompts=lengths, contexts=lengths, context_tokens=4).cut(128)
+        assert cut.prompts == cut.contexts == [124]
+        assert Sizes(prompts=(9,), contexts=(8192,)).max_model_len == 8192 + 32
+
+    def test_a_bench_measures_with_its_bounds(
+        self, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(benchmark, "measure", lambda *args: args)
+        bench = bench_of(tiny, num_runs=7, max_spread=0.1)
+        args: Any = bench.measure([], 3, 4, ["ttft"])
+        assert args == ([], 3, 4, 2100, 7, 0.1, ["ttft"])
+
+    def test_a_bench_checks_every_system(
+        self, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        prompt = benchmark.make_prompt(2100, 12)
+        reference = Reference(prompt, [3, 4, 5], [1.0, 0.0, 1.0], 1e-4, 2.0)
+        monkeypatch.setattr(benchmark, "make_reference", lambda *_: reference)
+        one, two = follow(reference, {}), follow(reference, {1: 50})
+        one.name, two.name = "one", "two"
+        assert bench_of(tiny).check([one, two], 3) == {
+            "steps": 3, "decided": 2, "error": 5e-5,
+            "near_ties_lost": {"one": 0, "two": 1},
+        }  # fmt: skip
+        reference = Reference(prompt, [3, 4, 5], [1.0, 0.0, 1.0], 1e-3, 2.0)
+        with pytest.raises(BenchmarkError, match="nothing is timed"):
+            bench_of(tiny).check([one], 3)
+
+    def test_what_each_section_checks_and_claims(
+        self, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[Any] = []
+
+        def note(_: Bench, systems: Any, *rest: Any) -> list[Any]:
+            options = [getattr(system, "options", {}) for system in systems]
+            names = [system.name for system in systems]
+            asked.append((names, *rest, sum(map(len, options))))
+            return []
+
+        monkeypatch.setattr(Bench, "check", note)
+        monkeypatch.setattr(Bench, "measure", note)
+        bench = bench_of(tiny)
+        both, static = ["folo_lib", "huggingface"], "huggingface_static"
+        benchmark.run_decode(bench)
+        assert asked == [
+            (["folo_lib", static], 10, 1),
+            ([*both, static], 12, 10, ["tpot", "total"], 1),
+        ]
+        asked.clear()
+        benchmark.run_prefill(bench)
+        assert asked == [
+            (["folo_lib"], 4, 0), (both, 5, 1, ["ttft"], 0), (both, 40, 1, ["ttft"], 0)
+        ]  # fmt: skip
+        asked.clear()
+        benchmark.run_context(bench)
+        assert asked == [
+            (["folo_lib"], 4, 0), (both, 6, 4, ["tpot"], 0), (both, 30, 4, ["tpot"], 0)
+        ]  # fmt: skip
+        asked.clear()
+        lengths: list[int] = []
+        rungs = [Scripted("low", []), Scripted("high", [])], {"fused": "no GPU"}
+        monkeypatch.setattr(
+            benchmark, "make_rungs", lambda *args: lengths.append(args[-1]) or rungs
+        )
+        assert benchmark.run_ladder(bench)["left_out"] == {"fused": "no GPU"}
+        assert asked == [
+            (["low", "high"], 6, 0), (["low", "high"], 12, 6, ["tpot"], 0)
+        ]  # fmt: skip
+        assert lengths == [12 + 10]
+
 
 SETUP = {"device": "a", "torch": "1", "sizes": (1, 2)}
 
@@ -650,6 +887,44 @@ class TestRecord:
         assert setup["sizes"]["output_tokens"] == 10
         assert str(tiny) not in json.dumps(setup)
 
+    def test_a_file_that_lacks_part_of_the_setup_is_refused(
+        self, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "out.json"
+        benchmark.save_record(benchmark.open_record(None, SETUP), path)
+        with pytest.raises(ValueError, match="another threads"):
+            benchmark.open_record(path, SETUP | {"threads": 2})
+
+    def test_the_old_file_is_whole_until_the_new_one_is(self, tmp_path: Path) -> None:
+        path = tmp_path / "out.json"
+        benchmark.save_record({"old": 1}, path)
+        with path.open() as old:
+            benchmark.save_record({"new": 2}, path)
+            assert json.load(old) == {"old": 1}
+        assert json.loads(path.read_text()) == {"new": 2}
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_a_section_is_saved_as_soon_as_it_is_done(
+        self, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def crash(_: Bench) -> None:
+            raise OSError("no more memory")
+
+        sections: Any = {"one": lambda _: {}, "two": crash}
+        monkeypatch.setattr(benchmark, "SECTIONS", sections)
+        out = tmp_path / "out.json"
+        with pytest.raises(OSError, match="no more memory"):
+            benchmark.run_all(bench_of(tiny), None, "tiny", out, "c")
+        assert list(json.loads(out.read_text())["sections"]) == ["one"]
+
+    def test_the_setup_has_what_a_time_depends_on(self, tiny: Path) -> None:
+        import folo_lib
+
+        setup = benchmark.describe_setup(bench_of(tiny), "tiny")
+        assert setup["device"] == benchmark.get_processor()
+        assert setup["threads"] == torch.get_num_threads()
+        assert setup["folo_lib"] == folo_lib.__version__
+
 
 class TestCommandLine:
     @pytest.mark.usefixtures("patient")
@@ -659,7 +934,8 @@ class TestCommandLine:
         benchmark.main([*args, "--sections", "roofline", "--runs", "9"])
         record = json.loads(out.read_text())
         [made] = record["sections"]["roofline"]
-        assert made["command"].startswith("python -m folo_lib.benchmark --model ")
+        expected = "--quick --out out.json --sections roofline --model"
+        assert f"python -m folo_lib.benchmark {expected} " in made["command"]
         assert str(tmp_path) not in out.read_text()
         assert record["setup"]["weights"] == tiny.name
         assert len(made["bandwidth"]["values"]) == 9
@@ -740,6 +1016,72 @@ class TestCommandLine:
         assert "/a/b" not in seen[0] and str(tiny) not in seen[0]
         assert "--out c.json" in seen[0] and f"--model {tiny.name}" in seen[0]
 
+    def test_what_is_asked_for_reaches_the_bench(
+        self, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[Any] = []
+        monkeypatch.setattr(benchmark, "run_all", lambda *args: seen.append(args))
+        args = ["--model", str(tiny), "--device", "cpu"]
+        benchmark.main([*args, "--runs", "7", "--max-spread", "0.1"])
+        benchmark.main([*args, "--quick", "--sections", "memory", "decode"])
+        full, quick = seen
+        assert (full[0].num_runs, full[0].max_spread) == (7, 0.1)
+        assert full[0].sizes == Sizes().cut(128) and full[1] is None
+        assert quick[0].sizes == benchmark.QUICK.cut(128)
+        assert quick[1] == ["memory", "decode"]
+
+    def test_which_weights(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(benchmark, "write_random_checkpoint", lambda *_: None)
+        args = argparse.Namespace(model=None, quick=True)
+        cpu = benchmark.choose_weights(args, CPU, tmp_path)
+        assert cpu == (benchmark.bundled_model_path(), "the bundled checkpoint")
+        gpu = benchmark.choose_weights(args, torch.device("cuda"), tmp_path)
+        assert gpu == (tmp_path, "random weights of Qwen3-0.6B's shape")
+
+    @pytest.mark.parametrize(
+        "out", ["--out=/a/b/c.json", "--out /a//b/c.json", "--ou /a/b/c.json"]
+    )
+    def test_no_spelling_of_a_path_is_recorded(
+        self, out: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[str] = []
+        monkeypatch.setattr(benchmark, "run_all", lambda *args: seen.append(args[-1]))
+        benchmark.main([f"--model={tiny}/", "--device", "cpu", *out.split(" ")])
+        assert "/a/" not in seen[0] and str(tiny.parent) not in seen[0]
+        assert "--out c.json" in seen[0] and f"--model {tiny.name}" in seen[0]
+
+    def test_the_folder_one_is_in_has_a_name(
+        self, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[str] = []
+        monkeypatch.setattr(benchmark, "run_all", lambda *args: seen.append(args[2]))
+        monkeypatch.chdir(tiny)
+        benchmark.main(["--model", ".", "--device", "cpu"])
+        assert seen == [tiny.name]
+
+    def test_a_hub_id_is_recorded_in_full(
+        self, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[Any] = []
+        monkeypatch.setattr(benchmark, "run_all", lambda *args: seen.append(args))
+        monkeypatch.setattr(benchmark, "find_checkpoint", lambda _: tiny)
+        benchmark.main(["--model", "Qwen/Qwen3-0.6B", "--device", "cpu"])
+        assert seen[0][2] == "Qwen/Qwen3-0.6B"
+        assert seen[0][-1].endswith("--model Qwen/Qwen3-0.6B --device cpu")
+
+    def test_the_command_of_the_shell_is_recorded(
+        self, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[str] = []
+        monkeypatch.setattr(benchmark, "run_all", lambda *args: seen.append(args[-1]))
+        args = ["--model", str(tiny), "--device", "cpu"]
+        monkeypatch.setattr("sys.argv", ["benchmark.py", *args])
+        benchmark.main()
+        expected = f"python -m folo_lib.benchmark --model {tiny.name} --device cpu"
+        assert seen == [expected]
+
 
 def test_the_command_prints_as_it_goes(tiny: Path) -> None:
     """Flushed line by line, so that a run that is cut off has said what it knew."""
@@ -747,3 +1089,89 @@ def test_the_command_prints_as_it_goes(tiny: Path) -> None:
     prints = [line for line in source.splitlines() if line.strip().startswith("print(")]
     assert len(prints) > 8
     assert all("flush=True" in p or "json.dumps(parse_alone" in p for p in prints)
+
+
+class TestAlone:
+    def test_peak_memory_is_the_high_water_mark(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        status = tmp_path / "status"
+        status.write_text("VmPeak:\t 9999 kB\nVmHWM:\t 2048 kB\nVmRSS:\t 1024 kB\n")
+        monkeypatch.setattr(benchmark, "Path", lambda _: status)
+        assert benchmark.get_peak_memory(CPU) == {"peak": 2 * 2**20}
+        status.unlink()
+        assert benchmark.get_peak_memory(CPU) == {"peak": None}
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 5)
+        monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: 7)
+        found = benchmark.get_peak_memory(torch.device("cuda"))
+        assert found == {"peak": 5, "peak_reserved": 7}
+
+    @pytest.mark.usefixtures("steady")
+    def test_each_system_is_loaded_and_timed_from_the_start(
+        self, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made: list[Any] = []
+
+        def make(*args: Any, **options: Any) -> Any:
+            made.append(options)
+            return SimpleNamespace(generate=lambda prompt, n: Run([0] * n, 5.0, 9.0))
+
+        monkeypatch.setattr(benchmark, "FoloLib", make)
+        monkeypatch.setattr(benchmark, "HuggingFace", make)
+        for name in ("folo_lib", "huggingface", "huggingface_static"):
+            row = benchmark.run_alone(name, tiny, CPU, torch.float32, 3, 4)
+            assert (row["system"], row["prompt_tokens"]) == (name, 3)
+            assert (row["output_tokens"], row["load_seconds"]) == (4, 1.0)
+            assert row["first_token_seconds"] == 1.0 + 5.0
+            assert "peak" in row
+        static = {"cache_implementation": "static"}
+        assert made == [{"max_model_len": 7}, {}, static]
+
+    def test_the_arguments_of_a_process_come_back_as_they_were(
+        self, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        bench = Bench(tiny, CPU, torch.bfloat16, SIZES)
+        monkeypatch.setattr(benchmark, "run_alone", lambda *args: args)
+        values: Any = benchmark.parse_alone(benchmark.alone_args(bench, "x"))
+        assert values == ("x", tiny, CPU, torch.bfloat16, 12, 10)
+
+    def test_compiled_code_goes_where_it_is_told(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[dict[str, str]] = []
+
+        def run(command: Any, env: dict[str, str], **_: Any) -> Any:
+            seen.append(env)
+            return subprocess.CompletedProcess(command, 0, 'noise\n{"a": 1}\n', "")
+
+        monkeypatch.setattr(subprocess, "run", run)
+        assert benchmark.start_process(["x"]) == {"a": 1} and seen[0] == dict(
+            os.environ
+        )
+        benchmark.start_process(["x"], tmp_path)
+        folders = {
+            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
+            "TRITON_CACHE_DIR": str(tmp_path / "triton"),
+        }
+        assert seen[1] == dict(os.environ) | folders
+
+
+class TestPeers:
+    @pytest.mark.usefixtures("steady")
+    def test_a_peer_has_two_clocks(self) -> None:
+        def answer(prompt: list[int], num_tokens: int) -> list[int]:
+            return [int(time.perf_counter()) for _ in range(num_tokens)]
+
+        run = benchmark.Peer("peer", answer).generate([1, 2], 4)
+        assert (run.ttft, run.total) == (1 + 1, 4 + 1)
+
+    def test_only_those_that_are_installed_and_on_a_gpu(
+        self, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[Any] = []
+        starts = {"json": lambda *args: asked.append(args), "no_such": pytest.fail}
+        monkeypatch.setattr(benchmark, "PEERS", starts)
+        assert bench_of(tiny).peers == [] == asked
+        bench = Bench(tiny, torch.device("cuda"), torch.float32, SIZES)
+        assert [peer.name for peer in bench.peers] == ["json"]
+        assert asked == [(tiny, SIZES.max_model_len)]
