@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import subprocess
 import sys
 import weakref
@@ -11,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,30 +22,44 @@ from models import load, make_config, make_reference
 from torch._dynamo.testing import CompileCounter
 
 from folo_lib import LLMEngine, bundled_model_path, load_model
-from folo_lib.attention import naive_attention
+from folo_lib.attention import TorchNaiveBackend, naive_attention
 from folo_lib.fast_decode import (
+    CHUNK,
+    FIRST_LONG_BUCKET,
     CUDAGraphRunner,
     Flight,
     GraphSet,
     ModelStep,
+    PlainCUDAGraphRunner,
     RunAhead,
     attend_bucket,
     attend_chunks,
+    bucket_views,
     can_compile,
     choose_bucket,
     compile_step,
     count_blocks,
     do_nothing,
+    find_limit,
     load_step,
     make_buckets,
     make_room,
+    make_step,
+    round_up,
     run_layer,
     sampling_kind,
+    tune,
     use_backend,
 )
 from folo_lib.kv_cache import allocate_kv_caches
 from folo_lib.qwen3 import Qwen3ForCausalLM
-from folo_lib.runner import MODEL_RUNNERS, GPUWorker, ModelRunner, ScheduledRequest
+from folo_lib.runner import (
+    MODEL_RUNNERS,
+    GPUWorker,
+    ModelRunner,
+    ScheduledRequest,
+    start_batch,
+)
 from folo_lib.sampling_params import SamplingParams
 
 NO_GPU = "records CUDA graphs, and there is no CUDA device"
@@ -354,6 +371,28 @@ class TestTokens:
             fill_with_nan(engine.executor.worker.runner)
         assert runs[0] == runs[1]
 
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"temperature": 0.4},
+            {"min_p": 0.5},
+            {"top_p": 0.3},
+            {"top_k": 2},
+            {"seed": 2},
+        ],
+        ids=str,
+    )
+    def test_a_graph_for_drawing_takes_the_next_request_s_numbers(
+        self, changes: dict[str, Any], engines: tuple[LLMEngine, LLMEngine]
+    ) -> None:
+        first = SamplingParams(
+            temperature=2.0, top_k=90, top_p=0.98, min_p=1e-4, seed=1, max_tokens=16
+        )
+        second = replace(first, **changes)
+        for params in (first, second):
+            ours, eager = (tokens_of(e, PROMPTS[:2], params) for e in engines)
+            assert ours == eager
+
 
 def take_turns(engine: LLMEngine) -> list[list[int]]:
     blocks = [list(range(10)), list(range(10, 20))]
@@ -474,6 +513,118 @@ class TestRunner:
             for each in (params, GREEDY):
                 runner.run_step([ScheduledRequest("x", [1], 0, [0], [1], each)])
         assert runner.launcher.drawer.graphs[greedy][0] is recorded[0]
+
+    def test_the_latest_graphs_are_kept_for_drawing(self) -> None:
+        config = make_config("qwen3 4/1")
+        runner = self.make(load(config, make_reference(config), "auto"))
+        drawer = runner.launcher.drawer
+        assert len(drawer.graphs) == 1  # greedy, before anybody asks
+        for top_k in range(1, 40):
+            params = SamplingParams(temperature=1, top_k=top_k)
+            plan = ScheduledRequest("x", [1, 2], 0, [0], [1, 2], params)
+            runner.run_step([plan])
+        kept = [max_top_k for _, max_top_k, _ in drawer.graphs]
+        assert kept == list(range(40 - drawer.max_graphs, 40))
+
+    def test_each_length_finds_its_graph(self) -> None:
+        config = make_config("qwen3 4/1")
+        runner = self.make(load(config, make_reference(config), "auto"), num_blocks=40)
+        prompts, tokens = runner.graphs.prompt_graphs, runner.graphs.token_graphs
+
+        def find(cached: int, end: int, first: int = 0) -> Any:
+            ids, blocks = [1] * (end - cached), range(first, first + 41)
+            name = f"{cached} to {end} from block {first}"
+            plan = ScheduledRequest(name, ids, cached, blocks, [1] * end, GREEDY)
+            return load_step(runner.graphs, runner.prepare_inputs([plan]))
+
+        for length, bucket in ((1, 32), (32, 32), (33, 64), (513, 640), (640, 640)):
+            assert find(0, length) is prompts[bucket]
+        for length, bucket in ((2, 256), (256, 256), (257, 512), (640, 640)):
+            assert find(length - 1, length) is tokens[bucket]
+        assert find(3, 6) is None  # a chunk of a prompt
+        assert find(3, 4, first=1) is None
+
+    def test_several_requests_have_no_graph(self) -> None:
+        config = make_config("qwen3 4/1")
+        runner = self.make(load(config, make_reference(config), "auto"))
+        plans = [  # 3 tokens in all, as many as the first one is long
+            ScheduledRequest("x", [7], 2, [0], [5, 6], GREEDY),
+            ScheduledRequest("y", [8, 9], 0, [1], [8, 9], GREEDY),
+        ]
+        assert load_step(runner.graphs, runner.prepare_inputs(plans)) is None
+
+    def test_a_prompt_longer_than_all_buckets_has_no_graph(self) -> None:
+        config = make_config("qwen3 4/1")
+        runner = self.make(load(config, make_reference(config), "auto"), num_blocks=513)
+        for length, has_graph in ((8192, True), (8193, False)):
+            ids = [1] * length
+            plan = ScheduledRequest(f"{length}", ids, 0, range(513), ids, GREEDY)
+            graph = load_step(runner.graphs, runner.prepare_inputs([plan]))
+            assert (graph is not None) is has_graph
+
+    @torch.inference_mode()
+    def test_a_prompt_in_chunks_equals_eager(self) -> None:
+        config = make_config("qwen3 4/1")
+        model = load(config, make_reference(config), "auto")
+        eager = ModelRunner(model, 16)
+        eager.initialize_kv_caches(8)
+        text, runs = list(range(1, 41)), []
+        for runner in (self.make(model), eager):
+            ends, drawn = [0, 16, 17, 40], []
+            for start, end in pairwise(ends):
+                plan = ScheduledRequest(
+                    "x", text[start:end], start, range(8), text, GREEDY
+                )
+                drawn += runner.run_step([plan])
+            runs.append(drawn)
+        assert runs[0] == runs[1]
+
+    @torch.inference_mode()
+    def test_stops_where_the_model_has_no_more_positions(self) -> None:
+        config = make_config("qwen3 4/1", max_position_embeddings=32)
+        runner = self.make(load(config, make_reference(config), "auto"))
+        params = SamplingParams(temperature=0, max_tokens=None)
+        tokens = list(range(1, 33))
+        runner.run_step([ScheduledRequest("x", tokens, 0, range(8), tokens, params)])
+        assert runner.launcher.num_launched == 1
+
+    @pytest.mark.parametrize("is_compiled", [False, True])
+    def test_tunes_only_what_is_compiled(
+        self, is_compiled: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tuned: list[object] = []
+        path, step = (
+            "folo_lib.fast_decode.",
+            partial(ModelStep, is_compiled=is_compiled),
+        )
+        monkeypatch.setattr(path + "tune", lambda *args: tuned.append(args))
+        monkeypatch.setattr(path + "ModelStep", step)
+        config = make_config("qwen3 4/1")
+        self.make(load(config, make_reference(config), "auto"))
+        assert len(tuned) == is_compiled
+
+    @torch.inference_mode()
+    def test_a_draw_that_is_not_recorded_has_a_graph_before_it(self) -> None:
+        config = make_config("qwen3 4/1")
+        runner = self.make(load(config, make_reference(config), "auto"))
+        logits = runner.graphs.state.logits.fill_(float("nan"))
+        params = SAMPLED["logprobs"]
+        runner.run_step([ScheduledRequest("x", [1, 2], 0, [0], [1, 2], params)])
+        assert not logits.isnan().any() and runner.launcher.num_launched == 0
+
+    @torch.inference_mode()
+    def test_each_step_is_launched_once(self) -> None:
+        config = make_config("qwen3 4/1")
+        runner = self.make(load(config, make_reference(config), "auto"))
+        runner.launcher.num_launched = 0
+        params = SamplingParams(temperature=0, max_tokens=6)
+        text, cached = [1, 2, 3], 0
+        for _ in range(6):
+            new = text[cached:]
+            plan = ScheduledRequest("x", new, cached, [0], [1, 2, 3], params)
+            cached = len(text)
+            text.append(runner.run_step([plan])[0].token_id)
+        assert runner.launcher.num_launched == 6
 
 
 @torch.inference_mode()
@@ -611,6 +762,116 @@ def test_the_cache_is_free_as_soon_as_the_engine_is_gone() -> None:
         gc.enable()
 
 
+def test_use_backend_gives_each_layer_its_own_back() -> None:
+    config = make_config("qwen3 4/1")
+    model = load(config, make_reference(config), "torch_sdpa")
+    layers: list[Any] = list(model.model.layers)
+    before = [TorchNaiveBackend() for _ in layers]
+    for layer, backend in zip(layers, before, strict=True):
+        layer.self_attn.backend = backend
+    with use_backend(model, TorchNaiveBackend()):
+        pass
+    assert [layer.self_attn.backend for layer in layers] == before
+
+
+@pytest.mark.parametrize(
+    ("bucket", "is_compiled", "shape"),
+    [
+        (2048, True, (16, 128, 2, 4)),
+        (2064, True, (17, 128, 2, 4)),
+        (2000, True, (2000, 2, 4)),
+        (2064, False, (2064, 2, 4)),
+    ],
+)
+def test_compiled_long_buckets_are_in_chunks(
+    bucket: int, is_compiled: bool, shape: tuple[int, ...]
+) -> None:
+    cache = torch.zeros(2200, 2, 4)
+    views = bucket_views((cache, cache), bucket, is_compiled)
+    assert [view.shape for view in views] == [shape, shape]
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted", "cc", "programs", "has_triton", "compiles"),
+    [
+        ("cuda", True, None, ["gcc"], True, True),
+        ("cuda", True, "my-cc", ["my-cc"], True, True),
+        ("cuda", True, None, [], True, False),
+        ("cuda", True, None, ["gcc"], False, False),
+        ("cuda", False, None, ["gcc"], True, False),
+        ("cpu", True, None, ["gcc"], True, False),
+    ],
+)
+def test_layers_are_compiled_where_that_is_possible(
+    device: str,
+    wanted: bool,
+    cc: str | None,
+    programs: list[str],
+    has_triton: bool,
+    compiles: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, spec = "folo_lib.fast_decode.", object() if has_triton else None
+    monkeypatch.setattr(path + "which", lambda name: name if name in programs else None)
+    monkeypatch.setattr(path + "find_spec", lambda name: spec)
+    monkeypatch.setattr(path + "compile_step", partial(ModelStep, is_compiled=True))
+    monkeypatch.delenv("CC", raising=False)
+    if cc is not None:
+        monkeypatch.setenv("CC", cc)
+    weight = SimpleNamespace(
+        device=torch.device(device), is_cuda=device == "cuda", dtype=torch.bfloat16
+    )
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
+    core = SimpleNamespace(embed_tokens=SimpleNamespace(weight=weight))
+    model: Any = SimpleNamespace(model=core)
+    assert make_step(model, wanted).is_compiled is compiles
+
+
+def test_the_plain_runner_compiles_nothing() -> None:
+    assert CUDAGraphRunner.compiles and not PlainCUDAGraphRunner.compiles
+
+
+def test_tuning_respects_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    config = make_config("qwen3 4/1")
+    model = load(config, make_reference(config), "auto")
+    tune(ModelStep(model, is_compiled=True), 32, 16, use_tqdm=False)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+@pytest.mark.parametrize(
+    ("cached", "new", "blocks", "max_tokens", "limit"),
+    [
+        (0, 20, [0, 1, 2], 5, 24),  # the last token is drawn, not run
+        (20, 1, [0, 1, 2], 5, 24),
+        (0, 20, [0, 1, 2], None, 40),  # of 48 slots
+        (0, 20, [0, 1], None, 32),
+        (0, 20, [0, 1], 30, 32),
+        (12, 8, [0, 1, 2], 5, 24),  # the last chunk of the prompt
+        (0, 12, [0, 1, 2], 5, 0),  # a chunk that is not the last
+        (0, 20, [1, 2, 3], 5, 0),  # slots that do not begin at 0
+        (0, 20, [0, 2, 1], 5, 0),
+    ],
+)
+def test_find_limit(
+    cached: int, new: int, blocks: list[int], max_tokens: int | None, limit: int
+) -> None:
+    params = SamplingParams(temperature=0, max_tokens=max_tokens)
+    plan = ScheduledRequest("x", [1] * new, cached, blocks, [1] * 20, params)
+    running = start_batch([plan], 16, 100, torch.device("cpu"))
+    assert find_limit(plan, running, num_places=40, block_size=16) == limit
+
+
+@pytest.mark.parametrize("block_size", [16, 48])
+@pytest.mark.parametrize("num_slots", [16, 700, 2032, 2048, 2064, 2800, 4096])
+def test_the_cache_holds_whole_chunks_and_the_filling(
+    num_slots: int, block_size: int
+) -> None:
+    slots = count_blocks(num_slots, block_size) * block_size
+    chunk = CHUNK if num_slots >= FIRST_LONG_BUCKET else 1
+    assert num_slots < slots and round_up(num_slots, chunk) <= slots
+
+
 def teacher_forced(runner: ModelRunner, text: Sequence[int]) -> torch.Tensor:
     """Logits after each token but the first 8, fed one by one."""
     logits, cached = [], 0
@@ -676,22 +937,28 @@ def test_each_use_is_compiled_whole_and_once_for_all_its_buckets(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A graph break or a number that is baked in shows without a GPU too."""
-    counter, compile_function = CompileCounter(), torch.compile
+    counters: dict[str, CompileCounter] = {}
+    compile_function = torch.compile
 
     def compile_without_options(function: Any, **options: Any) -> Any:
         options.pop("options", None)  # which the backend that counts does not know
+        counter = counters[function.__name__] = CompileCounter()
         return compile_function(function, backend=counter, **options)
 
     monkeypatch.setattr(torch, "compile", compile_without_options)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     torch._dynamo.reset()
     model = load_model(bundled_model_path(), torch.float32, use_tqdm=False)
     num_slots, prompt = 4096, torch.arange(7, 107)
     results = []
     for step in (compile_step(model), ModelStep(model, is_compiled=True)):
+        if not results:
+            tune(step, num_slots, 16, use_tqdm=False)
+            tuned = {name: counter.frame_count for name, counter in counters.items()}
         shape = count_blocks(num_slots, 16), 16
         caches = allocate_kv_caches(model.config, *shape, torch.float32, "cpu")
-        graphs, logits = GraphSet(step, caches, num_slots), []
         with torch.inference_mode():
+            graphs, logits = GraphSet(step, caches, num_slots), []
             graphs.state.load_prompt(prompt, torch.arange(100), graphs.scratch)
             for recorded, bucket, run in graphs.list_runs():
                 if recorded is graphs.token_graphs or bucket >= len(prompt):
@@ -701,7 +968,9 @@ def test_each_use_is_compiled_whole_and_once_for_all_its_buckets(
     num_prompts = sum(len(prompt) <= bucket for bucket in graphs.prompt_graphs)
     assert len(results[0]) == num_prompts + len(make_buckets(num_slots))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
-    assert counter.frame_count == 4  # prompts, short contexts, long ones, the head
+    uses = ["run_layer", "run_long_layer", "run_prompt_layer", "run_head"]
+    assert tuned == dict.fromkeys(uses, 1)  # all of it before the cache is there
+    assert {name: c.frame_count for name, c in counters.items()} == tuned  # no more
 
 
 @pytest.mark.gpu
