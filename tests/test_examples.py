@@ -356,9 +356,10 @@ IN_SOURCE = {  # these need a hub, or a GPU without a compiler
         "checkpoint",
         'f"the hub has no model {str(model)!r}, or wants a login (`hf auth login`)."',
     ),
-    "No Triton or no C compiler: layers are not compiled.": (
+    "Layers are not compiled: that needs Triton, a C compiler, and for bfloat16 "
+    "compute capability 8.": (
         "fast_decode",
-        '"No Triton or no C compiler: layers are not compiled."',
+        '"Triton, a C compiler, and for bfloat16 compute capability 8"',
     ),
 }
 
