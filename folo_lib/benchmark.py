@@ -482,7 +482,7 @@ def check_reference(reference: Reference, dtype: torch.dtype) -> None:
     """Raises a BenchmarkError if a comparison with it would prove nothing."""
     share = reference.num_decided / len(reference.token_ids)
     error = reference.error / reference.std
-    if error > MAX_ERROR[dtype] or share < MIN_DECIDED:
+    if not error <= MAX_ERROR[dtype] or share < MIN_DECIDED:
         raise BenchmarkError(
             f"the logits are off by {error:.1e} standard deviations (at most "
             f"{MAX_ERROR[dtype]:.0e} in {dtype}), and {share:.0%} of the steps can be "

@@ -13,10 +13,10 @@ __all__ = [
     "COPIED",
     "Kind",
     "Graphs",
-    "LONGEST_TUNED",
     "TUNING_ROOM",
-    "CUBLAS_WORKSPACE",
     "RECORDED",
+    "LONGEST_TUNED",
+    "CUBLAS_WORKSPACE",
     "make_buckets",
     "round_up",
     "choose_bucket",
@@ -47,6 +47,7 @@ __all__ = [
     "make_room",
     "count_blocks",
     "tune",
+    "try_to_tune",
     "load_step",
     "Launcher",
     "find_limit",
@@ -513,7 +514,7 @@ class Drawer:
         state.token.copy_(self.sampler.sample(state.logits, sampling)[0])
 
 
-# %% ../notebooks/11_fast_decode.ipynb #run-ahead
+# %% ../notebooks/11_fast_decode.ipynb #flight
 @dataclass
 class Flight:
     """A step that was launched and whose token has not been read.
@@ -531,6 +532,7 @@ class Flight:
     token_id: int | None = None
 
 
+# %% ../notebooks/11_fast_decode.ipynb #run-ahead
 class RunAhead:
     """Launches the next step of a request before it reads the token of this one."""
 
@@ -639,12 +641,8 @@ class GraphSet:
         return [(graphs, n, partial(run, n)) for graphs, n, run in prompts + tokens]
 
 
-# %% ../notebooks/11_fast_decode.ipynb #tune
-LONGEST_TUNED = 8192
+# %% ../notebooks/11_fast_decode.ipynb #make-room
 TUNING_ROOM = 2**27
-CUBLAS_WORKSPACE = ":4096:2:16:8"  # 8 MB, of which NVIDIA's manual says what it means
-
-
 RECORDED: WeakSet[nn.Module] = WeakSet()
 """Models whose weights must stay where they are, as graphs hold their addresses."""
 
@@ -663,6 +661,11 @@ def make_room(layers: Sequence[nn.Module], num_bytes: int) -> Iterator[None]:
         finally:
             for layer in aside:
                 layer.to(device)
+
+
+# %% ../notebooks/11_fast_decode.ipynb #tune
+LONGEST_TUNED = 8192
+CUBLAS_WORKSPACE = ":4096:2:16:8"  # 8 MB, of which NVIDIA's manual says what it means
 
 
 def count_blocks(num_slots: int, block_size: int) -> int:
@@ -692,6 +695,22 @@ def tune(step: ModelStep, num_slots: int, block_size: int, use_tqdm: bool) -> No
         del caches, runs, run
         if weight.is_cuda:
             torch._C._cuda_clearCublasWorkspaces()
+
+
+# %% ../notebooks/11_fast_decode.ipynb #try-to-tune
+def try_to_tune(
+    step: ModelStep, num_slots: int, block_size: int, use_tqdm: bool
+) -> ModelStep:
+    """A step ready to be recorded: tuned if it is compiled, plain if that fails."""
+    if not step.is_compiled:
+        return step
+    try:
+        tune(step, num_slots, block_size, use_tqdm)
+    except Exception as error:
+        logger.warning("Layers are not compiled: %s", str(error).partition("\n")[0])
+        logger.debug("What the compiler said:", exc_info=True)
+        return ModelStep(step.model)
+    return step
 
 
 # %% ../notebooks/11_fast_decode.ipynb #graph-set-load
@@ -817,24 +836,13 @@ class RecordingRunner(ModelRunner):
     def warm_up(self, use_tqdm: bool) -> None:
         """Compiles, allocates the cache, and records the graphs."""
         with self.on_device():
-            step = self.make_step()
-            if step.is_compiled:
-                step = self.tune(step, use_tqdm)
-            num_blocks = count_blocks(self.num_slots, self.block_size)
+            sizes = self.num_slots, self.block_size
+            step = try_to_tune(self.make_step(), *sizes, use_tqdm)
+            num_blocks = count_blocks(*sizes)
             with torch.inference_mode(False):  # tensors that anybody may change
                 super().initialize_kv_caches(num_blocks)
             self.graphs = GraphSet(step, self.kv_caches, self.num_slots)
             self.record(use_tqdm)
-
-    def tune(self, step: ModelStep, use_tqdm: bool) -> ModelStep:
-        """The compiled step, or a plain one if the compiler fails."""
-        try:
-            tune(step, self.num_slots, self.block_size, use_tqdm)
-        except Exception as error:
-            logger.warning("Layers are not compiled: %s", str(error).partition("\n")[0])
-            logger.debug("What the compiler said:", exc_info=True)
-            return ModelStep(self.model)
-        return step
 
     def record(self, use_tqdm: bool) -> None:
         """Makes the graphs; they hold the addresses of weights and caches."""

@@ -103,6 +103,11 @@ def make_engine(case: Case, **options: Any) -> LLMEngine:
     return engine
 
 
+def random_model(backend: str = "auto", **changes: Any) -> Qwen3ForCausalLM:
+    config = make_config("qwen3 4/1", **changes)
+    return load(config, make_reference(config), backend)
+
+
 def fill_with_nan(runner: ModelRunner) -> None:
     for pair in runner.kv_caches:
         for cache in pair:
@@ -193,8 +198,7 @@ class TestAttendBucket:
 
 class TestUseBackend:
     def test_gives_back_what_was_there_after_an_error_too(self) -> None:
-        config = make_config("qwen3 4/1")
-        model = load(config, make_reference(config), "torch_sdpa")
+        model = random_model("torch_sdpa")
         layers: list[Any] = list(model.model.layers)
         before = [layer.self_attn.backend for layer in layers]
         other = type(before[0])()
@@ -453,8 +457,7 @@ class TestRunner:
     @torch.inference_mode()
     def test_slots_of_others_are_left_alone(self) -> None:
         """A prompt fills its bucket up; the filling goes to the block behind the last."""
-        config = make_config("qwen3 4/1")
-        runner = self.make(load(config, make_reference(config), "auto"))
+        runner = self.make(random_model())
         tokens = list(range(1, 34))
         runner.run_step([ScheduledRequest("x", tokens, 0, [5, 6, 7], tokens, GREEDY)])
         for pair in runner.kv_caches:
@@ -465,8 +468,7 @@ class TestRunner:
 
     @torch.inference_mode()
     def test_launches_nothing_that_cannot_be_asked_for(self) -> None:
-        config = make_config("qwen3 4/1")
-        runner = self.make(load(config, make_reference(config), "auto"))
+        runner = self.make(random_model())
         tokens = list(range(1, 21))
         for max_tokens, launches in ((1, 1), (2, 2), (None, 2)):
             runner.launcher.num_launched = 0
@@ -481,8 +483,7 @@ class TestRunner:
         assert runner.launcher.num_launched == 1
 
     def test_kinds(self) -> None:
-        config = make_config("qwen3 4/1")
-        runner = self.make(load(config, make_reference(config), "auto"))
+        runner = self.make(random_model())
 
         def kind(params: SamplingParams) -> Any:
             plan = ScheduledRequest("x", [1, 2], 0, [0], [1, 2], params)
@@ -495,8 +496,7 @@ class TestRunner:
         assert kind(SAMPLED["penalties"]) is kind(SAMPLED["logprobs"]) is None
 
     def test_few_graphs_are_kept_for_drawing(self) -> None:
-        config = make_config("qwen3 4/1")
-        runner = self.make(load(config, make_reference(config), "auto"))
+        runner = self.make(random_model())
         for top_k in range(1, 40):
             params = SamplingParams(temperature=1, top_k=top_k)
             plan = ScheduledRequest("x", [1, 2], 0, [0], [1, 2], params)
@@ -515,8 +515,7 @@ class TestRunner:
         assert runner.launcher.drawer.graphs[greedy][0] is recorded[0]
 
     def test_the_latest_graphs_are_kept_for_drawing(self) -> None:
-        config = make_config("qwen3 4/1")
-        runner = self.make(load(config, make_reference(config), "auto"))
+        runner = self.make(random_model())
         drawer = runner.launcher.drawer
         assert len(drawer.graphs) == 1  # greedy, before anybody asks
         for top_k in range(1, 40):
@@ -527,8 +526,7 @@ class TestRunner:
         assert kept == list(range(40 - drawer.max_graphs, 40))
 
     def test_each_length_finds_its_graph(self) -> None:
-        config = make_config("qwen3 4/1")
-        runner = self.make(load(config, make_reference(config), "auto"), num_blocks=40)
+        runner = self.make(random_model(), num_blocks=40)
         prompts, tokens = runner.graphs.prompt_graphs, runner.graphs.token_graphs
 
         def find(cached: int, end: int, first: int = 0) -> Any:
@@ -545,8 +543,7 @@ class TestRunner:
         assert find(3, 4, first=1) is None
 
     def test_several_requests_have_no_graph(self) -> None:
-        config = make_config("qwen3 4/1")
-        runner = self.make(load(config, make_reference(config), "auto"))
+        runner = self.make(random_model())
         plans = [  # 3 tokens in all, as many as the first one is long
             ScheduledRequest("x", [7], 2, [0], [5, 6], GREEDY),
             ScheduledRequest("y", [8, 9], 0, [1], [8, 9], GREEDY),
@@ -554,8 +551,7 @@ class TestRunner:
         assert load_step(runner.graphs, runner.prepare_inputs(plans)) is None
 
     def test_a_prompt_longer_than_all_buckets_has_no_graph(self) -> None:
-        config = make_config("qwen3 4/1")
-        runner = self.make(load(config, make_reference(config), "auto"), num_blocks=513)
+        runner = self.make(random_model(), num_blocks=513)
         for length, has_graph in ((8192, True), (8193, False)):
             ids = [1] * length
             plan = ScheduledRequest(f"{length}", ids, 0, range(513), ids, GREEDY)
@@ -564,8 +560,7 @@ class TestRunner:
 
     @torch.inference_mode()
     def test_a_prompt_in_chunks_equals_eager(self) -> None:
-        config = make_config("qwen3 4/1")
-        model = load(config, make_reference(config), "auto")
+        model = random_model()
         eager = ModelRunner(model, 16)
         eager.initialize_kv_caches(8)
         text, runs = list(range(1, 41)), []
@@ -581,8 +576,7 @@ class TestRunner:
 
     @torch.inference_mode()
     def test_stops_where_the_model_has_no_more_positions(self) -> None:
-        config = make_config("qwen3 4/1", max_position_embeddings=32)
-        runner = self.make(load(config, make_reference(config), "auto"))
+        runner = self.make(random_model(max_position_embeddings=32))
         params = SamplingParams(temperature=0, max_tokens=None)
         tokens = list(range(1, 33))
         runner.run_step([ScheduledRequest("x", tokens, 0, range(8), tokens, params)])
@@ -599,14 +593,12 @@ class TestRunner:
         )
         monkeypatch.setattr(path + "tune", lambda *args: tuned.append(args))
         monkeypatch.setattr(path + "ModelStep", step)
-        config = make_config("qwen3 4/1")
-        self.make(load(config, make_reference(config), "auto"))
+        self.make(random_model())
         assert len(tuned) == is_compiled
 
     @torch.inference_mode()
     def test_a_draw_that_is_not_recorded_has_a_graph_before_it(self) -> None:
-        config = make_config("qwen3 4/1")
-        runner = self.make(load(config, make_reference(config), "auto"))
+        runner = self.make(random_model())
         logits = runner.graphs.state.logits.fill_(float("nan"))
         params = SAMPLED["logprobs"]
         runner.run_step([ScheduledRequest("x", [1, 2], 0, [0], [1, 2], params)])
@@ -614,8 +606,7 @@ class TestRunner:
 
     @torch.inference_mode()
     def test_each_step_is_launched_once(self) -> None:
-        config = make_config("qwen3 4/1")
-        runner = self.make(load(config, make_reference(config), "auto"))
+        runner = self.make(random_model())
         runner.launcher.num_launched = 0
         params = SamplingParams(temperature=0, max_tokens=6)
         text, cached = [1, 2, 3], 0
@@ -646,9 +637,7 @@ def test_a_step_that_was_launched_with_other_blocks_does_not_count() -> None:
 @pytest.mark.parametrize("case", RUNNERS)
 @torch.inference_mode()
 def test_a_limit_that_is_no_whole_number_of_blocks(case: Case) -> None:
-    config = make_config("qwen3 4/1")
-    config.max_position_embeddings = 1000
-    model = load(config, make_reference(config), "auto").to(case[0])
+    model = random_model(max_position_embeddings=1000).to(case[0])
     params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
     prompts = [torch.randint(60, (length,)).tolist() for length in (700, 900, 997)]
     runs = []
@@ -763,8 +752,7 @@ def test_the_cache_is_free_as_soon_as_the_engine_is_gone() -> None:
 
 
 def test_use_backend_gives_each_layer_its_own_back() -> None:
-    config = make_config("qwen3 4/1")
-    model = load(config, make_reference(config), "torch_sdpa")
+    model = random_model("torch_sdpa")
     layers: list[Any] = list(model.model.layers)
     before = [TorchNaiveBackend() for _ in layers]
     for layer, backend in zip(layers, before, strict=True):
@@ -833,8 +821,7 @@ def test_the_plain_runner_compiles_nothing() -> None:
 
 def test_tuning_respects_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    config = make_config("qwen3 4/1")
-    model = load(config, make_reference(config), "auto")
+    model = random_model()
     tune(ModelStep(model, is_compiled=True), 32, 16, use_tqdm=False)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
