@@ -211,7 +211,8 @@ def sizes_part(
     ]
     return f"""## {title}
 
-{text}
+{text} Systems took turns within a row, rows came one after the other: compare within a
+row.
 
 ![{alt}](pages/{picture})
 
