@@ -18,7 +18,7 @@ import folo_lib
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(ROOT.glob("notebooks/*.ipynb"))
-# `widgets` and `exercises` stand beside the table: they may import all, none imports them.
+# `course` stands beside the table: they may import all, none imports it.
 MODULES = sorted(ROOT.glob("folo_lib/*.py"))
 
 # Design section 1: a module imports only modules above it. Those written by hand, in the

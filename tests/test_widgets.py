@@ -16,17 +16,7 @@ import torch
 from transformers import Qwen2Config, Qwen3Config
 
 from folo_lib import LLMEngine, bundled_model_path, load_model, load_tokenizer
-from folo_lib.kv_cache import allocate_kv_caches
-from folo_lib.qwen3 import Qwen3ForCausalLM
-from folo_lib.request import RequestOutput
-from folo_lib.sampler import (
-    apply_min_p_filtering,
-    apply_penalties,
-    apply_top_k_filtering,
-    apply_top_p_filtering,
-)
-from folo_lib.sampling_params import SamplingParams
-from folo_lib.widgets import (
+from folo_lib.course.widgets import (
     MODEL_SHAPES,
     CourseWidget,
     Explorer,
@@ -40,12 +30,22 @@ from folo_lib.widgets import (
     rope_explorer,
     sampling_playground,
 )
-from folo_lib.widgets.attention import copy_targets
-from folo_lib.widgets.base import drawable, read_control, token_label
-from folo_lib.widgets.generation import Piece, html_text, lay_out, split_by_token
-from folo_lib.widgets.memory import GPU_GIGABYTES, count_requests
-from folo_lib.widgets.rope import rope_scores
-from folo_lib.widgets.sampling import sampling_figure
+from folo_lib.course.widgets.attention import copy_targets
+from folo_lib.course.widgets.base import drawable, read_control, token_label
+from folo_lib.course.widgets.generation import Piece, html_text, lay_out, split_by_token
+from folo_lib.course.widgets.memory import GPU_GIGABYTES, count_requests
+from folo_lib.course.widgets.rope import rope_scores
+from folo_lib.course.widgets.sampling import sampling_figure
+from folo_lib.kv_cache import allocate_kv_caches
+from folo_lib.qwen3 import Qwen3ForCausalLM
+from folo_lib.request import RequestOutput
+from folo_lib.sampler import (
+    apply_min_p_filtering,
+    apply_penalties,
+    apply_top_k_filtering,
+    apply_top_p_filtering,
+)
+from folo_lib.sampling_params import SamplingParams
 
 PNG = b"\x89PNG\r\n\x1a\n"
 TEXT = "river stone cloud green river stone cloud green"
@@ -215,7 +215,7 @@ def test_the_model_gets_its_backend_back(
     before = backends()
     attention_weights(model, [1, 2, 3])
     assert backends() == before
-    monkeypatch.setattr("folo_lib.widgets.attention.naive_attention", None)
+    monkeypatch.setattr("folo_lib.course.widgets.attention.naive_attention", None)
     with pytest.raises(TypeError):
         attention_weights(model, [1, 2, 3])
     assert backends() == before
@@ -422,7 +422,7 @@ def test_the_playground_draws_what_the_engine_draws(
         drawn.append(output_ids)
         return sampling_figure(before, after, names, output_ids, place)
 
-    monkeypatch.setattr("folo_lib.widgets.sampling.sampling_figure", look)
+    monkeypatch.setattr("folo_lib.course.widgets.sampling.sampling_figure", look)
     widget = sampling_playground(model, tokenizer, PROMPT)
     widget.controls["seed"].value = 3
     settings = {"temperature": 0.8, "top_p": 0.9, "seed": 3, "max_tokens": 40}
@@ -606,7 +606,9 @@ def test_labels_can_be_drawn() -> None:
 
 
 def test_without_ipywidgets_the_error_names_the_cure() -> None:
-    code = "import sys; sys.modules['ipywidgets'] = None; import folo_lib.widgets"
+    code = (
+        "import sys; sys.modules['ipywidgets'] = None; import folo_lib.course.widgets"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode
     assert 'pip install "folo-lib[notebooks]"' in done.stderr.splitlines()[-1]

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from folo_lib import LLMEngine, SamplingParams  # noqa: E402
 from folo_lib.benchmark import paired_ratios  # noqa: E402
-from folo_lib.widgets.generation import (  # noqa: E402
+from folo_lib.course.widgets.generation import (  # noqa: E402
     SAMPLES,
     Piece,
     lay_out,

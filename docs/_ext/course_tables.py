@@ -18,7 +18,7 @@ from course_pages import find_pages, read_page
 from sphinx.application import Sphinx
 
 import folo_lib
-import folo_lib.exercises
+import folo_lib.course.exercises
 
 
 def pages_table() -> str:
@@ -50,9 +50,9 @@ def names_table() -> str:
 def checks_list() -> str:
     """Every check of an exercise, by page."""
     parts = []
-    for found in pkgutil.iter_modules(folo_lib.exercises.__path__):
-        module = importlib.import_module(f"folo_lib.exercises.{found.name}")
-        lines = [f"`folo_lib.exercises.{found.name}`", ""]
+    for found in pkgutil.iter_modules(folo_lib.course.exercises.__path__):
+        module = importlib.import_module(f"folo_lib.course.exercises.{found.name}")
+        lines = [f"`folo_lib.course.exercises.{found.name}`", ""]
         for name, check in vars(module).items():
             if name.startswith("check_") and hasattr(check, "__wrapped__"):
                 summary = (inspect.getdoc(check) or "").partition("\n\n")[0]

@@ -1,4 +1,4 @@
-"""The check of this course, made as `folo_lib.exercises` makes its own."""
+"""The check of this course, made as `folo_lib.course.exercises` makes its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from folo_lib.exercises import exercise, require
+from folo_lib.course.exercises import exercise, require
 
 TopA = Callable[[Tensor, float], Tensor]
 

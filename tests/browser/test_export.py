@@ -69,6 +69,6 @@ def test_a_page_stands_alone(window: Any, tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", WIDGETS)
 def test_a_widget_has_left_its_picture(name: str) -> None:
     notebook = nbformat.read(PAGES / f"{name}.ipynb", as_version=4)
-    cells = [c for c in notebook.cells if "folo_lib.widgets import" in c.source]
+    cells = [c for c in notebook.cells if "folo_lib.course.widgets import" in c.source]
     [cell] = [c for c in cells if c.cell_type == "code"]
     assert "image/png" in cell.outputs[-1].data

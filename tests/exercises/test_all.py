@@ -19,8 +19,8 @@ import nbformat
 import pytest
 import torch
 
-import folo_lib.exercises
-from folo_lib.exercises import NotYet, Verdict, exercise, require
+import folo_lib.course.exercises
+from folo_lib.course.exercises import NotYet, Verdict, exercise, require
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = sorted(ROOT.glob("notebooks/*.ipynb"))
@@ -63,7 +63,7 @@ def solutions(page: Path) -> dict[str, Any]:
 
 def checks(page: Path) -> dict[str, Check]:
     """What `exercise` made of a page's checks, by the name of what they check."""
-    module = importlib.import_module(f"folo_lib.exercises.{topic(page)}")
+    module = importlib.import_module(f"folo_lib.course.exercises.{topic(page)}")
     return {
         name.removeprefix("check_"): check
         for name, check in vars(module).items()
@@ -136,7 +136,9 @@ class TestPages:
 
 
 def test_there_is_no_module_without_a_page() -> None:
-    modules = {path.stem for path in (ROOT / "folo_lib" / "exercises").glob("*.py")}
+    modules = {
+        path.stem for path in (ROOT / "folo_lib" / "course" / "exercises").glob("*.py")
+    }
     assert modules - {"__init__"} == {topic(page) for page in PAGES}
     texts = {path.stem for path in (ROOT / "docs" / "solutions").glob("*.md")}
     assert texts - {"index"} == {page.stem for page in PAGES}
@@ -232,7 +234,7 @@ class TestVerdict:
                 pass
             return x
 
-        monkeypatch.setattr(folo_lib.exercises, "MAX_SECONDS", 0.1)
+        monkeypatch.setattr(folo_lib.course.exercises, "MAX_SECONDS", 0.1)
         handler = signal.getsignal(signal.SIGVTALRM)
         verdict = check_double(double)
         assert verdict.message.startswith(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from folo_lib.attention import create_causal_mask, naive_attention
-from folo_lib.exercises.attention import (
+from folo_lib.course.exercises.attention import (
     check_create_window_mask,
     check_online_attention,
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from folo_lib.exercises.benchmark import (
+from folo_lib.course.exercises.benchmark import (
     check_bootstrap_interval,
     check_bound_throughput,
 )

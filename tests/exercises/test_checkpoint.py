@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from folo_lib.exercises.checkpoint import check_merge_lora, check_split_into_shards
+from folo_lib.course.exercises.checkpoint import (
+    check_merge_lora,
+    check_split_into_shards,
+)
 
 Weights = dict[str, Tensor]
 Files = dict[str, Weights]

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from folo_lib.engine import FCFSScheduler, Prompt, StepEngine, submit, withdraw
-from folo_lib.exercises.engine import (
+from folo_lib.course.exercises.engine import (
     check_generate_within,
     check_ShortestFirstScheduler,
 )
+from folo_lib.engine import FCFSScheduler, Prompt, StepEngine, submit, withdraw
 from folo_lib.request import RequestOutput
 from folo_lib.runner import ScheduledRequest
 from folo_lib.sampling_params import SamplingParams

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from folo_lib.exercises.fast_decode import (
+from folo_lib.course.exercises.fast_decode import (
     check_count_accepted,
     check_make_geometric_buckets,
 )
@@ -70,7 +70,7 @@ def test_make_geometric_buckets(attempt: Callable[..., Any], reason: str) -> Non
 
 
 def test_buckets_that_stay_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("folo_lib.exercises.MAX_SECONDS", 0.1)
+    monkeypatch.setattr("folo_lib.course.exercises.MAX_SECONDS", 0.1)
     verdict = check_make_geometric_buckets(stays_the_same)
     assert not verdict and "still running" in verdict.message
 

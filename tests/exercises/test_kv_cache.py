@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from folo_lib.exercises.kv_cache import (
+from folo_lib.course.exercises.kv_cache import (
     check_evicting_slot_mapping,
     check_SharedBlockAllocator,
 )

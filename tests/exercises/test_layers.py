@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from folo_lib.exercises.layers import check_clamped_swiglu, check_fold_norm
+from folo_lib.course.exercises.layers import check_clamped_swiglu, check_fold_norm
 
 Folded = tuple[Tensor, Tensor | None]
 

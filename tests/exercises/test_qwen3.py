@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from folo_lib.exercises.qwen3 import check_count_parameters, check_logit_lens
+from folo_lib.course.exercises.qwen3 import check_count_parameters, check_logit_lens
 from folo_lib.qwen3 import Qwen3ForCausalLM, get_head_dim
 
 

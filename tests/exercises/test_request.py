@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from folo_lib.exercises.request import check_goodput, check_hide_thought
+from folo_lib.course.exercises.request import check_goodput, check_hide_thought
 from folo_lib.request import RequestMetrics
 
 Requests = list[RequestMetrics]

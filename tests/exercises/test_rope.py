@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from folo_lib.exercises.rope import (
+from folo_lib.course.exercises.rope import (
     check_move_keys,
     check_to_interleaved,
     interleaved_order,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from folo_lib.exercises.runner import check_choose_sizes, check_generate_batch
+from folo_lib.course.exercises.runner import check_choose_sizes, check_generate_batch
 from folo_lib.kv_cache import BlockAllocator
 from folo_lib.runner import GPUExecutor, ScheduledRequest
 from folo_lib.sampling_params import SamplingParams

@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from folo_lib.exercises.sampler import check_apply_logit_bias, check_apply_top_n_sigma
+from folo_lib.course.exercises.sampler import (
+    check_apply_logit_bias,
+    check_apply_top_n_sigma,
+)
 
 INF = float("inf")
 Biases = list[dict[int, float]]

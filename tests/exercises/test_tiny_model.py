@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from folo_lib.exercises.tiny_model import check_learn_merges, check_orthogonalize
+from folo_lib.course.exercises.tiny_model import check_learn_merges, check_orthogonalize
 
 Merge = tuple[bytes, bytes]
 Pieces = list[tuple[list[Any], int]]

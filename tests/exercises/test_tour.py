@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from folo_lib import SamplingParams
-from folo_lib.exercises.tour import check_score_continuation, check_vote
+from folo_lib.course.exercises.tour import check_score_continuation, check_vote
 
 
 def ask(engine: Any, question: str, **params: Any) -> list[str]:

@@ -1,6 +1,6 @@
 """Widgets of the pages: attention, RoPE, cache memory, sampling and a generation to watch.
 
-    from folo_lib.widgets import rope_explorer
+    from folo_lib.course.widgets import rope_explorer
 
     rope_explorer()  # the last expression of a cell
 
@@ -14,20 +14,27 @@ try:
     import matplotlib as _matplotlib  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        f"folo_lib.widgets needs ipywidgets and matplotlib ({error}): "
+        f"folo_lib.course.widgets needs ipywidgets and matplotlib ({error}): "
         'pip install "folo-lib[notebooks]"'
     ) from error
 
-from folo_lib.widgets.attention import (
+from folo_lib.course.widgets.attention import (
     attention_explorer,
     attention_weights,
     copying_scores,
 )
-from folo_lib.widgets.base import CourseWidget, Explorer
-from folo_lib.widgets.generation import LiveGeneration, live_generation
-from folo_lib.widgets.memory import MODEL_SHAPES, ModelShape, kv_memory_calculator
-from folo_lib.widgets.rope import rope_explorer
-from folo_lib.widgets.sampling import next_token_distributions, sampling_playground
+from folo_lib.course.widgets.base import CourseWidget, Explorer
+from folo_lib.course.widgets.generation import LiveGeneration, live_generation
+from folo_lib.course.widgets.memory import (
+    MODEL_SHAPES,
+    ModelShape,
+    kv_memory_calculator,
+)
+from folo_lib.course.widgets.rope import rope_explorer
+from folo_lib.course.widgets.sampling import (
+    next_token_distributions,
+    sampling_playground,
+)
 
 __all__ = [
     "MODEL_SHAPES",

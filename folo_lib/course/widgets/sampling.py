@@ -10,11 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from folo_lib.engine import LLMEngine
-from folo_lib.request import TokenBytes
-from folo_lib.sampler import Sampler, SamplingMetadata, apply_filters
-from folo_lib.sampling_params import SamplingParams
-from folo_lib.widgets.base import (
+from folo_lib.course.widgets.base import (
     BLUE,
     NEW_LINE,
     Explorer,
@@ -25,6 +21,10 @@ from folo_lib.widgets.base import (
     text_field,
     token_label,
 )
+from folo_lib.engine import LLMEngine
+from folo_lib.request import TokenBytes
+from folo_lib.sampler import Sampler, SamplingMetadata, apply_filters
+from folo_lib.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

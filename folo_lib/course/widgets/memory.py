@@ -9,8 +9,8 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from folo_lib.course.widgets.base import BLUE, Explorer, choice_slider
 from folo_lib.kv_cache import kv_bytes_per_token
-from folo_lib.widgets.base import BLUE, Explorer, choice_slider
 
 if TYPE_CHECKING:
     from transformers import Qwen3Config

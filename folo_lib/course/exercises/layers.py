@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from folo_lib.exercises import exercise, require
+from folo_lib.course.exercises import exercise, require
 
 __all__ = ["check_clamped_swiglu", "check_fold_norm"]
 

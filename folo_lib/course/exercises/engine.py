@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from folo_lib.course.exercises import exercise, require
 from folo_lib.engine import FCFSScheduler, Prompt, StepEngine
-from folo_lib.exercises import exercise, require
 from folo_lib.kv_cache import BlockAllocator
 from folo_lib.request import InputProcessor, Request, RequestOutput
 from folo_lib.runner import GPUExecutor, SampledToken, ScheduledRequest

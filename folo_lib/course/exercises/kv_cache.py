@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from folo_lib.exercises import NotYet, exercise, require
+from folo_lib.course.exercises import NotYet, exercise, require
 
 __all__ = ["check_SharedBlockAllocator", "check_evicting_slot_mapping"]
 

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from folo_lib.exercises import NotYet, exercise, require
+from folo_lib.course.exercises import NotYet, exercise, require
 from folo_lib.qwen3 import Qwen3ForCausalLM
 
 __all__ = ["check_count_parameters", "check_logit_lens"]

@@ -19,9 +19,7 @@ from folo_lib.attention import (
     naive_attention,
     repeat_kv,
 )
-from folo_lib.fast_decode import use_backend
-from folo_lib.request import TokenBytes
-from folo_lib.widgets.base import (
+from folo_lib.course.widgets.base import (
     GREY,
     ORANGE,
     Explorer,
@@ -30,6 +28,8 @@ from folo_lib.widgets.base import (
     text_field,
     token_label,
 )
+from folo_lib.fast_decode import use_backend
+from folo_lib.request import TokenBytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from folo_lib.exercises import exercise, require
+from folo_lib.course.exercises import exercise, require
 from folo_lib.qwen3 import split_merged
 
 __all__ = ["check_merge_lora", "check_split_into_shards"]

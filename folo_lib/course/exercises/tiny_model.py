@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from folo_lib.exercises import exercise, require
+from folo_lib.course.exercises import exercise, require
 
 __all__ = ["check_learn_merges", "check_orthogonalize"]
 

@@ -14,10 +14,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from folo_lib.engine import LLMEngine
-from folo_lib.request import RequestOutput
-from folo_lib.sampling_params import SamplingParams
-from folo_lib.widgets.base import (
+from folo_lib.course.widgets.base import (
     STYLE,
     CourseWidget,
     drawable,
@@ -32,6 +29,9 @@ from folo_lib.widgets.base import (
     text_field,
     to_png,
 )
+from folo_lib.engine import LLMEngine
+from folo_lib.request import RequestOutput
+from folo_lib.sampling_params import SamplingParams
 
 SURE, UNSURE = 0.5, 0.1
 """From the one up a token is shown plain, below the other underlined twice."""

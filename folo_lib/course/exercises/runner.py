@@ -6,7 +6,7 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 
-from folo_lib.exercises import exercise, require
+from folo_lib.course.exercises import exercise, require
 from folo_lib.runner import GPUExecutor, SampledToken, ScheduledRequest
 
 __all__ = ["check_choose_sizes", "check_generate_batch"]

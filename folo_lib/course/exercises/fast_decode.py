@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from folo_lib.exercises import exercise, require
+from folo_lib.course.exercises import exercise, require
 
 
 @exercise

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from folo_lib.attention import naive_attention
-from folo_lib.exercises import exercise, require
+from folo_lib.course.exercises import exercise, require
 
 __all__ = ["check_create_window_mask", "check_online_attention"]
 

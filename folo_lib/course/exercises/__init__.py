@@ -1,6 +1,6 @@
 """Checks of the pages' exercises: each takes a solution and says what is still wrong with it.
 
-    from folo_lib.exercises.sampler import check_apply_top_n_sigma
+    from folo_lib.course.exercises.sampler import check_apply_top_n_sigma
 
     check_apply_top_n_sigma(my_function)    # shows "Passed: ..." or "Not yet: ..."
     assert check_apply_top_n_sigma(my_function)     # in a teacher's own tests

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from folo_lib.exercises import exercise, require
+from folo_lib.course.exercises import exercise, require
 from folo_lib.rope import RotaryEmbedding, apply_rotary_emb
 
 __all__ = ["check_move_keys", "check_to_interleaved"]

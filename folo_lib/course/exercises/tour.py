@@ -16,7 +16,7 @@ from folo_lib import (
     bundled_model_path,
     load_model,
 )
-from folo_lib.exercises import exercise, require
+from folo_lib.course.exercises import exercise, require
 from folo_lib.request import RequestMetrics
 
 __all__ = ["check_score_continuation", "check_vote"]

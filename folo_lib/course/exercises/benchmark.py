@@ -7,7 +7,7 @@ import random
 import statistics
 from collections.abc import Callable
 
-from folo_lib.exercises import exercise, require
+from folo_lib.course.exercises import exercise, require
 
 
 @exercise

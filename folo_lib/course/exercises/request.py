@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 
-from folo_lib.exercises import exercise, require
+from folo_lib.course.exercises import exercise, require
 from folo_lib.request import RequestMetrics, record_token
 
 __all__ = ["check_goodput", "check_hide_thought"]
