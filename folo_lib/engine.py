@@ -7,24 +7,18 @@ __all__ = [
     "logger",
     "Prompt",
     "Conversation",
-    "Source",
+    "Params",
+    "Groups",
+    "Outputs",
     "schedule_request",
     "Scheduler",
     "FCFSScheduler",
-    "load_generation_config",
-    "get_eos_token_ids",
     "take_token",
-    "EngineCore",
     "fail",
-    "StepEngine",
-    "submit",
-    "wait_for",
-    "listen_to",
-    "withdraw",
-    "apply_chat_template",
-    "OfflineEngine",
-    "find_parts",
-    "make_processor",
+    "run_plans",
+    "Inbox",
+    "RequestTable",
+    "load_parts",
     "LLMEngine",
 ]
 
@@ -32,29 +26,29 @@ __all__ = [
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from tqdm.auto import tqdm
 
-from folo_lib.request import (
+from folo_lib.inputs import (
     InputProcessor,
-    Request,
-    RequestOutput,
-    RequestStatus,
     default_sampling_params,
-)
-from folo_lib.runner import (
-    GPUExecutor,
-    SampledToken,
-    ScheduledRequest,
-    check_options,
+    get_eos_token_ids,
+    load_generation_config,
 )
 
 from . import bundled_model_path
-from .checkpoint import find_checkpoint, load_tokenizer
+from .checkpoint import load_tokenizer
+from .config import EngineConfig
 from .kv_cache import BlockAllocator
+from .platform import FairLock
 from .qwen3 import Qwen3ForCausalLM
+from .request import Request, RequestOutput, RequestStatus
+from .runner import GPUExecutor, SampledToken, ScheduledRequest, Source
 from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -63,6 +57,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 Prompt = str | Sequence[int]
 Conversation = Sequence[Mapping[str, Any]]
+Params = SamplingParams | Sequence[SamplingParams] | None
+Groups = list[list[Request]]  # the samples of each prompt
+Outputs = Generator[RequestOutput, None, None]
 
 
 # %% ../notebooks/10_engine.ipynb #schedule-request
@@ -78,6 +75,7 @@ def schedule_request(request: Request) -> ScheduledRequest:
         seed=request.seed,
         sample_index=request.index,
         stop_token_ids=request.stop_token_ids,
+        output_token_ids=request.output_token_ids,
     )
 
 
@@ -140,113 +138,187 @@ class FCFSScheduler:
         return self.running is not None or bool(self.waiting)
 
 
-# %% ../notebooks/10_engine.ipynb #load-generation-config
-def load_generation_config(model: str | os.PathLike[str]) -> "GenerationConfig | None":
-    """The `generation_config.json` of a folder or hub id; None if it has none."""
-    folder = find_checkpoint(model)
-    if not (folder / "generation_config.json").is_file():
-        return None
-    from transformers import GenerationConfig
-
-    config: GenerationConfig = GenerationConfig.from_pretrained(folder)
-    return config
-
-
-def get_eos_token_ids(*sources: Any) -> list[int]:
-    """The EOS ids of the first source that names any, as a list.
-
-    Args:
-        sources: generation config, model config, tokenizer; each may be None.
-    """
-    for source in sources:
-        ids = getattr(source, "eos_token_id", None)
-        if ids is not None:
-            return [ids] if isinstance(ids, int) else list(ids)
-    return []
-
-
 # %% ../notebooks/10_engine.ipynb #take-token
-def take_token(request: Request, plan: ScheduledRequest, token: SampledToken) -> None:
-    """Notes what a step computed; its token counts once the prompt has been read."""
-    request.num_computed_tokens += len(plan.token_ids)
-    if not request.next_token_ids:
-        request.append_token(token)
+def take_token(
+    request: Request, plan: ScheduledRequest, sampled: SampledToken, dtype: torch.dtype
+) -> None:
+    """Notes what a step computed; its token counts once the prompt has been read.
 
-
-# %% ../notebooks/10_engine.ipynb #engine-core
-class EngineCore:
-    """Runs requests to their end, step by step; prompts and outputs come later.
-
-    Args:
-        executor: runs a step on the devices.
-        scheduler: says who runs, and owns the blocks.
+    Raises:
+        FloatingPointError: if no token could be drawn.
     """
-
-    def __init__(self, executor: GPUExecutor, scheduler: Scheduler) -> None:
-        self.executor, self.scheduler = executor, scheduler
-        self.requests: dict[str, Request] = {}  # unfinished, by sample id
-        self.news: dict[str, None] = {}  # request ids in which something happened
-
-    def add(self, request: Request) -> None:
-        """Queues a request."""
-        self.requests[request.sample_id] = request
-        self.scheduler.add(request)
-
-    def end(self, request: Request, status: RequestStatus, error: str = "") -> None:
-        """Frees what a request holds, and ends it if it runs; again does nothing."""
-        if self.requests.pop(request.sample_id, None) is not None:
-            request.finish(status, error or None)
-            self.scheduler.finish(request)
-            self.news[request.request_id] = None
-
-    def run_step(self) -> None:
-        """Runs what the scheduler chooses."""
-        plans = self.scheduler.schedule()
-        requests = [self.requests[plan.request_id] for plan in plans]
-        try:
-            sampled = self.executor.execute_model(plans) if plans else []
-        except Exception as error:
-            for request in requests:
-                fail(self, request, error)
-            return
-        except BaseException:  # Ctrl-C: what the cache holds of them is uncertain
-            for request in requests:
-                request.num_computed_tokens = 0
-            raise
-        for request, plan, token in zip(requests, plans, sampled, strict=True):
-            if request.sample_id not in self.requests:  # aborted during the step
-                continue
-            try:
-                take_token(request, plan, token)
-            except Exception as error:
-                fail(self, request, error)
-            if request.status.is_finished:
-                self.end(request, request.status)
-            self.news[request.request_id] = None
+    request.num_computed_tokens += len(plan.token_ids)
+    if request.next_token_ids:  # a chunk of the prompt, and others follow
+        return
+    if sampled.token_id < 0:
+        raise FloatingPointError(
+            f"the logits are NaN or infinite, computed in {str(dtype)[6:]}: take "
+            "dtype='bfloat16' or 'float32', which hold larger numbers than float16."
+        )
+    request.append_token(sampled)
 
 
-def fail(core: EngineCore, request: Request, error: Exception) -> None:
+# %% ../notebooks/10_engine.ipynb #run-plans
+def fail(request: Request, error: Exception) -> None:
     """Ends a request with an error, of which the log has the details."""
     logger.error("Request %s failed.", request.request_id, exc_info=error)
     message = f"{type(error).__name__}: {error}"
-    core.end(request, RequestStatus.FINISHED_ERROR, message)
+    request.finish(RequestStatus.FINISHED_ERROR, message)
 
 
-# %% ../notebooks/10_engine.ipynb #step-engine
-class StepEngine(EngineCore):
-    """`EngineCore` with prompts in and outputs out, one step at a time.
+def run_plans(
+    executor: GPUExecutor, plans: list[ScheduledRequest], requests: list[Request]
+) -> None:
+    """Runs a step and hands each request its token, or the error that was its own."""
+    try:
+        tokens = executor.execute_model(plans) if plans else []
+    except Exception as error:
+        for request in requests:
+            fail(request, error)
+        return
+    except BaseException:  # Ctrl-C: what the cache holds of them is uncertain
+        for request in requests:
+            request.num_computed_tokens = 0
+        raise
+    for request, plan, token in zip(requests, plans, tokens, strict=True):
+        try:
+            if not request.status.is_finished:  # it may have been aborted meanwhile
+                take_token(request, plan, token, executor.dtype)
+        except Exception as error:
+            fail(request, error)
+        if request.status.is_finished:
+            request.metrics.peak_memory = executor.get_peak_memory()
+
+
+# %% ../notebooks/10_engine.ipynb #inbox
+@dataclass
+class Inbox:
+    """Where one caller finds its prompts that have news.
+
+    Attributes:
+        every_token: whether each token is news; if not, only the end of a prompt is.
+        updated: the samples of each such prompt, by request id.
+    """
+
+    every_token: bool
+    updated: dict[str, list[Request]] = field(default_factory=dict)
+
+    def put(self, group: list[Request]) -> None:
+        """Notes that something happened to one of these samples."""
+        if self.every_token or all(request.status.is_finished for request in group):
+            self.updated[group[0].request_id] = group
+
+
+# %% ../notebooks/10_engine.ipynb #request-table
+class RequestTable:
+    """The requests of an engine, and the inbox in which each caller finds its own.
 
     Args:
-        executor, scheduler: see `EngineCore`.
-        processor: makes requests of prompts.
+        scheduler: gets the requests that are added, and is told when they end.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.unfinished: dict[str, Request] = {}  # by sample id
+        self.groups: dict[str, tuple[list[Request], Inbox]] = {}  # by request id
+
+    def add(self, group: list[Request], inbox: Inbox) -> None:
+        """Queues the samples of a prompt; a ValueError if their id is in use."""
+        request_id = group[0].request_id
+        if request_id in self.groups:
+            raise ValueError(
+                f"request_id {request_id!r} is in use: wait for that request, abort it, "
+                "or leave the id out to get a fresh one."
+            )
+        self.groups[request_id] = group, inbox
+        for request in group:
+            self.unfinished[request.sample_id] = request
+            self.scheduler.add(request)
+
+    def update(self, request: Request) -> None:
+        """Puts news where the caller looks; one that has ended gives its blocks back."""
+        if request.sample_id in self.unfinished:  # not aborted in the meantime
+            if request.status.is_finished:
+                del self.unfinished[request.sample_id]
+                self.scheduler.finish(request)
+            group, inbox = self.groups[request.request_id]
+            inbox.put(group)
+
+    def abort(self, request_id: str) -> None:
+        """Ends what is unfinished of a prompt, if there is such a prompt."""
+        for request in self.groups.get(request_id, ([],))[0]:
+            request.finish(RequestStatus.FINISHED_ABORTED)
+            self.update(request)
+
+    def collect(self, inbox: Inbox) -> list[RequestOutput]:
+        """Empties an inbox; prompts that have ended are forgotten, their ids free."""
+        groups = list(inbox.updated.values())
+        inbox.updated.clear()
+        outputs = [RequestOutput.from_requests(group) for group in groups]
+        for output in outputs:
+            if output.finished:
+                del self.groups[output.request_id]
+        return outputs
+
+    def remove(self, group: list[Request]) -> None:
+        """Aborts and forgets a prompt; one that is not here is left alone."""
+        request_id = group[0].request_id
+        if self.groups.get(request_id, ([],))[0] is group:
+            self.abort(request_id)
+            del self.groups[request_id]
+
+
+# %% ../notebooks/10_engine.ipynb #find-parts
+def load_parts(
+    model: Source | None,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    generation_config: "GenerationConfig | None",
+    config: EngineConfig,
+) -> tuple[GPUExecutor, Scheduler, InputProcessor]:
+    """What an engine is made of; see `LLMEngine`."""
+    if model is None:
+        model = os.environ.get("FOLO_MODEL") or bundled_model_path()
+    if not isinstance(model, Qwen3ForCausalLM):
+        tokenizer = tokenizer or load_tokenizer(model)
+        generation_config = generation_config or load_generation_config(model)
+    executor = GPUExecutor(model, config)
+    processor = InputProcessor(
+        tokenizer,
+        executor.config.vocab_size,
+        executor.max_model_len,
+        get_eos_token_ids(generation_config, executor.config, tokenizer),
+        default_sampling_params(generation_config),
+        config.seed,
+    )
+    return executor, config.make_scheduler(executor.num_blocks), processor
+
+
+# %% ../notebooks/10_engine.ipynb #llm-engine
+class LLMEngine:
+    """An engine for one checkpoint. Several threads may use it at the same time.
+
+    Args:
+        model: a folder, a hub id, or a loaded model, which brings its own dtype, device
+            and attention backend; None: `$FOLO_MODEL`, else the bundled checkpoint.
+        tokenizer, generation_config: None: the checkpoint's. A loaded model has none;
+            without a tokenizer the engine takes and gives token ids only.
+        options: the fields of `EngineConfig`.
     """
 
     def __init__(
-        self, executor: GPUExecutor, scheduler: Scheduler, processor: InputProcessor
+        self,
+        model: Source | None = None,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        generation_config: "GenerationConfig | None" = None,
+        **options: Any,
     ) -> None:
-        super().__init__(executor, scheduler)
-        self.processor = processor
-        self.groups: dict[str, list[Request]] = {}  # by request id, until collected
+        config = EngineConfig.from_options(options)  # checked before anything is read
+        parts = load_parts(model, tokenizer, generation_config, config)
+        self.executor, self.scheduler, self.processor = parts
+        self.tokenizer = self.processor.tokenizer
+        self.max_model_len = self.executor.max_model_len
+        self._lock, self._table = FairLock(), RequestTable(self.scheduler)
+        self._inbox = Inbox(every_token=True)  # of those who call `step`
 
     def add_request(
         self,
@@ -254,137 +326,37 @@ class StepEngine(EngineCore):
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
     ) -> str:
-        """Queues a prompt and returns its request id; `step` brings the outputs."""
-        group = self.processor.process_request(prompt, sampling_params, request_id)
-        return submit(self, group)
+        """Queues a prompt and returns its request id; `step` brings the outputs.
 
-    def collect(self, request_id: str) -> RequestOutput:
-        """What a request has so far; one that has ended is forgotten with it."""
-        output = RequestOutput.from_requests(self.groups[request_id])
-        output.metrics.peak_memory = self.executor.get_peak_memory()
-        if output.finished:
-            del self.groups[request_id]
-        del self.news[request_id]
-        return output
+        Raises:
+            ValueError: if the prompt or its params cannot be served, or the id is in use.
+        """
+        group = self.processor.process_request(prompt, sampling_params, request_id)
+        self.submit([group], self._inbox)
+        return group[0].request_id
 
     def abort_request(self, request_id: str) -> None:
         """Ends a request with `"abort"`; one that is unknown or finished is left alone.
 
         The next `step`, or the stream that is reading it, brings its last output.
         """
-        for request in self.groups.get(request_id, ()):
-            self.end(request, RequestStatus.FINISHED_ABORTED)
+        with self._lock:
+            self._table.abort(request_id)
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has something to do or to tell."""
-        return bool(self.requests or self.news)
+        return bool(self._table.unfinished or self._inbox.updated)
 
     def step(self) -> list[RequestOutput]:
-        """Runs one step; an output for each request that has news."""
-        self.run_step()
-        return [self.collect(request_id) for request_id in list(self.news)]
-
-
-# %% ../notebooks/10_engine.ipynb #submit
-def submit(engine: StepEngine, group: list[Request]) -> str:
-    """Queues the samples of one prompt and returns their request id."""
-    request_id = group[0].request_id
-    if request_id in engine.groups:
-        raise ValueError(
-            f"request_id {request_id!r} is in use: wait for that request, abort it, or "
-            "leave the id out to get a fresh one."
-        )
-    engine.groups[request_id] = group
-    for request in group:
-        engine.add(request)
-    return request_id
-
-
-# %% ../notebooks/10_engine.ipynb #wait-for
-def wait_for(
-    engine: StepEngine, groups: list[list[Request]], use_tqdm: bool
-) -> list[RequestOutput]:
-    """Runs steps until these requests have ended; if interrupted, withdraws them."""
-    from tqdm.auto import tqdm
-
-    outputs: dict[str, RequestOutput] = {}
-    bar = tqdm(total=len(groups), desc="Processed prompts", disable=not use_tqdm)
-    try:
-        waiting = {submit(engine, group): group for group in groups}
-        while len(outputs) < len(groups):
-            engine.run_step()
-            for request_id in [name for name in engine.news if name in waiting]:
-                if all(r.status.is_finished for r in waiting[request_id]):
-                    outputs[request_id] = engine.collect(request_id)
-                    bar.update()
-                else:
-                    del engine.news[request_id]
-    finally:
-        bar.close()
-        withdraw(engine, groups)
-    return [outputs[group[0].request_id] for group in groups]
-
-
-def listen_to(engine: StepEngine, group: list[Request]) -> Iterator[RequestOutput]:
-    """Yields an output after every step that brought news of these requests."""
-    request_id = submit(engine, group)
-    try:
-        while request_id in engine.groups:
-            engine.run_step()
-            if request_id in engine.news:
-                yield engine.collect(request_id)
-    finally:
-        withdraw(engine, [group])
-
-
-def withdraw(engine: StepEngine, groups: list[list[Request]]) -> None:
-    """Ends what is unfinished of these requests, and forgets them."""
-    for group in groups:
-        engine.abort_request(group[0].request_id)
-        engine.groups.pop(group[0].request_id, None)
-        engine.news.pop(group[0].request_id, None)
-
-
-# %% ../notebooks/10_engine.ipynb #apply-chat-template
-def apply_chat_template(
-    tokenizer: "PreTrainedTokenizerBase | None",
-    messages: Conversation,
-    options: Mapping[str, Any],
-) -> str:
-    """A conversation as the text of a prompt.
-
-    Args:
-        tokenizer: with a chat template.
-        messages: each a dict with `role` and `content`.
-        options: for Hugging Face's `apply_chat_template`, and for the template.
-
-    Raises:
-        ValueError: if there is no template, or no conversation.
-    """
-    template = options.get("chat_template") or getattr(tokenizer, "chat_template", None)
-    if tokenizer is None or template is None:
-        raise ValueError(
-            "this checkpoint has no chat template, so it may be a base model: use "
-            "generate() with text, or pass chat_template=..."
-        )
-    if not messages or not all("role" in message for message in messages):
-        raise ValueError(
-            f"messages is {messages!r}: pass a list of dicts with 'role' and "
-            "'content', such as [{'role': 'user', 'content': 'Hello'}]."
-        )
-    conversation: Any = list(messages)
-    options = {"add_generation_prompt": True, **options, "tokenize": False}
-    return str(tokenizer.apply_chat_template(conversation, **options))
-
-
-# %% ../notebooks/10_engine.ipynb #offline-engine
-class OfflineEngine(StepEngine):
-    """`StepEngine` that waits for its outputs."""
+        """Runs one step; an output for each request of `add_request` that has news."""
+        with self._lock:
+            self._run_step()
+            return self._table.collect(self._inbox)
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: Params = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Runs prompts to their end; the outputs are in the order of the prompts.
@@ -398,116 +370,77 @@ class OfflineEngine(StepEngine):
             ValueError: if a prompt or its params cannot be served; nothing has run.
         """
         groups = self.processor.process_requests(prompts, sampling_params)
-        return wait_for(self, groups, use_tqdm)
-
-    def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None
-    ) -> Iterator[RequestOutput]:
-        """An output after every token; texts only grow. To stop listening aborts it."""
-        return listen_to(self, self.processor.process_request(prompt, sampling_params))
+        return self._wait_for(groups, use_tqdm)
 
     def chat(
         self,
         messages: Conversation | Sequence[Conversation],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: Params = None,
         use_tqdm: bool = True,
-        **template_options: Any,
+        **options: Any,
     ) -> list[RequestOutput]:
         """`generate` for one conversation, or for a list of them.
 
         Args:
             messages: each a dict with `role` and `content`.
             sampling_params, use_tqdm: see `generate`.
-            template_options: see `apply_chat_template`; `enable_thinking=True` is one.
+            options: for the chat template, see `InputProcessor.process_chat`;
+                `enable_thinking=True` is one.
         """
-        single = len(messages) > 0 and isinstance(messages[0], Mapping)
-        conversations: Any = [messages] if single else messages
-        tokenizer = self.processor.tokenizer
-        texts = [
-            apply_chat_template(tokenizer, conversation, template_options)
-            for conversation in conversations
-        ]
-        groups = self.processor.process_requests(texts, sampling_params, False)
-        return wait_for(self, groups, use_tqdm)
+        groups = self.processor.process_chat(messages, sampling_params, options)
+        return self._wait_for(groups, use_tqdm)
 
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Outputs:
+        """An output after every token; texts only grow. To stop listening aborts it."""
+        group = self.processor.process_request(prompt, sampling_params)
+        return self._run([group], every_token=True)
 
-# %% ../notebooks/10_engine.ipynb #find-parts
-Source = str | os.PathLike[str] | Qwen3ForCausalLM
+    def submit(self, groups: Groups, inbox: Inbox) -> None:
+        """Queues requests, whose news will be in `inbox`; `withdraw` them at the end.
 
+        Args:
+            groups: as `processor` makes them.
+            inbox: read by `advance`.
+        """
+        with self._lock:
+            for group in groups:
+                self._table.add(group, inbox)
 
-def find_parts(
-    model: Source | None,
-    tokenizer: "PreTrainedTokenizerBase | None",
-    generation_config: "GenerationConfig | None",
-) -> tuple[Source, "PreTrainedTokenizerBase | None", "GenerationConfig | None"]:
-    """The arguments of an engine, with what a checkpoint says where they are None."""
-    if model is None:
-        model = os.environ.get("FOLO_MODEL") or bundled_model_path()
-    if not isinstance(model, Qwen3ForCausalLM):
-        tokenizer = tokenizer or load_tokenizer(model)
-        generation_config = generation_config or load_generation_config(model)
-    return model, tokenizer, generation_config
+    def advance(self, inbox: Inbox) -> list[RequestOutput]:
+        """An output for each prompt with news; if there are none, runs a step first."""
+        with self._lock:
+            if not inbox.updated:
+                self._run_step()
+            return self._table.collect(inbox)
 
+    def withdraw(self, groups: Groups) -> None:
+        """Aborts what is unfinished of these requests, and forgets them."""
+        with self._lock:
+            for group in groups:
+                self._table.remove(group)
 
-def make_processor(
-    executor: GPUExecutor,
-    tokenizer: "PreTrainedTokenizerBase | None",
-    generation_config: "GenerationConfig | None",
-    seed: int,
-) -> InputProcessor:
-    """An `InputProcessor` with the limits and defaults of a checkpoint."""
-    return InputProcessor(
-        tokenizer,
-        executor.config.vocab_size,
-        executor.max_model_len,
-        get_eos_token_ids(generation_config, executor.config, tokenizer),
-        default_sampling_params(generation_config),
-        seed,
-    )
+    def _run(self, groups: Groups, every_token: bool) -> Outputs:
+        inbox, num_left = Inbox(every_token), len(groups)
+        try:
+            self.submit(groups, inbox)
+            while num_left:
+                for output in self.advance(inbox):
+                    num_left -= output.finished
+                    yield output
+        finally:
+            self.withdraw(groups)
 
+    def _wait_for(self, groups: Groups, use_tqdm: bool) -> list[RequestOutput]:
+        with closing(self._run(groups, every_token=False)) as ended:
+            bar = tqdm(ended, "Processed prompts", len(groups), disable=not use_tqdm)
+            outputs = {output.request_id: output for output in bar}
+        return [outputs[group[0].request_id] for group in groups]
 
-# %% ../notebooks/10_engine.ipynb #llm-engine
-class LLMEngine(OfflineEngine):
-    """An engine for one checkpoint.
-
-    Args:
-        model: a folder, a hub id, or a loaded model, which brings its own dtype, device
-            and attention backend; None: `$FOLO_MODEL`, else the bundled checkpoint.
-        tokenizer, generation_config: None: the checkpoint's. A loaded model has none;
-            without a tokenizer the engine takes and gives token ids only.
-        dtype, device, attention_backend: see `load_model`.
-        max_model_len, kv_cache_memory_bytes: see `GPUWorker`.
-        decode: see `get_model_runner`; `enforce_eager` means `"eager"`.
-        seed: of the seeds for requests that have none.
-        scheduler: makes the queue, given the allocator of the cache's blocks.
-        use_tqdm: show a progress bar while loading.
-    """
-
-    def __init__(
-        self,
-        model: Source | None = None,
-        tokenizer: "PreTrainedTokenizerBase | None" = None,
-        generation_config: "GenerationConfig | None" = None,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device = "auto",
-        max_model_len: int | None = None,
-        attention_backend: str = "auto",
-        decode: str = "auto",
-        enforce_eager: bool = False,
-        seed: int = 0,
-        kv_cache_memory_bytes: int | None = None,
-        scheduler: Callable[[BlockAllocator], Scheduler] = FCFSScheduler,
-        use_tqdm: bool = True,
-    ) -> None:
-        decode = "eager" if enforce_eager else decode
-        options: dict[str, Any] = {"dtype": dtype, "device": device, "decode": decode}
-        options["attention_backend"] = attention_backend
-        check_options(**options)  # before anything is downloaded
-        model, tokenizer, config = find_parts(model, tokenizer, generation_config)
-        options["kv_cache_memory_bytes"] = kv_cache_memory_bytes
-        options |= {"max_model_len": max_model_len, "use_tqdm": use_tqdm}
-        executor = GPUExecutor(model, **options)
-        allocator = BlockAllocator(executor.num_blocks, executor.block_size)
-        processor = make_processor(executor, tokenizer, config, seed)
-        super().__init__(executor, scheduler(allocator), processor)
-        self.tokenizer, self.max_model_len = tokenizer, executor.max_model_len
+    def _run_step(self) -> None:
+        plans = self.scheduler.schedule()
+        requests = [self._table.unfinished[plan.request_id] for plan in plans]
+        run_plans(self.executor, plans, requests)
+        for request in requests:
+            self._table.update(request)

@@ -11,7 +11,7 @@ __all__ = [
     "CHUNK",
     "FIRST_LONG_BUCKET",
     "COPIED",
-    "Kind",
+    "SamplerKey",
     "Graphs",
     "TUNING_ROOM",
     "RECORDED",
@@ -35,12 +35,12 @@ __all__ = [
     "can_compile",
     "make_step",
     "do_nothing",
-    "Recorder",
+    "GraphPool",
     "capture",
-    "sampling_kind",
+    "sampler_key",
     "StepState",
-    "Drawer",
-    "Flight",
+    "SamplerGraphs",
+    "InFlightStep",
     "RunAhead",
     "bucket_views",
     "GraphSet",
@@ -379,20 +379,20 @@ def do_nothing() -> None:
 
 
 @dataclass(frozen=True)
-class Recorder:
+class GraphPool:
     """What the graphs of an engine share.
 
     Attributes:
-        pool: memory, as they never run at the same time.
+        memory: one for all, as they never run at the same time.
         stream: on which they are recorded, of the engine's device.
     """
 
-    pool: Any
+    memory: Any
     stream: torch.cuda.Stream
 
 
 def capture(
-    run: Callable[[], None], recorder: Recorder | None = None
+    run: Callable[[], None], pool: GraphPool | None = None
 ) -> Callable[[], None]:
     """Records the kernels that `run` launches, and returns what launches them again.
 
@@ -400,15 +400,15 @@ def capture(
 
     Args:
         run: reads and writes tensors that stay where they are, and never waits.
-        recorder: of the current device; None on a CPU.
+        pool: of the current device; None on a CPU.
     """
-    if recorder is None:
+    if pool is None:
         return run
     run()  # compiles, and loads kernels
     graph = torch.cuda.CUDAGraph()
     # cuBLAS keeps a workspace for each stream: this one shall come from the pool.
     torch._C._cuda_clearCublasWorkspaces()
-    with torch.cuda.graph(graph, pool=recorder.pool, stream=recorder.stream):
+    with torch.cuda.graph(graph, pool=pool.memory, stream=pool.stream):
         run()
     torch._C._cuda_clearCublasWorkspaces()
     replay: Callable[[], None] = graph.replay
@@ -417,10 +417,10 @@ def capture(
 
 # %% ../notebooks/11_fast_decode.ipynb #sampling-kind
 COPIED = ("seeds", "sample_indices", "temperature", "min_p", "top_k", "top_p")
-Kind = tuple[frozenset[str], int | None, bool]
+SamplerKey = tuple[frozenset[str], int | None, bool]
 
 
-def sampling_kind(sampling: SamplingMetadata) -> Kind | None:
+def sampler_key(sampling: SamplingMetadata) -> SamplerKey | None:
     """What decides which kernels sampling launches; None: they are not recorded."""
     s = sampling
     rare = (s.repetition_penalty, s.stop_token_mask, s.num_logprobs)
@@ -436,6 +436,7 @@ class StepState:
 
     Attributes:
         token, position: `[1]`, the token to run in a decode step and its place.
+        drawn: `[1]`, the token drawn last; -1 if there was none to draw.
         input_ids, slots: `[N]`, a prompt and where it goes.
         last: `[1]`, the index of the prompt's last token.
         logits: `[1, V]`, of the latest step.
@@ -449,6 +450,7 @@ class StepState:
             return torch.zeros(size, dtype=torch.int64, device=device)
 
         self.token, self.position, self.last = zeros(1), zeros(1), zeros(1)
+        self.drawn = zeros(1)
         self.input_ids, self.slots = zeros(longest), zeros(longest)
         self.places = torch.arange(longest, device=device)
         self.logits = torch.zeros(1, vocab_size, dtype=dtype, device=device)
@@ -466,7 +468,7 @@ class StepState:
 
 
 # %% ../notebooks/11_fast_decode.ipynb #drawer
-class Drawer:
+class SamplerGraphs:
     """Draws from a state's logits with a graph for each way of sampling.
 
     It leaves the token where the next decode step finds it, and moves the position on.
@@ -474,24 +476,26 @@ class Drawer:
 
     max_graphs = 16
 
-    def __init__(self, state: StepState, recorder: Recorder | None = None) -> None:
-        self.state, self.recorder, self.sampler = state, recorder, Sampler()
-        self.graphs: dict[Kind, tuple[SamplingMetadata, Callable[[], None]]] = {}
+    def __init__(self, state: StepState, pool: GraphPool | None = None) -> None:
+        self.state, self.pool, self.sampler = state, pool, Sampler()
+        self.graphs: dict[SamplerKey, tuple[SamplingMetadata, Callable[[], None]]] = {}
 
-    def prepare(self, kind: Kind, sampling: SamplingMetadata) -> Callable[[], None]:
-        """The graph for this kind, with this request's numbers in its tensors.
+    def prepare(
+        self, key: SamplerKey, sampling: SamplingMetadata
+    ) -> Callable[[], None]:
+        """The graph for this key, with this request's numbers in its tensors.
 
         To record a graph is to run it, so load the state after this, not before.
         """
-        if kind not in self.graphs:
+        if key not in self.graphs:
             if len(self.graphs) >= self.max_graphs:
                 self.graphs.pop(next(iter(self.graphs)))
-            copied = {name: getattr(sampling, name).clone() for name in kind[0]}
+            copied = {name: getattr(sampling, name).clone() for name in key[0]}
             static = replace(sampling, **copied)
             run = partial(self.draw, static)
-            self.graphs[kind] = static, capture(run, self.recorder)
-        static, graph = self.graphs[kind] = self.graphs.pop(kind)  # now the latest
-        for name in kind[0]:
+            self.graphs[key] = static, capture(run, self.pool)
+        static, graph = self.graphs[key] = self.graphs.pop(key)  # now the latest
+        for name in key[0]:
             getattr(static, name).copy_(getattr(sampling, name))
         return graph
 
@@ -502,21 +506,22 @@ class Drawer:
         metadata = SamplingMetadata.from_params(
             params, [0], [0], [1], [()], size, device
         )
-        kind = sampling_kind(metadata)
-        assert kind is not None
-        self.prepare(kind, metadata)
+        key = sampler_key(metadata)
+        assert key is not None
+        self.prepare(key, metadata)
 
     def draw(self, static: SamplingMetadata) -> None:
         """Samples, and prepares the step that follows."""
         state = self.state
         state.position.add_(1)
         sampling = replace(static, positions=state.position)
-        state.token.copy_(self.sampler.sample(state.logits, sampling)[0])
+        state.drawn.copy_(self.sampler.sample(state.logits, sampling)[0])
+        state.token.copy_(state.drawn.clamp(min=0))  # a step runs it before it is read
 
 
 # %% ../notebooks/11_fast_decode.ipynb #flight
 @dataclass
-class Flight:
+class InFlightStep:
     """A step that was launched and whose token has not been read.
 
     Attributes:
@@ -537,23 +542,26 @@ class RunAhead:
     """Launches the next step of a request before it reads the token of this one."""
 
     def __init__(self) -> None:
-        self.flight: Flight | None = None
+        self.in_flight: InFlightStep | None = None
 
-    def take(self, scheduled: Sequence[ScheduledRequest]) -> Flight | None:
+    def take(self, scheduled: Sequence[ScheduledRequest]) -> InFlightStep | None:
         """The step that was launched ahead, if it is the one asked for; else None.
 
         One that nobody asks for is dropped: its token is never read.
         """
-        flight, self.flight = self.flight, None
-        if flight is None or len(scheduled) != 1:
+        step, self.in_flight = self.in_flight, None
+        if step is None or len(scheduled) != 1:
             return None
         [asked] = scheduled
-        launched = flight.request_id, flight.position, [flight.token_id]
+        launched = step.request_id, step.position, [step.token_id]
         wanted = asked.request_id, asked.num_computed_tokens, list(asked.token_ids)
-        return flight if launched == wanted else None
+        return step if launched == wanted else None
 
     def finish(
-        self, flight: Flight, limit: int, launch: Callable[[int], Callable[[], int]]
+        self,
+        step: InFlightStep,
+        limit: int,
+        launch: Callable[[int], Callable[[], int]],
     ) -> int:
         """A step's token; the step behind it starts if its place is below `limit`.
 
@@ -561,13 +569,13 @@ class RunAhead:
             launch: starts the decode step at a position, with the token that the step
                 before it draws, and returns what waits for the new token.
         """
-        position, following = flight.position + 1, None
+        position, following = step.position + 1, None
         if position < limit:
-            following = Flight(flight.request_id, position, launch(position))
-        token_id = flight.read()
+            following = InFlightStep(step.request_id, position, launch(position))
+        token_id = step.read()
         if following is not None:
             following.token_id = token_id
-            self.flight = following
+            self.in_flight = following
         return token_id
 
 
@@ -743,24 +751,25 @@ class Launcher:
 
     Args:
         graphs: of the model, recorded or about to be.
-        recorder: see `capture`.
+        pool: see `capture`.
     """
 
-    def __init__(self, graphs: GraphSet, recorder: Recorder | None = None) -> None:
-        self.graphs, self.drawer = graphs, Drawer(graphs.state, recorder)
+    def __init__(self, graphs: GraphSet, pool: GraphPool | None = None) -> None:
+        self.graphs, self.sampler_graphs = graphs, SamplerGraphs(graphs.state, pool)
         self.draw, self.num_launched = do_nothing, 0
         self.run_ahead = RunAhead()
 
-    def start(self, request_id: str, batch: InputBatch) -> Flight | None:
+    def start(self, request_id: str, batch: InputBatch) -> InFlightStep | None:
         """Starts a step from the host's numbers; None if there is no graph for it."""
-        kind = sampling_kind(batch.sampling) if len(batch.seq_lens) == 1 else None
-        if kind is None:
+        key = sampler_key(batch.sampling) if len(batch.seq_lens) == 1 else None
+        if key is None:
             return None
-        self.draw = self.drawer.prepare(kind, batch.sampling)
+        self.draw = self.sampler_graphs.prepare(key, batch.sampling)
         graph = load_step(self.graphs, batch)
         if graph is None:
             return None
-        return Flight(request_id, int(batch.seq_lens[0]) - 1, self.launch(graph))
+        position = int(batch.seq_lens[0]) - 1
+        return InFlightStep(request_id, position, self.launch(graph))
 
     def launch_token(self, position: int) -> Callable[[], int]:
         """Starts the step of the token drawn last; see `RunAhead`."""
@@ -775,7 +784,7 @@ class Launcher:
         self.draw()
         state = self.graphs.state
         host = state.host_tokens[self.num_launched % 2]
-        host.copy_(state.token[0], non_blocking=True)
+        host.copy_(state.drawn[0], non_blocking=True)
         self.num_launched += 1
         if state.token.device.type != "cuda":
             return lambda: int(host)
@@ -817,6 +826,7 @@ class RecordingRunner(ModelRunner):
     """`ModelRunner` that compiles the model and records its graphs before it runs."""
 
     compiles = True
+    needs_cuda = True
 
     def initialize_kv_caches(self, num_blocks: int) -> None:
         """Notes the size; `warm_up` allocates, when kernels have been tuned."""
@@ -833,30 +843,30 @@ class RecordingRunner(ModelRunner):
         weight = self.model.model.embed_tokens.weight
         return torch.cuda.device_of(weight)  # type: ignore[no-untyped-call]
 
-    def warm_up(self, use_tqdm: bool) -> None:
+    def warm_up(self) -> None:
         """Compiles, allocates the cache, and records the graphs."""
         with self.on_device():
             sizes = self.num_slots, self.block_size
-            step = try_to_tune(self.make_step(), *sizes, use_tqdm)
+            step = try_to_tune(self.make_step(), *sizes, self.use_tqdm)
             num_blocks = count_blocks(*sizes)
             with torch.inference_mode(False):  # tensors that anybody may change
                 super().initialize_kv_caches(num_blocks)
             self.graphs = GraphSet(step, self.kv_caches, self.num_slots)
-            self.record(use_tqdm)
+            self.record()
 
-    def record(self, use_tqdm: bool) -> None:
+    def record(self) -> None:
         """Makes the graphs; they hold the addresses of weights and caches."""
         from tqdm.auto import tqdm
 
-        recorder = None
+        pool = None
         if self.device.type == "cuda":
             stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            recorder = Recorder(torch.cuda.graph_pool_handle(), stream)
+            pool = GraphPool(torch.cuda.graph_pool_handle(), stream)
         runs = self.graphs.list_runs()
-        for graphs, bucket, run in tqdm(runs, "Recording", disable=not use_tqdm):
-            graphs[bucket] = capture(run, recorder)
-        self.launcher = Launcher(self.graphs, recorder)
-        self.launcher.drawer.prepare_greedy(self.device)
+        for graphs, bucket, run in tqdm(runs, "Recording", disable=not self.use_tqdm):
+            graphs[bucket] = capture(run, pool)
+        self.launcher = Launcher(self.graphs, pool)
+        self.launcher.sampler_graphs.prepare_greedy(self.device)
         RECORDED.add(self.model)
 
 
@@ -867,26 +877,28 @@ class CUDAGraphRunner(RecordingRunner):
     What no graph was made for runs as in `ModelRunner`.
     """
 
-    def execute_model(self, batch: InputBatch) -> tuple[Tensor, LogprobsTensors | None]:
+    def draw_tokens(self, batch: InputBatch) -> tuple[Tensor, LogprobsTensors | None]:
         graph = load_step(self.graphs, batch)
         if graph is None:
-            return super().execute_model(batch)
+            return super().draw_tokens(batch)
         graph()
         return self.sampler.sample(self.graphs.state.logits, batch.sampling)
 
     def run_step(self, scheduled: Sequence[ScheduledRequest]) -> list[SampledToken]:
         with self.on_device():
             ahead, launch = self.launcher.run_ahead, self.launcher.launch_token
-            flight, running = ahead.take(scheduled), self.running
-            if flight is None or running is None or not running.goes_on(scheduled):
+            step, running = ahead.take(scheduled), self.running
+            if step is None or running is None or not running.goes_on(scheduled):
                 batch = self.prepare_inputs(scheduled)
-                flight = self.launcher.start(scheduled[0].request_id, batch)
-                if flight is None:
-                    return to_host(scheduled, *self.execute_model(batch))
+                step = self.launcher.start(scheduled[0].request_id, batch)
+                if step is None:
+                    return to_host(scheduled, *self.draw_tokens(batch))
+            else:
+                running.advance(scheduled)
             assert self.running is not None
             sizes = self.num_places, self.block_size
             limit = find_limit(scheduled[0], self.running, *sizes)
-            return [SampledToken(ahead.finish(flight, limit, launch))]
+            return [SampledToken(ahead.finish(step, limit, launch))]
 
 
 # %% ../notebooks/11_fast_decode.ipynb #plain-runner

@@ -6,31 +6,24 @@
 __all__ = [
     "logger",
     "DEFAULT_BLOCK_SIZE",
-    "CGROUP_LIMITS",
-    "MAX_CPU_KV_CACHE",
-    "GPU_MEMORY_SHARE",
     "reshape_and_cache_kv",
     "kv_bytes_per_token",
     "allocate_kv_caches",
     "compute_slot_mapping",
     "BlockAllocator",
-    "get_physical_memory",
-    "get_kv_cache_memory",
     "resolve_max_model_len",
 ]
 
 # %% ../notebooks/06_kv_cache.ipynb #imports
 import logging
-import os
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .qwen3 import get_head_dim
+from .rope import longest_context
 
 if TYPE_CHECKING:
     from transformers import Qwen2Config, Qwen3Config
@@ -196,47 +189,6 @@ class BlockAllocator:
             self._taken[i] = 0
 
 
-# %% ../notebooks/06_kv_cache.ipynb #physical-memory
-CGROUP_LIMITS = (
-    "/sys/fs/cgroup/memory.max",
-    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-)
-
-
-def get_physical_memory() -> int:
-    """Bytes of main memory: the machine's, or its container's limit if smaller."""
-    if sys.platform == "win32":
-        import ctypes
-
-        # MEMORYSTATUSEX: its own size first, then seven more numbers of 8 bytes.
-        status = (ctypes.c_ulonglong * 8)(64)
-        ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
-        return int(status[1])
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for path in map(Path, CGROUP_LIMITS):
-        limit = path.read_text().strip() if path.is_file() else "max"
-        limits += [int(limit)] if limit.isdigit() else []
-    return min(limits)
-
-
-# %% ../notebooks/06_kv_cache.ipynb #get-kv-cache-memory
-MAX_CPU_KV_CACHE = 4 * 2**30
-GPU_MEMORY_SHARE = 0.8
-
-
-def get_kv_cache_memory(device: torch.device | str) -> int:
-    """Bytes to set aside for the cache unless told otherwise; ask after loading.
-
-    Args:
-        device: CUDA: `GPU_MEMORY_SHARE` of what is free now. Otherwise a quarter of the
-            main memory, at most `MAX_CPU_KV_CACHE`.
-    """
-    if torch.device(device).type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * GPU_MEMORY_SHARE)
-    return min(get_physical_memory() // 4, MAX_CPU_KV_CACHE)
-
-
 # %% ../notebooks/06_kv_cache.ipynb #resolve-max-model-len
 def resolve_max_model_len(
     config: "Qwen2Config | Qwen3Config",
@@ -248,7 +200,7 @@ def resolve_max_model_len(
     """The longest sequence, prompt and output together, that will be served.
 
     Args:
-        config: says the model's own limit, `max_position_embeddings`.
+        config: says how many positions the model was made for, see `longest_context`.
         dtype: of the cache.
         memory_bytes: set aside for the cache.
         max_model_len: wanted; None means as much as model and memory allow.
@@ -258,7 +210,8 @@ def resolve_max_model_len(
         ValueError: if that length is too much for the model or the memory, or if not
             even one block fits.
     """
-    limit = config.max_position_embeddings
+    rope = config.rope_parameters or {}
+    limit = longest_context(config.max_position_embeddings, rope)
     token_bytes = kv_bytes_per_token(config, dtype)
     fits = memory_bytes // (token_bytes * block_size) * block_size
     room = (
@@ -271,8 +224,8 @@ def resolve_max_model_len(
         return min(fits, limit)
     if max_model_len is not None and not 1 <= max_model_len <= limit:
         raise ValueError(
-            f"max_model_len={max_model_len} must lie between 1 and the model's "
-            f"max_position_embeddings={limit}."
+            f"max_model_len={max_model_len} must lie between 1 and {limit}, the "
+            "positions that the model was made for."
         )
     if max_model_len is None or max_model_len > fits:
         raise ValueError(

@@ -4,35 +4,29 @@
 
 # %% auto #0
 __all__ = [
-    "MODEL_RUNNERS",
+    "Source",
     "ScheduledRequest",
     "SampledToken",
     "InputBatch",
     "make_block_table",
     "lay_end_to_end",
     "RunningBatch",
-    "batch_key",
     "fill_tables",
     "start_batch",
     "make_input_batch",
     "to_host",
     "ModelRunner",
-    "get_model_runner",
-    "check_options",
     "get_model",
-    "find_device",
     "GPUWorker",
     "GPUExecutor",
 ]
 
 # %% ../notebooks/08_runner.ipynb #imports
-import pkgutil
 import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,17 +36,16 @@ from folo_lib.checkpoint import (
     load_model,
     read_config,
     resolve_device,
-    resolve_dtype,
 )
 from folo_lib.kv_cache import (
-    DEFAULT_BLOCK_SIZE,
     allocate_kv_caches,
     compute_slot_mapping,
-    get_kv_cache_memory,
     resolve_max_model_len,
 )
 
-from .attention import AttentionMetadata, get_attention_backend
+from .attention import AttentionMetadata
+from .config import EngineConfig
+from .platform import get_kv_cache_memory
 from .qwen3 import Qwen3ForCausalLM
 from .sampler import LogprobsTensors, Sampler, SamplingMetadata
 from .sampling_params import SamplingParams
@@ -74,6 +67,7 @@ class ScheduledRequest:
         seed: of this request's noise.
         sample_index: which of the `n` samples of its prompt it is.
         stop_token_ids: EOS and stop ids, which `min_tokens` forbids at first.
+        output_token_ids: all that it has written, which the penalties count.
     """
 
     request_id: str
@@ -85,6 +79,7 @@ class ScheduledRequest:
     seed: int = 0
     sample_index: int = 0
     stop_token_ids: Sequence[int] = ()
+    output_token_ids: Sequence[int] = ()
 
 
 # %% ../notebooks/08_runner.ipynb #sampled-token
@@ -93,7 +88,7 @@ class SampledToken:
     """The token that a request drew in a step.
 
     Attributes:
-        token_id: the token.
+        token_id: the token; -1 if the logits were not finite, and none could be drawn.
         logprobs: `(token id, log-probability, rank)` of the drawn token, then of the
             most likely ones; None unless the request asked.
     """
@@ -158,18 +153,36 @@ def lay_end_to_end(
 # %% ../notebooks/08_runner.ipynb #running-batch
 @dataclass
 class RunningBatch:
-    """What stays the same while the same requests run, and their token counts."""
+    """What stays the same while the same requests go on, and their token counts.
 
-    key: list[tuple[str, int]]
+    Attributes:
+        expected: for each request its id, where its next step starts, and its blocks.
+        block_table, first_slots: see `make_block_table`.
+        sampling: one row for each request; `positions` are set at each step.
+        num_prompt_tokens: `[num_seqs]`.
+    """
+
+    expected: list[tuple[str, int, list[int]]]
     block_table: Tensor
     first_slots: list[int] | None
     sampling: SamplingMetadata
     num_prompt_tokens: Tensor
 
     def goes_on(self, scheduled: Sequence[ScheduledRequest]) -> bool:
-        """Whether the same requests run again, with the blocks they had."""
-        fresh = any(request.num_computed_tokens == 0 for request in scheduled)
-        return not fresh and self.key == batch_key(scheduled)
+        """Whether these are the same requests, where they left off."""
+        return self.expected == [
+            (one.request_id, one.num_computed_tokens, list(one.block_ids))
+            for one in scheduled
+        ]
+
+    def advance(self, scheduled: Sequence[ScheduledRequest]) -> None:
+        """Notes where the step after this one will start."""
+        self.expected = [
+            (request_id, start + len(one.token_ids), block_ids)
+            for (request_id, start, block_ids), one in zip(
+                self.expected, scheduled, strict=True
+            )
+        ]
 
     def count_output(
         self, input_ids: Tensor, positions: Tensor, query_start_loc: Tensor
@@ -184,29 +197,19 @@ class RunningBatch:
             counts.index_put_((rows, input_ids), written, accumulate=True)
 
 
-def batch_key(scheduled: Sequence[ScheduledRequest]) -> list[tuple[str, int]]:
-    """Who runs, and with how many blocks."""
-    return [(request.request_id, len(request.block_ids)) for request in scheduled]
-
-
 # %% ../notebooks/08_runner.ipynb #start-counts
 def fill_tables(
-    scheduled: Sequence[ScheduledRequest],
-    sampling: SamplingMetadata,
-    before: RunningBatch | None,
+    scheduled: Sequence[ScheduledRequest], sampling: SamplingMetadata
 ) -> None:
     """Fills the sampler's tables of prompt tokens and of tokens written so far."""
     mask, counts = sampling.prompt_mask, sampling.output_counts
     if mask is None or counts is None:
         return
-    old: dict[str, Tensor] = {}
-    if before is not None and before.sampling.output_counts is not None:
-        names = [name for name, _ in before.key]
-        old = dict(zip(names, before.sampling.output_counts, strict=True))
-    for i, request in enumerate(scheduled):
-        mask[i, torch.tensor(request.prompt_token_ids, device=mask.device)] = True
-        if request.num_computed_tokens and request.request_id in old:
-            counts[i] = old[request.request_id]
+    for row, one in enumerate(scheduled):
+        mask[row, torch.tensor(one.prompt_token_ids, device=mask.device)] = True
+        num_cached = max(0, one.num_computed_tokens - len(one.prompt_token_ids))
+        written = torch.tensor(one.output_token_ids[:num_cached], dtype=torch.int64)
+        counts[row] = written.bincount(minlength=counts.shape[1]).to(counts.device)
 
 
 # %% ../notebooks/08_runner.ipynb #start-batch
@@ -215,24 +218,26 @@ def start_batch(
     block_size: int,
     vocab_size: int,
     device: torch.device,
-    before: RunningBatch | None = None,
 ) -> RunningBatch:
-    """Tensors for requests that run together from now on; `before` ran until now."""
-    block_ids = [request.block_ids for request in scheduled]
+    """Tensors for requests that run together from now on."""
+    block_ids = [list(one.block_ids) for one in scheduled]
     block_table, first_slots = make_block_table(block_ids, block_size)
-    num_prompt_tokens = [len(request.prompt_token_ids) for request in scheduled]
+    num_prompt_tokens = [len(one.prompt_token_ids) for one in scheduled]
     sampling = SamplingMetadata.from_params(
-        [request.params for request in scheduled],
-        [request.seed for request in scheduled],
-        [request.sample_index for request in scheduled],
+        [one.params for one in scheduled],
+        [one.seed for one in scheduled],
+        [one.sample_index for one in scheduled],
         num_prompt_tokens,
-        [request.stop_token_ids for request in scheduled],
+        [one.stop_token_ids for one in scheduled],
         vocab_size,
         device,
     )
-    fill_tables(scheduled, sampling, before)
+    fill_tables(scheduled, sampling)
     return RunningBatch(
-        batch_key(scheduled),
+        [
+            (one.request_id, one.num_computed_tokens, ids)
+            for one, ids in zip(scheduled, block_ids, strict=True)
+        ],
         block_table.to(device),
         first_slots,
         sampling,
@@ -254,6 +259,7 @@ def make_input_batch(
     input_ids, position_ids, slot_mapping, logits_indices = torch.split(packed, sizes)
     query_start_loc = torch.tensor(starts)
     running.count_output(input_ids, position_ids, query_start_loc)
+    running.advance(scheduled)
     # The token to draw takes the place behind the last one.
     next_positions = position_ids[logits_indices] + 1
     return InputBatch(
@@ -301,13 +307,17 @@ class ModelRunner:
 
     Args:
         model: ready for inference.
-        block_size: slots in a block of the cache.
+        config: says the size of a block, and whether progress is shown.
     """
 
+    needs_cuda = False
+
     def __init__(
-        self, model: Qwen3ForCausalLM, block_size: int = DEFAULT_BLOCK_SIZE
+        self, model: Qwen3ForCausalLM, config: EngineConfig | None = None
     ) -> None:
-        self.model, self.block_size = model, block_size
+        config = EngineConfig() if config is None else config
+        self.model = model
+        self.block_size, self.use_tqdm = config.block_size, config.use_tqdm
         weight = model.model.embed_tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.sampler = Sampler()
@@ -320,24 +330,24 @@ class ModelRunner:
             self.model.config, num_blocks, self.block_size, self.dtype, self.device
         )
 
-    def warm_up(self, use_tqdm: bool) -> None:
+    def warm_up(self) -> None:
         """What is to be done once, before the first step; nothing here."""
 
     def prepare_inputs(self, scheduled: Sequence[ScheduledRequest]) -> InputBatch:
         """Lays the requests' tokens end to end, on the device."""
-        config, running = self.model.config, self.running
-        if running is None or not running.goes_on(scheduled):
-            running = self.running = start_batch(
-                scheduled, self.block_size, config.vocab_size, self.device, running
+        if self.running is None or not self.running.goes_on(scheduled):
+            vocab_size = self.model.config.vocab_size
+            self.running = start_batch(
+                scheduled, self.block_size, vocab_size, self.device
             )
-        return make_input_batch(scheduled, running, self.block_size)
+        return make_input_batch(scheduled, self.running, self.block_size)
 
     def get_next_token_logits(self, hidden_states: Tensor, batch: InputBatch) -> Tensor:
         """Logits of each request's last token: `[N, E] -> [num_seqs, V]`."""
         return self.model.compute_logits(hidden_states[batch.logits_indices])
 
-    def execute_model(self, batch: InputBatch) -> tuple[Tensor, LogprobsTensors | None]:
-        """Runs a step; the drawn tokens are `[num_seqs]`, still on the device."""
+    def draw_tokens(self, batch: InputBatch) -> tuple[Tensor, LogprobsTensors | None]:
+        """Runs the model and samples: `[num_seqs]` tokens, still on the device."""
         hidden_states = self.model(
             batch.input_ids, batch.positions, self.kv_caches, batch
         )
@@ -346,91 +356,34 @@ class ModelRunner:
 
     def run_step(self, scheduled: Sequence[ScheduledRequest]) -> list[SampledToken]:
         """A whole step, from plain requests to plain tokens."""
-        return to_host(scheduled, *self.execute_model(self.prepare_inputs(scheduled)))
-
-
-# %% ../notebooks/08_runner.ipynb #get-model-runner
-MODEL_RUNNERS = {
-    "eager": "folo_lib.runner:ModelRunner",
-    "cuda_graph": "folo_lib.fast_decode:CUDAGraphRunner",
-    "plain_cuda_graph": "folo_lib.fast_decode:PlainCUDAGraphRunner",
-}
-
-
-def get_model_runner(
-    name: str = "auto", device: str | torch.device = "cpu"
-) -> type[ModelRunner]:
-    """The runner class for a way to decode; `"auto"` takes the fastest on the device.
-
-    Raises:
-        ValueError: if no runner has that name, or it does not run on that device.
-    """
-    device_type = torch.device(device).type
-    if name == "auto":
-        name = "cuda_graph" if device_type == "cuda" else "eager"
-    path = MODEL_RUNNERS.get(name)
-    if path is None:
-        names = ", ".join(map(repr, ("auto", *MODEL_RUNNERS)))
-        raise ValueError(f"unknown decode {name!r}: choose one of {names}.")
-    if name.endswith("cuda_graph") and device_type != "cuda":
-        raise ValueError(
-            f"decode={name!r} needs a CUDA device, and this one is {device_type!r}: "
-            "choose decode='auto' or 'eager'."
-        )
-    runner: type[ModelRunner] = pkgutil.resolve_name(path)
-    return runner
-
-
-# %% ../notebooks/08_runner.ipynb #check-options
-def check_options(
-    dtype: str | torch.dtype,
-    device: str | torch.device,
-    attention_backend: str,
-    decode: str,
-) -> None:
-    """A ValueError if one of them is unknown, before anything is loaded."""
-    resolved = resolve_device(device)
-    resolve_dtype(dtype, resolved, None)
-    get_attention_backend(attention_backend)
-    get_model_runner(decode, resolved)
+        return to_host(scheduled, *self.draw_tokens(self.prepare_inputs(scheduled)))
 
 
 # %% ../notebooks/08_runner.ipynb #get-model
-def get_model(
-    model: str | PathLike[str] | Qwen3ForCausalLM,
-    dtype: str | torch.dtype,
-    device: str | torch.device,
-    attention_backend: str,
-    max_model_len: int | None,
-    use_tqdm: bool,
-) -> Qwen3ForCausalLM:
+Source = str | PathLike[str] | Qwen3ForCausalLM
+
+
+def get_model(model: Source, config: EngineConfig) -> Qwen3ForCausalLM:
     """Loads a model, unless it is loaded already; see `GPUWorker`.
 
     Raises:
-        ValueError: if an argument does not fit the model.
+        ValueError: if an option does not fit the model.
     """
     if not isinstance(model, Qwen3ForCausalLM):
-        config = read_config(find_checkpoint(model))
-        resolve_max_model_len(config, torch.float32, sys.maxsize, max_model_len)
-        return load_model(model, dtype, device, attention_backend, use_tqdm)
-    given = {"dtype": dtype, "device": device, "attention_backend": attention_backend}
-    for name, value in given.items():
+        checkpoint = read_config(find_checkpoint(model))
+        resolve_max_model_len(
+            checkpoint, torch.float32, sys.maxsize, config.max_model_len
+        )
+        options = config.dtype, config.device, config.attention_backend
+        return load_model(model, *options, use_tqdm=config.use_tqdm)
+    for name in ("dtype", "device", "attention_backend"):
+        value = getattr(config, name)
         if value != "auto":
             raise ValueError(
                 f"{name}={value!r} comes with a model that is loaded, whose {name} is "
                 "settled: give it to load_model, and leave it out here."
             )
     return model
-
-
-# %% ../notebooks/08_runner.ipynb #find-device
-def find_device(
-    model: str | PathLike[str] | Qwen3ForCausalLM, device: str | torch.device
-) -> torch.device:
-    """Where a model is, or will be once it is loaded."""
-    if isinstance(model, Qwen3ForCausalLM):
-        return model.model.embed_tokens.weight.device
-    return resolve_device(device)
 
 
 # %% ../notebooks/08_runner.ipynb #gpu-worker
@@ -440,51 +393,33 @@ class GPUWorker:
     Args:
         model: a folder, a hub id, or a model that is loaded; then `dtype`, `device` and
             `attention_backend` are its own.
-        dtype, device, attention_backend: see `load_model`.
-        decode: see `get_model_runner`.
-        max_model_len: see `resolve_max_model_len`.
-        kv_cache_memory_bytes: set aside for the cache; None: `get_kv_cache_memory`.
-        use_tqdm: show progress bars while loading and warming up.
+        config: of the engine.
     """
 
-    def __init__(
-        self,
-        model: str | PathLike[str] | Qwen3ForCausalLM,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device = "auto",
-        attention_backend: str = "auto",
-        decode: str = "auto",
-        max_model_len: int | None = None,
-        kv_cache_memory_bytes: int | None = None,
-        use_tqdm: bool = True,
-    ) -> None:
-        runner_class = get_model_runner(decode, find_device(model, device))
-        loaded = get_model(
-            model, dtype, device, attention_backend, max_model_len, use_tqdm
-        )
-        self.runner = runner_class(loaded)
-        self.config, self.block_size = loaded.config, self.runner.block_size
-        memory = kv_cache_memory_bytes or get_kv_cache_memory(self.runner.device)
+    def __init__(self, model: Source, config: EngineConfig) -> None:
+        device = resolve_device(config.device)
+        if isinstance(model, Qwen3ForCausalLM):
+            device = model.model.embed_tokens.weight.device
+        runner_class = config.get_model_runner(device)
+        loaded = get_model(model, config)
+        self.runner = runner_class(loaded, config)
+        memory = config.kv_cache_memory_bytes or get_kv_cache_memory(device)
         self.max_model_len = resolve_max_model_len(
-            self.config, self.runner.dtype, memory, max_model_len, self.block_size
+            loaded.config,
+            self.runner.dtype,
+            memory,
+            config.max_model_len,
+            config.block_size,
         )
-        self.num_blocks = -(-self.max_model_len // self.block_size)  # rounded up
+        self.num_blocks = -(-self.max_model_len // config.block_size)  # rounded up
         self.runner.initialize_kv_caches(self.num_blocks)
         with torch.inference_mode():
-            self.runner.warm_up(use_tqdm)
+            self.runner.warm_up()
 
     @torch.inference_mode()
-    def execute_model(
-        self, scheduled: Sequence[ScheduledRequest]
-    ) -> list[SampledToken]:
-        """Runs a step: the next token of each request."""
+    def run_step(self, scheduled: Sequence[ScheduledRequest]) -> list[SampledToken]:
+        """The next token of each request; no gradients are kept."""
         return self.runner.run_step(scheduled)
-
-    def get_peak_memory(self) -> int | None:
-        """Most bytes that were ever allocated on a GPU; None on other devices."""
-        if self.runner.device.type != "cuda":
-            return None
-        return torch.cuda.max_memory_allocated(self.runner.device)
 
 
 # %% ../notebooks/08_runner.ipynb #gpu-executor
@@ -495,17 +430,21 @@ class GPUExecutor:
 
     Args:
         model: see `GPUWorker`.
-        options: the other arguments of `GPUWorker`.
+        config: of the engine.
+
+    Attributes:
+        config: of the model.
+        dtype: of the model.
+        num_blocks, block_size: of the cache.
+        max_model_len: most tokens of a sequence.
     """
 
-    def __init__(
-        self, model: str | PathLike[str] | Qwen3ForCausalLM, **options: Any
-    ) -> None:
-        self.worker = GPUWorker(model, **options)
-        self.config = self.worker.config
+    def __init__(self, model: Source, config: EngineConfig) -> None:
+        self.worker = GPUWorker(model, config)
+        self.config = self.worker.runner.model.config
+        self.dtype = self.worker.runner.dtype
+        self.num_blocks, self.block_size = self.worker.num_blocks, config.block_size
         self.max_model_len = self.worker.max_model_len
-        self.num_blocks = self.worker.num_blocks
-        self.block_size = self.worker.block_size
 
     def execute_model(
         self, scheduled: Sequence[ScheduledRequest]
@@ -514,8 +453,10 @@ class GPUExecutor:
 
         While a prompt is read in chunks, only the token after the last chunk counts.
         """
-        return self.worker.execute_model(scheduled)
+        return self.worker.run_step(scheduled)
 
     def get_peak_memory(self) -> int | None:
         """Most bytes ever allocated on the GPU; None on other devices."""
-        return self.worker.get_peak_memory()
+        device = self.worker.runner.device
+        is_cuda = device.type == "cuda"
+        return torch.cuda.max_memory_allocated(device) if is_cuda else None

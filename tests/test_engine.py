@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from folo_lib import LLMEngine, SamplingParams, bundled_model_path, load_model
-from folo_lib.engine import FCFSScheduler, get_eos_token_ids, load_generation_config
+from folo_lib.engine import FCFSScheduler, Inbox
+from folo_lib.inputs import get_eos_token_ids, load_generation_config
 from folo_lib.kv_cache import BlockAllocator
 from folo_lib.request import Request, RequestOutput
 from folo_lib.runner import ScheduledRequest
@@ -57,7 +58,7 @@ def hugging_face() -> PreTrainedModel:
 def assert_idle(engine: LLMEngine) -> None:
     """Nobody waits, nothing is left to tell, and every block is free."""
     assert not engine.has_unfinished_requests()
-    assert not engine.requests and not engine.groups and not engine.news
+    assert not engine._table.unfinished and not engine._table.groups
     scheduler = engine.scheduler
     assert isinstance(scheduler, FCFSScheduler)
     assert not scheduler.has_unfinished()
@@ -863,16 +864,12 @@ class TestMaking:
         with pytest.raises(ValueError, match=message):
             LLMEngine("nobody/nothing", **options)
 
-    @pytest.mark.parametrize("length", [0, -1, 4097])
-    def test_max_model_len(self, length: int) -> None:
-        with pytest.raises(ValueError, match=rf"max_model_len={length}.*4096"):
+    @pytest.mark.parametrize(
+        ("length", "message"), [(0, "at least 1"), (-1, "at least 1"), (4097, "4096")]
+    )
+    def test_max_model_len(self, length: int, message: str) -> None:
+        with pytest.raises(ValueError, match=rf"max_model_len={length} .*{message}"):
             LLMEngine(FOLDER, max_model_len=length, use_tqdm=False)
-
-    def test_enforce_eager(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("folo_lib.engine.GPUExecutor", Recorder)
-        with pytest.raises(StopIteration) as stopped:
-            LLMEngine(FOLDER, decode="auto", enforce_eager=True, use_tqdm=False)
-        assert stopped.value.value["decode"] == "eager"
 
     def test_bfloat16(self) -> None:
         engine = LLMEngine(FOLDER, dtype="bfloat16", device="cpu", use_tqdm=False)
@@ -890,11 +887,6 @@ class TestMaking:
             IM_END,
             END_OF_TEXT,
         ]
-
-
-class Recorder:
-    def __init__(self, model: Any, **options: Any) -> None:
-        raise StopIteration(options)
 
 
 class Chunks(FCFSScheduler):

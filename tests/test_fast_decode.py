@@ -27,7 +27,7 @@ from folo_lib.fast_decode import (
     CHUNK,
     FIRST_LONG_BUCKET,
     CUDAGraphRunner,
-    Flight,
+    InFlightStep,
     GraphSet,
     ModelStep,
     PlainCUDAGraphRunner,
@@ -47,7 +47,7 @@ from folo_lib.fast_decode import (
     make_step,
     round_up,
     run_layer,
-    sampling_kind,
+    sampler_key,
     tune,
     use_backend,
 )
@@ -232,7 +232,7 @@ class TestRunAhead:
     def test_every_step_starts_before_the_one_before_it_is_read(self) -> None:
         launcher = Launcher()
         ahead = RunAhead()
-        token = ahead.finish(Flight("a", 4, launcher(4)), 8, launcher)
+        token = ahead.finish(InFlightStep("a", 4, launcher(4)), 8, launcher)
         for position in (5, 6, 7):
             flight = ahead.take(ask("a", position, token))
             assert flight is not None and flight.position == position
@@ -246,8 +246,8 @@ class TestRunAhead:
     def test_nothing_starts_at_the_limit(self) -> None:
         launcher = Launcher()
         ahead = RunAhead()
-        assert ahead.finish(Flight("a", 7, launcher(7)), 8, launcher) == 107
-        assert ahead.flight is None and launcher.log == ["launch 7", "read 7"]
+        assert ahead.finish(InFlightStep("a", 7, launcher(7)), 8, launcher) == 107
+        assert ahead.in_flight is None and launcher.log == ["launch 7", "read 7"]
 
     @pytest.mark.parametrize(
         "asked",
@@ -266,7 +266,7 @@ class TestRunAhead:
     ) -> None:
         launcher = Launcher()
         ahead = RunAhead()
-        ahead.finish(Flight("a", 4, launcher(4)), 8, launcher)
+        ahead.finish(InFlightStep("a", 4, launcher(4)), 8, launcher)
         assert ahead.take(asked) is None
         assert ahead.take(ask("a", 5, 104)) is None  # it is gone for good
         assert "read 5" not in launcher.log
@@ -277,8 +277,8 @@ class TestRunAhead:
 
         ahead = RunAhead()
         with pytest.raises(KeyboardInterrupt):
-            ahead.finish(Flight("a", 4, interrupted), 8, Launcher())
-        assert ahead.flight is None
+            ahead.finish(InFlightStep("a", 4, interrupted), 8, Launcher())
+        assert ahead.in_flight is None
 
 
 SAMPLED = {
@@ -426,9 +426,9 @@ def take_turns(engine: LLMEngine) -> list[list[int]]:
 
 class TestRunner:
     def make(self, model: Qwen3ForCausalLM, num_blocks: int = 8) -> CUDAGraphRunner:
-        runner = CUDAGraphRunner(model, block_size=16)
+        runner = CUDAGraphRunner(model)
         runner.initialize_kv_caches(num_blocks)
-        runner.warm_up(use_tqdm=False)
+        runner.warm_up()
         fill_with_nan(runner)
         return runner
 
@@ -439,7 +439,7 @@ class TestRunner:
     def test_other_models(self, case: str) -> None:
         config = make_config(case)
         model = load(config, make_reference(config), "torch_naive")
-        eager = ModelRunner(model, 16)
+        eager = ModelRunner(model)
         eager.initialize_kv_caches(8)
         tokens = torch.randint(config.vocab_size, (41,)).tolist()
         runs = []
@@ -487,7 +487,7 @@ class TestRunner:
 
         def kind(params: SamplingParams) -> Any:
             plan = ScheduledRequest("x", [1, 2], 0, [0], [1, 2], params)
-            return sampling_kind(runner.prepare_inputs([plan]).sampling)
+            return sampler_key(runner.prepare_inputs([plan]).sampling)
 
         assert kind(GREEDY) is not None
         assert kind(GREEDY) != kind(SAMPLED["temperature"]) != kind(SAMPLED["top_k"])
@@ -501,29 +501,29 @@ class TestRunner:
             params = SamplingParams(temperature=1, top_k=top_k)
             plan = ScheduledRequest("x", [1, 2], 0, [0], [1, 2], params)
             runner.run_step([plan])
-        assert len(runner.launcher.drawer.graphs) == runner.launcher.drawer.max_graphs
+        assert len(runner.launcher.sampler_graphs.graphs) == runner.launcher.sampler_graphs.max_graphs
 
     @torch.inference_mode()
     def test_the_one_used_longest_ago_makes_room(self) -> None:
         runner = make_engine(("cpu", "unrecorded")).executor.worker.runner
         assert isinstance(runner, CUDAGraphRunner)
-        [(greedy, recorded)] = runner.launcher.drawer.graphs.items()
+        [(greedy, recorded)] = runner.launcher.sampler_graphs.graphs.items()
         for top_k in range(1, 40):
             params = SamplingParams(temperature=1, top_k=top_k)
             for each in (params, GREEDY):
                 runner.run_step([ScheduledRequest("x", [1], 0, [0], [1], each)])
-        assert runner.launcher.drawer.graphs[greedy][0] is recorded[0]
+        assert runner.launcher.sampler_graphs.graphs[greedy][0] is recorded[0]
 
     def test_the_latest_graphs_are_kept_for_drawing(self) -> None:
         runner = self.make(random_model())
-        drawer = runner.launcher.drawer
-        assert len(drawer.graphs) == 1  # greedy, before anybody asks
+        sampler_graphs = runner.launcher.sampler_graphs
+        assert len(sampler_graphs.graphs) == 1  # greedy, before anybody asks
         for top_k in range(1, 40):
             params = SamplingParams(temperature=1, top_k=top_k)
             plan = ScheduledRequest("x", [1, 2], 0, [0], [1, 2], params)
             runner.run_step([plan])
-        kept = [max_top_k for _, max_top_k, _ in drawer.graphs]
-        assert kept == list(range(40 - drawer.max_graphs, 40))
+        kept = [max_top_k for _, max_top_k, _ in sampler_graphs.graphs]
+        assert kept == list(range(40 - sampler_graphs.max_graphs, 40))
 
     def test_each_length_finds_its_graph(self) -> None:
         runner = self.make(random_model(), num_blocks=40)
@@ -561,7 +561,7 @@ class TestRunner:
     @torch.inference_mode()
     def test_a_prompt_in_chunks_equals_eager(self) -> None:
         model = random_model()
-        eager = ModelRunner(model, 16)
+        eager = ModelRunner(model)
         eager.initialize_kv_caches(8)
         text, runs = list(range(1, 41)), []
         for runner in (self.make(model), eager):
@@ -740,7 +740,7 @@ def test_the_cache_is_free_as_soon_as_the_engine_is_gone() -> None:
     assert isinstance(runner, CUDAGraphRunner)
     runner.graphs.prompt_graphs.clear()  # a recorded graph holds no function of ours
     runner.graphs.token_graphs.clear()
-    runner.launcher.drawer.graphs.clear()
+    runner.launcher.sampler_graphs.graphs.clear()
     runner.launcher.draw = do_nothing
     cache = weakref.ref(runner.kv_caches[0][0])
     gc.disable()
@@ -891,10 +891,11 @@ def test_bfloat16_errs_no_more_than_eager(case: Case) -> None:
         for dtype in ("float32", "bfloat16")
     }
     workers = {
-        "exact": GPUWorker(models["float32"], decode="eager", use_tqdm=False),
-        "eager": GPUWorker(models["bfloat16"], decode="eager", use_tqdm=False),
+        "exact": GPUWorker(models["float32"], eager),
+        "eager": GPUWorker(models["bfloat16"], eager),
         "ours": GPUWorker(
-            models["bfloat16"], decode=decode, max_model_len=512, use_tqdm=False
+            models["bfloat16"],
+            EngineConfig(decode=decode, max_model_len=512, use_tqdm=False),
         )
         if device == "cuda"
         else None,
@@ -902,7 +903,7 @@ def test_bfloat16_errs_no_more_than_eager(case: Case) -> None:
     if device == "cpu":  # the name is refused there
         runner = CUDAGraphRunner(models["bfloat16"])
         runner.initialize_kv_caches(32)
-        runner.warm_up(use_tqdm=False)
+        runner.warm_up()
     else:
         assert workers["ours"] is not None
         runner = workers["ours"].runner

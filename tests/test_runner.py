@@ -14,17 +14,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from folo_lib import bundled_model_path, load_model
+from folo_lib.config import MODEL_RUNNERS, EngineConfig
 from folo_lib.qwen3 import Qwen3ForCausalLM
 from folo_lib.runner import (
-    MODEL_RUNNERS,
     GPUExecutor,
     GPUWorker,
     InputBatch,
     ModelRunner,
     SampledToken,
     ScheduledRequest,
-    check_options,
-    get_model_runner,
     make_block_table,
 )
 from folo_lib.sampling_params import SamplingParams
@@ -46,7 +44,7 @@ def make_runner(
     model: Qwen3ForCausalLM, num_blocks: int = 64, block_size: int = 4
 ) -> ModelRunner:
     """With a cache full of NaN, so that nothing stale may be read."""
-    runner = ModelRunner(model, block_size)
+    runner = ModelRunner(model, EngineConfig(block_size=block_size))
     runner.initialize_kv_caches(num_blocks)
     for pair in runner.kv_caches:
         for cache in pair:
@@ -72,6 +70,7 @@ def plan(
         blocks,
         tokens[:num_prompt_tokens],
         params,
+        output_token_ids=tokens[len(tokens[:num_prompt_tokens]) : start + length],
         **fields,
     )
 
@@ -83,7 +82,7 @@ def logits_of(runner: ModelRunner, *plans: ScheduledRequest) -> Tensor:
 
 
 def run(runner: ModelRunner, *plans: ScheduledRequest) -> list[int]:
-    tokens, _ = runner.execute_model(runner.prepare_inputs(plans))
+    tokens, _ = runner.draw_tokens(runner.prepare_inputs(plans))
     return [int(token) for token in tokens]
 
 
@@ -197,6 +196,31 @@ class TestInputBatch:
             third = runner.prepare_inputs(other)
             assert third.block_table is not first.block_table
 
+    def test_the_same_ids_and_counts_in_other_blocks(
+        self, bundled: Qwen3ForCausalLM
+    ) -> None:
+        """The block table is that of this step, not of one before."""
+        runner, tokens = make_runner(bundled), list(range(8))
+        run(runner, plan("A", tokens, 0, 5, [0, 1]), plan("B", tokens, 0, 5, [2, 3]))
+        same = [plan("A", tokens, 5, 1, [0, 1]), plan("B", tokens, 5, 1, [2, 3])]
+        table = runner.prepare_inputs(same).block_table
+        assert table.tolist() == [[0, 1], [2, 3]]
+        moved = [plan("A", tokens, 6, 1, [0, 1]), plan("B", tokens, 6, 1, [5, 3])]
+        assert runner.prepare_inputs(moved).block_table.tolist() == [[0, 1], [5, 3]]
+        still = [plan("A", tokens, 7, 1, [0, 1]), plan("B", tokens, 7, 1, [5, 3])]
+        assert runner.prepare_inputs(still).block_table.tolist() == [[0, 1], [5, 3]]
+
+    def test_blocks_are_compared_as_they_were(self, bundled: Qwen3ForCausalLM) -> None:
+        """A scheduler may change the list that it handed out."""
+        runner, tokens, blocks = make_runner(bundled), list(range(50)), [0, 1]
+        first = runner.prepare_inputs([plan("A", tokens, 0, 3, blocks)])
+        blocks[1] = 7
+        second = runner.prepare_inputs([plan("A", tokens, 3, 1, blocks)])
+        assert (first.block_table.tolist(), second.block_table.tolist()) == (
+            [[0, 1]],
+            [[0, 7]],
+        )
+
     def test_a_restarted_id_gets_its_new_params(
         self, bundled: Qwen3ForCausalLM
     ) -> None:
@@ -267,6 +291,27 @@ class TestPenalties:
         assert runner.running.sampling.output_counts is None
 
 
+    def test_counts_outlive_a_step_without_the_request(
+        self, bundled: Qwen3ForCausalLM
+    ) -> None:
+        runner, tokens = make_runner(bundled), [5, 6, 9, 9, 8, 8, 8]
+        for start, length in [(0, 2), (2, 1), (3, 1)]:
+            run(runner, plan("A", tokens, start, length, [0, 1], self.params, 2))
+        run(runner, plan("B", [3, 4], 0, 2, [5], GREEDY, 2))
+        run(runner, plan("A", tokens, 4, 1, [0, 1], self.params, 2))
+        assert self.counts(runner) == {9: 2, 8: 1}
+        assert self.prompt(runner) == {5, 6}
+
+    def test_a_part_that_is_run_again_is_counted_once(
+        self, bundled: Qwen3ForCausalLM
+    ) -> None:
+        """Set back into the middle of the output, and read again in chunks."""
+        runner, tokens = make_runner(bundled), [5, 6, 9, 9, 8, 7, 7]
+        for start, length in [(0, 2), (2, 1), (3, 1), (4, 1), (3, 2), (0, 3), (3, 2)]:
+            run(runner, plan("A", tokens, start, length, [0, 1], self.params, 2))
+        assert self.counts(runner) == {9: 2, 8: 1}
+
+
 class CountOps(TorchDispatchMode):
     """The names and result sizes of all operations."""
 
@@ -314,9 +359,14 @@ def test_work_per_token_does_not_grow(
             assert size == other or name in views, name
 
 
+def make_executor(**options: Any) -> GPUExecutor:
+    config = EngineConfig(device="cpu", use_tqdm=False, **options)
+    return GPUExecutor(bundled_model_path(), config)
+
+
 class TestExecutor:
     def test_plain_data_in_and_out(self) -> None:
-        executor = GPUExecutor(bundled_model_path(), device="cpu", use_tqdm=False)
+        executor = make_executor()
         params = SamplingParams(temperature=0, logprobs=3)
         request = plan("A", [1, 2, 3], 0, 3, [0], params)
         other = plan("B", [4, 5], 0, 2, [1])
@@ -334,7 +384,7 @@ class TestExecutor:
         assert all(type(x) in (int, float) for entry in drawn.logprobs for x in entry)
 
     def test_each_request_gets_as_many_logprobs_as_it_asked_for(self) -> None:
-        executor = GPUExecutor(bundled_model_path(), device="cpu", use_tqdm=False)
+        executor = make_executor()
         asked = [None, 0, 2, -1, 5]
         drawn = executor.execute_model(
             [
@@ -350,54 +400,36 @@ class TestExecutor:
             assert rank >= 1
 
     def test_sizes(self) -> None:
-        executor = GPUExecutor(
-            bundled_model_path(), device="cpu", max_model_len=100, use_tqdm=False
-        )
+        executor = make_executor(max_model_len=100)
         assert executor.max_model_len == 100
         assert (executor.num_blocks, executor.block_size) == (7, 16)
         assert executor.get_peak_memory() is None
 
     def test_the_cache_stays_within_its_memory(self) -> None:
         per_token = 2 * 6 * 2 * 64 * 4
-        worker = GPUWorker(
-            bundled_model_path(),
-            device="cpu",
-            kv_cache_memory_bytes=100 * per_token,
-            use_tqdm=False,
-        )
+        worker = make_executor(kv_cache_memory_bytes=100 * per_token).worker
         assert worker.max_model_len == 96  # whole blocks
         used = sum(x.nbytes for pair in worker.runner.kv_caches for x in pair)
         assert used == 96 * per_token
 
 
 class TestErrors:
-    def test_unknown_decode_is_told_the_choices(self) -> None:
-        with pytest.raises(ValueError, match=r"unknown decode 'fast'.*'auto', 'eager'"):
-            get_model_runner("fast")
-
-    def test_names(self) -> None:
-        assert get_model_runner("eager") is get_model_runner() is ModelRunner
-        for name in MODEL_RUNNERS:
-            assert issubclass(get_model_runner(name, "cuda"), ModelRunner)
-
-    def test_auto_is_the_fastest_on_the_device(self) -> None:
-        assert get_model_runner("auto", "cpu") is get_model_runner("eager", "cuda")
-        assert get_model_runner("auto", "cuda") is get_model_runner(
-            "cuda_graph", torch.device("cuda", 0)
-        )
-
     @pytest.mark.parametrize("name", ["cuda_graph", "plain_cuda_graph"])
-    def test_a_graph_needs_cuda(self, name: str, bundled: Qwen3ForCausalLM) -> None:
+    def test_a_graph_needs_cuda(
+        self, name: str, bundled: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also where there is a CUDA device, and the model is not on it."""
         needs_cuda = f"decode='{name}' needs a CUDA device, and this one is 'cpu'"
         with pytest.raises(ValueError, match=needs_cuda):
-            check_options("auto", "cpu", "auto", name)
+            EngineConfig(decode=name, device="cpu")
+        monkeypatch.setattr("folo_lib.config.resolve_device", lambda d: CUDA)
+        config = EngineConfig(decode=name)
         with pytest.raises(ValueError, match=needs_cuda):
-            GPUWorker(bundled, decode=name)
+            GPUWorker(bundled, config)
 
     def test_a_runner_of_ones_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(MODEL_RUNNERS, "mine", f"{__name__}:OwnRunner")
-        executor = GPUExecutor(bundled_model_path(), decode="mine", use_tqdm=False)
-        assert type(executor.worker.runner) is OwnRunner
+        assert type(make_executor(decode="mine").worker.runner) is OwnRunner
 
     @pytest.mark.parametrize(
         ("name", "value"),
@@ -411,34 +443,17 @@ class TestErrors:
         self, bundled: Qwen3ForCausalLM, name: str, value: str
     ) -> None:
         with pytest.raises(ValueError, match=rf"{name}='{value}'.*load_model"):
-            GPUWorker(bundled, **{name: value})
+            GPUWorker(bundled, EngineConfig(**{name: value}))
 
     def test_too_long_a_context_is_refused_before_loading(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("folo_lib.runner.load_model", None)
         with pytest.raises(ValueError, match=r"max_model_len=5000.*4096"):
-            GPUWorker(bundled_model_path(), max_model_len=5000)
+            GPUWorker(bundled_model_path(), EngineConfig(max_model_len=5000))
 
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            ({"dtype": "int8"}, "unknown dtype 'int8'"),
-            ({"device": "tpu"}, "tpu"),
-            ({"attention_backend": "flash"}, "unknown attention backend 'flash'"),
-            ({"decode": "fast"}, "unknown decode 'fast'"),
-        ],
-    )
-    def test_options(self, changes: dict[str, str], message: str) -> None:
-        options = {
-            "dtype": "auto",
-            "device": "auto",
-            "attention_backend": "auto",
-            "decode": "auto",
-        }
-        check_options(**options)
-        with pytest.raises(ValueError, match=message):
-            check_options(**(options | changes))
+
+CUDA = torch.device("cuda")
 
 
 class OwnRunner(ModelRunner):

@@ -12,7 +12,7 @@ from folo_lib.course.exercises.engine import (
     check_generate_within,
     check_ShortestFirstScheduler,
 )
-from folo_lib.engine import FCFSScheduler, Prompt, StepEngine, submit, withdraw
+from folo_lib.engine import FCFSScheduler, Inbox, LLMEngine, Prompt
 from folo_lib.request import RequestOutput
 from folo_lib.runner import ScheduledRequest
 from folo_lib.sampling_params import SamplingParams
@@ -88,7 +88,7 @@ def test_wrong_schedulers(wrong: type[FCFSScheduler], message: str) -> None:
 
 
 def within(
-    engine: StepEngine,
+    engine: LLMEngine,
     prompts: list[Prompt],
     params: SamplingParams,
     seconds: float,
@@ -102,36 +102,34 @@ def within(
 ) -> list[RequestOutput]:
     """`generate_within`, right unless a mistake is asked for."""
     deadline = time.perf_counter() + seconds
+    inbox = Inbox(every_token=False)
+    outputs: dict[str, RequestOutput] = {}
     if one_by_one:  # queues prompts before all of them are checked
         groups = []
         for prompt in prompts:
             groups.append(engine.processor.process_request(prompt, params))
-            submit(engine, groups[-1])
+            engine.submit(groups[-1:], inbox)
     else:
         groups = engine.processor.process_requests(prompts, params)
-    own = [request for group in groups for request in group]
-    left = True
+    ids = [group[0].request_id for group in groups]
     try:
-        ids = [group[0].request_id for group in groups]
-        for group in groups if not one_by_one else ():
-            submit(engine, group)
-        while not look_at_clock or time.perf_counter() < deadline:
-            if all(request.status.is_finished for request in own):
-                break
-            engine.run_step()
-        if abort:
-            for request_id in [*engine.groups] if everybody else ids:
-                engine.abort_request(request_id)
-        outputs = [engine.collect(name) for name in ids if name in engine.news]
-        left = False
-        return outputs
+        if not one_by_one:
+            engine.submit(groups, inbox)
+        while len(outputs) < len(groups):
+            if look_at_clock and time.perf_counter() >= deadline:
+                if not abort:
+                    break
+                for request_id in [*engine._table.groups] if everybody else ids:
+                    engine.abort_request(request_id)
+            outputs |= {output.request_id: output for output in engine.advance(inbox)}
+        return [outputs[request_id] for request_id in ids if request_id in outputs]
     except KeyboardInterrupt:
         if not swallow:
             raise
         return []
     finally:
-        if tidy or not left:
-            withdraw(engine, groups)
+        if tidy:
+            engine.withdraw(groups)
 
 
 def mistake(**kwargs: Any) -> Callable[..., list[RequestOutput]]:
@@ -139,15 +137,12 @@ def mistake(**kwargs: Any) -> Callable[..., list[RequestOutput]]:
 
 
 def with_step(
-    engine: StepEngine, prompts: list[Prompt], params: SamplingParams, seconds: float
+    engine: LLMEngine, prompts: list[Prompt], params: SamplingParams, seconds: float
 ) -> list[RequestOutput]:
     """Collects everybody's news."""
-    groups = engine.processor.process_requests(prompts, params)
-    return finish(engine, [submit(engine, group) for group in groups], seconds)
-
-
-def finish(engine: StepEngine, ids: list[str], seconds: float) -> list[RequestOutput]:
+    engine.processor.process_requests(prompts, params)
     deadline = time.perf_counter() + seconds
+    ids = [engine.add_request(prompt, params) for prompt in prompts]
     outputs: dict[str, RequestOutput] = {}
     try:
         while time.perf_counter() < deadline and not all(
@@ -157,8 +152,8 @@ def finish(engine: StepEngine, ids: list[str], seconds: float) -> list[RequestOu
     finally:
         for request_id in ids:
             engine.abort_request(request_id)
-            if request_id in engine.groups:
-                outputs[request_id] = engine.collect(request_id)
+        last = engine._table.collect(engine._inbox)
+        outputs |= {output.request_id: output for output in last}
     return [outputs[request_id] for request_id in ids]
 
 

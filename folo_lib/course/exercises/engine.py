@@ -6,11 +6,15 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from unittest import mock
+
+import torch
 
 from folo_lib.course.exercises import exercise, require
-from folo_lib.engine import FCFSScheduler, Prompt, StepEngine
+from folo_lib.engine import FCFSScheduler, LLMEngine, Prompt
+from folo_lib.inputs import InputProcessor
 from folo_lib.kv_cache import BlockAllocator
-from folo_lib.request import InputProcessor, Request, RequestOutput
+from folo_lib.request import Request, RequestOutput
 from folo_lib.runner import GPUExecutor, SampledToken, ScheduledRequest
 from folo_lib.sampling_params import SamplingParams
 
@@ -25,7 +29,7 @@ class CountingExecutor(GPUExecutor):
 
     def __init__(self, step_time: float = 0.0) -> None:
         self.num_blocks, self.block_size = NUM_BLOCKS, BLOCK_SIZE
-        self.max_model_len = NUM_BLOCKS * BLOCK_SIZE
+        self.max_model_len, self.dtype = NUM_BLOCKS * BLOCK_SIZE, torch.float32
         self.step_time, self.fails_at = step_time, -1
         self.error: BaseException = RuntimeError("the device failed")
         self.steps: list[str] = []
@@ -44,15 +48,14 @@ class CountingExecutor(GPUExecutor):
         return None
 
 
-def make_engine(
-    step_time: float = 0.0,
-    scheduler: Callable[[BlockAllocator], FCFSScheduler] = FCFSScheduler,
-) -> StepEngine:
+def make_engine(step_time: float = 0.0) -> LLMEngine:
+    """The real engine, on an executor that counts."""
     executor = CountingExecutor(step_time)
+    scheduler = FCFSScheduler(BlockAllocator(NUM_BLOCKS, BLOCK_SIZE))
     processor = InputProcessor(None, VOCAB_SIZE, executor.max_model_len)
-    return StepEngine(
-        executor, scheduler(BlockAllocator(NUM_BLOCKS, BLOCK_SIZE)), processor
-    )
+    parts = executor, scheduler, processor
+    with mock.patch("folo_lib.engine.load_parts", lambda *args: parts):
+        return LLMEngine()
 
 
 def queue_of(scheduler: FCFSScheduler) -> list[str]:
@@ -150,20 +153,22 @@ def quiet() -> Iterator[None]:
         logger.disabled = before
 
 
-def require_clean(engine: StepEngine, when: str) -> None:
+def require_clean(engine: LLMEngine, when: str) -> None:
     """Nothing of anybody is left in the engine."""
     assert isinstance(engine.scheduler, FCFSScheduler)
-    left = [*engine.requests, *engine.groups]
+    left = unfinished(engine) or list(engine._table.groups)
     require(not left, f"{when} the engine still has the requests {left}.")
-    require(
-        not engine.news, f"{when} the engine still has news of {list(engine.news)}."
-    )
     taken = NUM_BLOCKS - engine.scheduler.allocator.num_free_blocks
     require(not taken, f"{when} {taken} blocks are still taken.")
 
 
+def unfinished(engine: LLMEngine) -> list[str]:
+    """The ids of the samples that wait or run."""
+    return list(engine._table.unfinished)
+
+
 Generate = Callable[
-    [StepEngine, list[Prompt], SamplingParams, float], list[RequestOutput]
+    [LLMEngine, list[Prompt], SamplingParams, float], list[RequestOutput]
 ]
 
 
@@ -252,9 +257,9 @@ def check_others(generate_within: Generate, prompts: list[Prompt]) -> None:
     engine.add_request([9] * 4, SamplingParams(temperature=0, max_tokens=6), "other")
     generate_within(engine, prompts, short, 0.0)
     require(
-        list(engine.requests) == ["other-0"],
+        unfinished(engine) == ["other-0"],
         "with a budget of 0 s, a request of somebody else was there before, and "
-        f"afterwards the engine has {list(engine.requests)}: abort only your own.",
+        f"afterwards the engine has {unfinished(engine)}: abort only your own.",
     )
 
 

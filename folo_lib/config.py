@@ -1,0 +1,163 @@
+"""The options of an engine, written once and checked before anything is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from folo_lib.attention import get_attention_backend
+from folo_lib.checkpoint import resolve_device, resolve_dtype
+from folo_lib.kv_cache import DEFAULT_BLOCK_SIZE, BlockAllocator
+
+if TYPE_CHECKING:
+    from folo_lib.engine import Scheduler
+    from folo_lib.runner import ModelRunner
+
+__all__ = ["MODEL_RUNNERS", "SCHEDULERS", "EngineConfig"]
+
+MODEL_RUNNERS = {
+    "eager": "folo_lib.runner:ModelRunner",
+    "cuda_graph": "folo_lib.fast_decode:CUDAGraphRunner",
+    "plain_cuda_graph": "folo_lib.fast_decode:PlainCUDAGraphRunner",
+}
+SCHEDULERS = {"fcfs": "folo_lib.engine:FCFSScheduler"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How an engine runs; the names are vLLM's where vLLM has the option.
+
+    Attributes:
+        dtype, device, attention_backend: see `load_model`. A model that is loaded has them, so
+            then they are left out.
+        max_model_len: most tokens of a prompt and its output together; None: as many as the
+            model was made for and the memory holds.
+        block_size: tokens in a block of the KV cache.
+        kv_cache_memory_bytes: set aside for the cache; None: see `get_kv_cache_memory`.
+        decode: a name in `MODEL_RUNNERS`, or `"auto"`: the fastest that runs on the device.
+        enforce_eager: the same as `decode="eager"`.
+        scheduler: a name in `SCHEDULERS`, or what makes a scheduler of the cache's
+            `BlockAllocator`.
+        seed: of the seeds for requests that have none; 0 to 2**64 - 1.
+        use_tqdm: show progress bars while loading.
+
+    Raises:
+        ValueError: if a value is unknown, out of its range, or not to be had on this machine.
+        TypeError: if it is of the wrong type.
+    """
+
+    dtype: str | torch.dtype = "auto"
+    device: str | torch.device = "auto"
+    attention_backend: str = "auto"
+    max_model_len: int | None = None
+    block_size: int = DEFAULT_BLOCK_SIZE
+    kv_cache_memory_bytes: int | None = None
+    decode: str = "auto"
+    enforce_eager: bool = False
+    scheduler: str | Callable[[BlockAllocator], Scheduler] = "fcfs"
+    seed: int = 0
+    use_tqdm: bool = True
+
+    def __post_init__(self) -> None:
+        for name, kinds in (
+            ("device", (str, torch.device)),
+            ("attention_backend", str),
+            ("decode", str),
+            ("enforce_eager", bool),
+            ("use_tqdm", bool),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, kinds):
+                wanted = "True or False" if kinds is bool else "a name"
+                raise TypeError(f"{name}={value!r} must be {wanted}.")
+        device = resolve_device(self.device)
+        resolve_dtype(self.dtype, device, None)
+        get_attention_backend(self.attention_backend)
+        if self.enforce_eager and self.decode not in ("auto", "eager"):
+            raise ValueError(
+                f"enforce_eager=True means decode='eager', and decode={self.decode!r}: "
+                "leave one of them out."
+            )
+        self.get_model_runner(device)
+        self._check_int("block_size", 1)
+        self._check_int("seed", 0, 2**64 - 1)
+        for name in ("max_model_len", "kv_cache_memory_bytes"):
+            if getattr(self, name) is not None:
+                self._check_int(name, 1, hint="; None leaves it to the engine")
+        if isinstance(self.scheduler, str):
+            _find("scheduler", self.scheduler, SCHEDULERS)
+        elif not callable(self.scheduler):
+            raise TypeError(
+                f"scheduler={self.scheduler!r} must be a name or a class: one of "
+                f"{', '.join(map(repr, SCHEDULERS))}, or what makes a scheduler of a "
+                "BlockAllocator."
+            )
+
+    def _check_int(
+        self, name: str, low: int, high: int | None = None, hint: str = ""
+    ) -> None:
+        value = getattr(self, name)
+        limits = f"at least {low}" if high is None else f"from {low} to {high}"
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name}={value!r} must be an int {limits}{hint}.")
+        number = int(value)
+        if number < low or (high is not None and number > high):
+            raise ValueError(f"{name}={value} must be {limits}{hint}.")
+        object.__setattr__(self, name, number)  # the way of a frozen dataclass
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> EngineConfig:
+        """The config of an engine's keyword arguments.
+
+        Raises:
+            TypeError: naming an option that does not exist, and the nearest that does.
+        """
+        names = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+                advice = f"did you mean {near[0]!r}?" if near else "there are " + ", ".join(names)
+                raise TypeError(f"the engine has no option {name!r}: {advice}")
+        return cls(**options)
+
+    def get_model_runner(self, device: torch.device) -> type[ModelRunner]:
+        """The class that `decode` names.
+
+        Args:
+            device: where the model is, or will be.
+
+        Raises:
+            ValueError: if no runner has that name, or it does not run on that device.
+        """
+        name = "eager" if self.enforce_eager else self.decode
+        if name == "auto":
+            name = "cuda_graph" if device.type == "cuda" else "eager"
+        runner: type[ModelRunner] = _find("decode", name, MODEL_RUNNERS, "auto")
+        if runner.needs_cuda and device.type != "cuda":
+            raise ValueError(
+                f"decode={name!r} needs a CUDA device, and this one is {device.type!r}: "
+                "choose decode='auto' or 'eager'."
+            )
+        return runner
+
+    def make_scheduler(self, num_blocks: int) -> Scheduler:
+        """A scheduler for a cache of that many blocks."""
+        make = self.scheduler
+        if isinstance(make, str):
+            make = _find("scheduler", make, SCHEDULERS)
+        scheduler: Scheduler = make(BlockAllocator(num_blocks, self.block_size))
+        return scheduler
+
+
+def _find(option: str, name: str, table: Mapping[str, str], *others: str) -> Any:
+    """What a table names as `"module:object"`, imported now that it is used."""
+    if name not in table:
+        choices = ", ".join(map(repr, (*others, *table)))
+        raise ValueError(f"unknown {option} {name!r}: choose one of {choices}.")
+    return pkgutil.resolve_name(table[name])

@@ -1,0 +1,100 @@
+"""What the machine offers: memory for the cache, and a lock that threads get in turn."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections import deque
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+__all__ = ["FairLock", "get_kv_cache_memory", "get_physical_memory"]
+
+CGROUP_LIMITS = (
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
+MAX_CPU_KV_CACHE = 4 * 2**30
+GPU_MEMORY_SHARE = 0.8
+
+
+def get_physical_memory() -> int:
+    """Bytes of main memory: the machine's, or its container's limit if smaller."""
+    if sys.platform == "win32":
+        import ctypes
+
+        # MEMORYSTATUSEX: its own size first, then seven more numbers of 8 bytes.
+        status = (ctypes.c_ulonglong * 8)(64)
+        ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
+        return int(status[1])
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in map(Path, CGROUP_LIMITS):
+        limit = path.read_text().strip() if path.is_file() else "max"
+        limits += [int(limit)] if limit.isdigit() else []
+    return min(limits)
+
+
+def get_kv_cache_memory(device: torch.device | str) -> int:
+    """Bytes to set aside for the KV cache unless told otherwise; ask after loading.
+
+    Args:
+        device: CUDA: `GPU_MEMORY_SHARE` of what is free now. Otherwise a quarter of the main
+            memory, at most `MAX_CPU_KV_CACHE`.
+    """
+    if torch.device(device).type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * GPU_MEMORY_SHARE)
+    return min(get_physical_memory() // 4, MAX_CPU_KV_CACHE)
+
+
+class FairLock:
+    """A lock that threads get in the order in which they asked; who has it may enter again.
+
+    `threading.Lock` promises no order. A loop that lets it go and asks again at once gets it
+    before a thread that has to wake up first, so one busy loop would keep all others waiting.
+    """
+
+    def __init__(self) -> None:
+        self._guard = threading.RLock()  # of what follows, held for an instant only
+        self._waiting: deque[tuple[int, threading.Event]] = deque()
+        self._owner: int | None = None  # a thread
+        self._depth = 0  # how many times it has entered
+
+    def __enter__(self) -> None:
+        thread = threading.get_ident()
+        with self._guard:
+            if self._owner in (None, thread):
+                self._owner, self._depth = thread, self._depth + 1
+                return
+            turn = threading.Event()
+            self._waiting.append((thread, turn))
+        try:
+            turn.wait()
+        except BaseException:  # Ctrl-C: it leaves the queue, or passes on what it just got
+            with self._guard:
+                if turn.is_set():
+                    self._pass_on()
+                else:
+                    self._waiting.remove((thread, turn))
+            raise
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with self._guard:
+            self._depth -= 1
+            if self._depth == 0:
+                self._pass_on()
+
+    def _pass_on(self) -> None:
+        self._owner, self._depth = None, 0
+        if self._waiting:
+            self._owner, turn = self._waiting.popleft()
+            self._depth = 1
+            turn.set()
