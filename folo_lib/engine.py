@@ -11,8 +11,6 @@ __all__ = [
     "schedule_request",
     "Scheduler",
     "FCFSScheduler",
-    "load_generation_config",
-    "get_eos_token_ids",
     "take_token",
     "EngineCore",
     "fail",
@@ -21,7 +19,6 @@ __all__ = [
     "wait_for",
     "listen_to",
     "withdraw",
-    "apply_chat_template",
     "OfflineEngine",
     "find_parts",
     "make_processor",
@@ -37,12 +34,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from folo_lib.request import (
+from folo_lib.inputs import (
     InputProcessor,
-    Request,
-    RequestOutput,
-    RequestStatus,
     default_sampling_params,
+    get_eos_token_ids,
+    load_generation_config,
 )
 from folo_lib.runner import (
     GPUExecutor,
@@ -52,9 +48,10 @@ from folo_lib.runner import (
 )
 
 from . import bundled_model_path
-from .checkpoint import find_checkpoint, load_tokenizer
+from .checkpoint import load_tokenizer
 from .kv_cache import BlockAllocator
 from .qwen3 import Qwen3ForCausalLM
+from .request import Request, RequestOutput, RequestStatus
 from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -138,31 +135,6 @@ class FCFSScheduler:
     def has_unfinished(self) -> bool:
         """Whether a request waits or runs."""
         return self.running is not None or bool(self.waiting)
-
-
-# %% ../notebooks/10_engine.ipynb #load-generation-config
-def load_generation_config(model: str | os.PathLike[str]) -> "GenerationConfig | None":
-    """The `generation_config.json` of a folder or hub id; None if it has none."""
-    folder = find_checkpoint(model)
-    if not (folder / "generation_config.json").is_file():
-        return None
-    from transformers import GenerationConfig
-
-    config: GenerationConfig = GenerationConfig.from_pretrained(folder)
-    return config
-
-
-def get_eos_token_ids(*sources: Any) -> list[int]:
-    """The EOS ids of the first source that names any, as a list.
-
-    Args:
-        sources: generation config, model config, tokenizer; each may be None.
-    """
-    for source in sources:
-        ids = getattr(source, "eos_token_id", None)
-        if ids is not None:
-            return [ids] if isinstance(ids, int) else list(ids)
-    return []
 
 
 # %% ../notebooks/10_engine.ipynb #take-token
@@ -345,38 +317,6 @@ def withdraw(engine: StepEngine, groups: list[list[Request]]) -> None:
         engine.news.pop(group[0].request_id, None)
 
 
-# %% ../notebooks/10_engine.ipynb #apply-chat-template
-def apply_chat_template(
-    tokenizer: "PreTrainedTokenizerBase | None",
-    messages: Conversation,
-    options: Mapping[str, Any],
-) -> str:
-    """A conversation as the text of a prompt.
-
-    Args:
-        tokenizer: with a chat template.
-        messages: each a dict with `role` and `content`.
-        options: for Hugging Face's `apply_chat_template`, and for the template.
-
-    Raises:
-        ValueError: if there is no template, or no conversation.
-    """
-    template = options.get("chat_template") or getattr(tokenizer, "chat_template", None)
-    if tokenizer is None or template is None:
-        raise ValueError(
-            "this checkpoint has no chat template, so it may be a base model: use "
-            "generate() with text, or pass chat_template=..."
-        )
-    if not messages or not all("role" in message for message in messages):
-        raise ValueError(
-            f"messages is {messages!r}: pass a list of dicts with 'role' and "
-            "'content', such as [{'role': 'user', 'content': 'Hello'}]."
-        )
-    conversation: Any = list(messages)
-    options = {"add_generation_prompt": True, **options, "tokenize": False}
-    return str(tokenizer.apply_chat_template(conversation, **options))
-
-
 # %% ../notebooks/10_engine.ipynb #offline-engine
 class OfflineEngine(StepEngine):
     """`StepEngine` that waits for its outputs."""
@@ -420,14 +360,9 @@ class OfflineEngine(StepEngine):
             sampling_params, use_tqdm: see `generate`.
             template_options: see `apply_chat_template`; `enable_thinking=True` is one.
         """
-        single = len(messages) > 0 and isinstance(messages[0], Mapping)
-        conversations: Any = [messages] if single else messages
-        tokenizer = self.processor.tokenizer
-        texts = [
-            apply_chat_template(tokenizer, conversation, template_options)
-            for conversation in conversations
-        ]
-        groups = self.processor.process_requests(texts, sampling_params, False)
+        groups = self.processor.process_chat(
+            messages, sampling_params, template_options
+        )
         return wait_for(self, groups, use_tqdm)
 
 

@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from folo_lib import LLMEngine, SamplingParams, bundled_model_path, load_model
-from folo_lib.engine import FCFSScheduler, get_eos_token_ids, load_generation_config
+from folo_lib.engine import FCFSScheduler
+from folo_lib.inputs import get_eos_token_ids, load_generation_config
 from folo_lib.kv_cache import BlockAllocator
 from folo_lib.request import Request, RequestOutput
 from folo_lib.runner import ScheduledRequest

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 
 from folo_lib.course.exercises import exercise, require
 from folo_lib.engine import FCFSScheduler, Prompt, StepEngine
+from folo_lib.inputs import InputProcessor
 from folo_lib.kv_cache import BlockAllocator
-from folo_lib.request import InputProcessor, Request, RequestOutput
+from folo_lib.request import Request, RequestOutput
 from folo_lib.runner import GPUExecutor, SampledToken, ScheduledRequest
 from folo_lib.sampling_params import SamplingParams
 
