@@ -12,37 +12,21 @@ __all__ = [
     "IncrementalDetokenizer",
     "elapsed",
     "RequestMetrics",
-    "record_token",
     "merge_metrics",
     "Logprob",
     "label_logprobs",
-    "RequestState",
-    "take_last_token",
     "Request",
     "CompletionOutput",
     "RequestOutput",
-    "to_token_ids",
-    "check_params",
-    "resolve_max_tokens",
-    "TextCodec",
-    "pair_with_params",
-    "CheckedPrompt",
-    "check_prompts",
-    "make_requests",
-    "InputProcessor",
-    "default_sampling_params",
 ]
 
 # %% ../notebooks/09_request.ipynb #imports
 import codecs
 import enum
-import random
 import time
-import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, Self
 
 from .runner import SampledToken
@@ -50,7 +34,7 @@ from .sampler import Sampler
 from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 # %% ../notebooks/09_request.ipynb #request-status
@@ -279,19 +263,18 @@ class RequestMetrics:
         """Output tokens per second from arrival to end; None before the end."""
         return self.num_output_tokens / self.total_time if self.total_time else None
 
-
-# %% ../notebooks/09_request.ipynb #record-token
-def record_token(metrics: RequestMetrics, now: float) -> None:
-    """Takes note of a token made now."""
-    if metrics.first_token_time is None:
-        metrics.first_token_time = now
-    else:
-        metrics.decode_time = now - metrics.first_token_time
-        metrics.num_decode_tokens += 1
-    metrics.last_token_time = now
-    metrics.num_output_tokens += 1
+    def record_token(self, now: float) -> None:
+        """Takes note of a token made now."""
+        if self.first_token_time is None:
+            self.first_token_time = now
+        else:
+            self.decode_time = now - self.first_token_time
+            self.num_decode_tokens += 1
+        self.last_token_time = now
+        self.num_output_tokens += 1
 
 
+# %% ../notebooks/09_request.ipynb #merge-metrics
 def merge_metrics(samples: Sequence[RequestMetrics]) -> RequestMetrics:
     """The metrics of a prompt from those of its samples."""
 
@@ -348,10 +331,10 @@ def label_logprobs(
     return labelled
 
 
-# %% ../notebooks/09_request.ipynb #request-state
+# %% ../notebooks/09_request.ipynb #request
 @dataclass(kw_only=True, eq=False)
-class RequestState:
-    """One sample of one prompt, as data.
+class Request:
+    """One sample of one prompt: the unit that a scheduler runs.
 
     Attributes:
         index: which of the prompt's `n` samples, which share `request_id`.
@@ -398,37 +381,6 @@ class RequestState:
         """What may be shown of the output."""
         return "" if self.detokenizer is None else self.detokenizer.text
 
-
-# %% ../notebooks/09_request.ipynb #take-last-token
-def take_last_token(request: RequestState) -> tuple[str, int | str | None] | None:
-    """Adds the text of the last token and says whether the request ends there.
-
-    Returns:
-        Finish reason and stop reason; None to go on. The stop reason is None for the
-        tokenizer's EOS and for length, else the id or string that stopped.
-    """
-    ending = Sampler.check_stop_conditions(
-        request.output_token_ids,
-        request.params,
-        request.eos_token_id,
-        request.eos_token_ids,
-        request.max_tokens,
-    )
-    if request.detokenizer is None:
-        return ending
-    stopped_by_id = ending is not None and ending[0] == "stop"
-    found = None
-    if not stopped_by_id or request.params.include_stop_str_in_output:
-        found = request.detokenizer.append(request.output_token_ids[-1])
-    if ending is not None:
-        found = request.detokenizer.flush() or found
-    return ("stop", found) if found and not stopped_by_id else ending
-
-
-# %% ../notebooks/09_request.ipynb #request
-class Request(RequestState):
-    """One sample of one prompt: the unit that a scheduler runs."""
-
     @property
     def next_token_ids(self) -> list[int]:
         """The tokens that the model has not read: first the prompt, then one by one."""
@@ -453,11 +405,36 @@ class Request(RequestState):
         if sampled.logprobs is not None:
             self.logprobs.append(label_logprobs(sampled.logprobs, self.detokenizer))
             self.cumulative_logprob += sampled.logprobs[0][1]
-        record_token(self.metrics, now)
-        if ending := take_last_token(self):
+        self.metrics.record_token(now)
+        if ending := self.take_last_token():
             finish_reason, self.stop_reason = ending
             self.status = RequestStatus(finish_reason)
             self.metrics.finished_time = now
+
+    def take_last_token(self) -> tuple[str, int | str | None] | None:
+        """Adds the text of the last token and says whether the request ends there.
+
+        Returns:
+            Finish reason and stop reason; None to go on. The stop reason is None for
+            the tokenizer's EOS and for length, else the id or string that stopped.
+        """
+        params, text = self.params, self.detokenizer
+        ending = Sampler.check_stop_conditions(
+            self.output_token_ids,
+            params,
+            self.eos_token_id,
+            self.eos_token_ids,
+            self.max_tokens,
+        )
+        if text is None:
+            return ending
+        stopped_by_id = ending is not None and ending[0] == "stop"
+        found = None
+        if not stopped_by_id or params.include_stop_str_in_output:
+            found = text.append(self.output_token_ids[-1])
+        if ending is not None:
+            found = text.flush() or found
+        return ("stop", found) if found and not stopped_by_id else ending
 
     def finish(
         self, status: RequestStatus, error: str | None = None, now: float | None = None
@@ -546,330 +523,3 @@ class RequestOutput:
             metrics=merge_metrics([request.metrics for request in requests]),
             error=next((r.error for r in requests if r.error is not None), None),
         )
-
-
-# %% ../notebooks/09_request.ipynb #to-token-ids
-def to_token_ids(prompt: Any, vocab_size: int) -> list[int]:
-    """A prompt of token ids as a list of ints.
-
-    Args:
-        prompt: a sequence of ints, or a tensor or array `[S]`.
-        vocab_size: `V`.
-
-    Raises:
-        TypeError: if it is not a sequence of ints.
-        ValueError: if it has not one dimension, or an id is not in the vocabulary.
-    """
-    shape = list(getattr(prompt, "shape", [1]))
-    if len(shape) != 1:
-        raise ValueError(
-            f"prompt has shape {shape}, and [S] is expected: pass a batch as a list of "
-            "lists of ids, without the padding, which the model would read as text."
-        )
-    values = prompt.tolist() if hasattr(prompt, "tolist") else prompt
-    if not isinstance(values, Sequence) or isinstance(values, (str, bytes, bytearray)):
-        raise TypeError(
-            f"prompt is a {type(prompt).__name__}, and a str or a sequence of token "
-            "ids is expected. Decode bytes; of a tokenizer's output take .input_ids."
-        )
-    if set(map(type, values)) == {int} and 0 <= min(values) <= max(values) < vocab_size:
-        return list(values)  # nearly always: nothing is looked at one by one
-    for at, token_id in enumerate(values):
-        if isinstance(token_id, bool) or not isinstance(token_id, Integral):
-            raise TypeError(
-                f"prompt has {token_id!r} at position {at}, and token ids are ints."
-            )
-        if not 0 <= int(token_id) < vocab_size:
-            raise ValueError(
-                f"prompt has token id {token_id} at position {at}, and ids go from 0 "
-                f"to {vocab_size - 1}: was it made with another model's tokenizer?"
-            )
-    return [int(token_id) for token_id in values]
-
-
-# %% ../notebooks/09_request.ipynb #check-params
-def check_params(params: SamplingParams, vocab_size: int, has_text: bool) -> None:
-    """Raises an error if a model cannot serve these params.
-
-    Args:
-        vocab_size: `V`.
-        has_text: whether there is a tokenizer.
-    """
-    if not isinstance(params, SamplingParams):
-        raise TypeError(f"params is a {type(params).__name__}, not SamplingParams.")
-    if params.stop and not has_text:
-        raise ValueError(
-            f"stop={params.stop!r} is looked for in the text, and without a tokenizer "
-            "there is none: use stop_token_ids."
-        )
-    beyond = [i for i in params.stop_token_ids or () if i >= vocab_size]
-    if beyond:
-        raise ValueError(
-            f"stop_token_ids holds {beyond[0]}, and ids go from 0 to {vocab_size - 1}."
-        )
-    if (params.logprobs or 0) > vocab_size:
-        raise ValueError(
-            f"logprobs={params.logprobs} is more than the {vocab_size} tokens of the "
-            "vocabulary: -1 asks for all."
-        )
-
-
-# %% ../notebooks/09_request.ipynb #resolve-max-tokens
-def resolve_max_tokens(
-    params: SamplingParams, num_prompt_tokens: int, max_model_len: int
-) -> int:
-    """How many tokens a prompt may get: `max_tokens`, or the fewer there is room for.
-
-    Raises:
-        ValueError: if the prompt is empty, or leaves no room for one token or for
-            `min_tokens`.
-    """
-    room = max_model_len - num_prompt_tokens
-    if num_prompt_tokens == 0:
-        raise ValueError("the prompt is empty: the model needs a token to go on from.")
-    if room < 1:
-        raise ValueError(
-            f"the prompt has {num_prompt_tokens} tokens, and with max_model_len="
-            f"{max_model_len} at most {max_model_len - 1} leave room for an answer: "
-            "shorten it, or raise max_model_len."
-        )
-    if params.min_tokens > room:
-        raise ValueError(
-            f"min_tokens={params.min_tokens} does not fit: the prompt has "
-            f"{num_prompt_tokens} of max_model_len={max_model_len} tokens. Ask for at "
-            f"most {room}, shorten the prompt, or raise max_model_len."
-        )
-    return min(room, params.max_tokens or room)
-
-
-# %% ../notebooks/09_request.ipynb #text-codec
-@dataclass
-class TextCodec:
-    """Text to token ids and back, as the checkpoint's tokenizer has it.
-
-    Args:
-        tokenizer: byte-level; None: there is no text, only ids.
-        vocab_size: `V` of the model.
-    """
-
-    tokenizer: "PreTrainedTokenizerBase | None"
-    vocab_size: int
-
-    def __post_init__(self) -> None:
-        tokenizer = self.tokenizer
-        self.token_bytes = None if tokenizer is None else TokenBytes(tokenizer)
-        self.eos_token_id: int | None = getattr(tokenizer, "eos_token_id", None)
-
-    def encode(self, prompt: Any, add_special_tokens: bool = True) -> list[int]:
-        """The token ids of a prompt, which may be ids already."""
-        if not isinstance(prompt, str):
-            return to_token_ids(prompt, self.vocab_size)
-        if self.tokenizer is None:
-            raise ValueError(
-                f"prompt {prompt[:40]!r} is text, and there is no tokenizer: pass "
-                "token ids, or give the engine a tokenizer."
-            )
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"prompt has {prompt[error.start]!r} at position {error.start}, half a "
-                "surrogate pair and no character: mend it where it was decoded."
-            ) from None
-        ids = self.tokenizer(prompt, add_special_tokens=add_special_tokens).input_ids
-        return to_token_ids(ids, self.vocab_size)
-
-    def decode_tokens(
-        self, token_ids: Sequence[int], skip_special_tokens: bool = True
-    ) -> str:
-        """The text of token ids."""
-        if self.tokenizer is None:
-            raise ValueError("there is no tokenizer: give the engine one, to get text.")
-        ids = to_token_ids(token_ids, self.vocab_size)
-        text = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
-        return str(text)
-
-    def make_detokenizer(self, params: SamplingParams) -> IncrementalDetokenizer | None:
-        """For one request; None if it shall have no text."""
-        if self.token_bytes is None or not params.detokenize:
-            return None
-        return IncrementalDetokenizer(self.token_bytes, params)
-
-
-# %% ../notebooks/09_request.ipynb #pair-with-params
-def pair_with_params(
-    prompts: Any,
-    params: SamplingParams | Sequence[SamplingParams] | None,
-    default_params: SamplingParams,
-) -> list[tuple[Any, SamplingParams]]:
-    """A prompt or several, each with the params that it shall run under.
-
-    Args:
-        prompts: a str, token ids, or a list of either.
-        params: one for all of them, or one for each; None: the defaults.
-        default_params: taken for None.
-
-    Raises:
-        ValueError: if there are more or fewer params than prompts.
-    """
-    is_list = isinstance(prompts, Sequence) and not isinstance(prompts, (str, bytes))
-    if not is_list or (len(prompts) > 0 and isinstance(prompts[0], Integral)):
-        prompts = [prompts]
-    if params is None or isinstance(params, SamplingParams):
-        params = [params or default_params] * len(prompts)
-    each = [default_params if own is None else own for own in params]
-    if len(each) != len(prompts):
-        raise ValueError(
-            f"there are {len(each)} sampling params and {len(prompts)} prompts: pass "
-            "one for each, or a single one for all."
-        )
-    return list(zip(prompts, each, strict=True))
-
-
-# %% ../notebooks/09_request.ipynb #check-prompts
-@dataclass(frozen=True)
-class CheckedPrompt:
-    """A prompt that can run, and what it runs under."""
-
-    prompt: str | None
-    token_ids: list[int]
-    params: SamplingParams
-    max_tokens: int
-
-
-def check_prompts(
-    pairs: Sequence[tuple[Any, SamplingParams]],
-    codec: TextCodec,
-    max_model_len: int,
-    add_special_tokens: bool = True,
-) -> list[CheckedPrompt]:
-    """Tokenizes prompts and checks them, and their params, against the model's limits.
-
-    Raises:
-        TypeError: if a prompt is of a wrong kind.
-        ValueError: if a prompt or its params cannot be served.
-    """
-    checked = []
-    for position, (prompt, params) in enumerate(pairs):
-        try:
-            check_params(params, codec.vocab_size, codec.tokenizer is not None)
-            ids = codec.encode(prompt, add_special_tokens)
-            max_tokens = resolve_max_tokens(params, len(ids), max_model_len)
-        except (TypeError, ValueError) as error:
-            if len(pairs) == 1:
-                raise
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"prompts[{position}]: {error}") from error
-        text = prompt if isinstance(prompt, str) else None
-        checked.append(CheckedPrompt(text, ids, params, max_tokens))
-    return checked
-
-
-# %% ../notebooks/09_request.ipynb #make-requests
-def make_requests(
-    checked: CheckedPrompt,
-    processor: "InputProcessor",
-    request_id: str | None,
-    arrival_time: float,
-) -> list[Request]:
-    """The requests of a prompt, one for each of its samples.
-
-    Args:
-        processor: has the EOS ids, and a seed if the params have none.
-        request_id: None makes a UUID.
-    """
-    params = checked.params
-    seed = processor.seeds.getrandbits(63) if params.seed is None else params.seed
-    request_id = str(uuid.uuid4()) if request_id is None else request_id
-    return [
-        Request(
-            request_id=request_id,
-            index=index,
-            prompt=checked.prompt,
-            prompt_token_ids=checked.token_ids,
-            params=params,
-            seed=seed,
-            max_tokens=checked.max_tokens,
-            eos_token_id=processor.eos_token_id,
-            eos_token_ids=tuple(processor.eos_token_ids),
-            detokenizer=processor.make_detokenizer(params),
-            metrics=RequestMetrics(arrival_time),
-        )
-        for index in range(params.n)
-    ]
-
-
-# %% ../notebooks/09_request.ipynb #input-processor
-@dataclass
-class InputProcessor(TextCodec):
-    """Turns prompts into requests, and says what is wrong with those it cannot.
-
-    Args:
-        tokenizer, vocab_size: as for `TextCodec`.
-        max_model_len: most tokens of prompt and output together.
-        eos_token_ids: of the generation config.
-        default_params: for prompts without any.
-        seed: of the random seeds for requests without one.
-    """
-
-    max_model_len: int
-    eos_token_ids: Sequence[int] = ()
-    default_params: SamplingParams = field(default_factory=SamplingParams)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.seeds = random.Random(self.seed)  # for requests without one
-
-    def process_request(
-        self,
-        prompt: Any,
-        params: SamplingParams | None = None,
-        request_id: str | None = None,
-        arrival_time: float | None = None,
-        add_special_tokens: bool = True,
-    ) -> list[Request]:
-        """The requests of one prompt: a str, or a sequence or tensor of token ids.
-
-        Args:
-            arrival_time: of `time.perf_counter()`; None is now.
-            add_special_tokens: False for the text of a chat template, which has them.
-        """
-        now = time.perf_counter() if arrival_time is None else arrival_time
-        pairs = [(prompt, self.default_params if params is None else params)]
-        [checked] = check_prompts(pairs, self, self.max_model_len, add_special_tokens)
-        return make_requests(checked, self, request_id, now)
-
-    def process_requests(
-        self,
-        prompts: Any,
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
-        add_special_tokens: bool = True,
-    ) -> list[list[Request]]:
-        """The requests of each prompt; all prompts are checked before any is made."""
-        now = time.perf_counter()
-        pairs = pair_with_params(prompts, params, self.default_params)
-        checked = check_prompts(pairs, self, self.max_model_len, add_special_tokens)
-        return [make_requests(one, self, None, now) for one in checked]
-
-
-# %% ../notebooks/09_request.ipynb #default-sampling-params
-def default_sampling_params(config: "GenerationConfig | None") -> SamplingParams:
-    """What Hugging Face's `generate()` would do with a generation config.
-
-    Args:
-        config: of the checkpoint; None: the defaults of `SamplingParams`.
-
-    Returns:
-        Greedy unless `do_sample` is set; `max_tokens` is 16 unless it is named.
-    """
-    if config is None:
-        return SamplingParams()
-    names = {"repetition_penalty": "repetition_penalty", "max_new_tokens": "max_tokens"}
-    if config.do_sample:
-        names |= {name: name for name in ("temperature", "top_k", "top_p", "min_p")}
-    values: dict[str, Any] = {"top_k": 50} if config.do_sample else {"temperature": 0.0}
-    for theirs, ours in names.items():
-        if getattr(config, theirs, None) is not None:
-            values[ours] = getattr(config, theirs)
-    return SamplingParams(**values)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 
 from folo_lib.course.exercises import exercise, require
-from folo_lib.request import RequestMetrics, record_token
+from folo_lib.request import RequestMetrics
 
 __all__ = ["check_goodput", "check_hide_thought"]
 
@@ -18,7 +18,7 @@ def make_metrics(
     """Of a request that got tokens at these times and ended at `end`, if it has."""
     metrics = RequestMetrics(arrival, first_scheduled_time=arrival)
     for now in tokens:
-        record_token(metrics, now)
+        metrics.record_token(now)
     metrics.finished_time = end
     return metrics
 
