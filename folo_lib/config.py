@@ -122,7 +122,11 @@ class EngineConfig:
         for name in options:
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-                advice = f"did you mean {near[0]!r}?" if near else "there are " + ", ".join(names)
+                advice = (
+                    f"did you mean {near[0]!r}?"
+                    if near
+                    else "there are " + ", ".join(names)
+                )
                 raise TypeError(f"the engine has no option {name!r}: {advice}")
         return cls(**options)
 

@@ -227,8 +227,8 @@ class RequestTable:
         request_id = group[0].request_id
         if request_id in self.groups:
             raise ValueError(
-                f"request_id {request_id!r} is in use: wait for that request, abort it, "
-                "or leave the id out to get a fresh one."
+                f"request_id {request_id!r} is in use: wait for that request, abort "
+                "it, or leave the id out to get a fresh one."
             )
         self.groups[request_id] = group, inbox
         for request in group:
@@ -236,7 +236,7 @@ class RequestTable:
             self.scheduler.add(request)
 
     def update(self, request: Request) -> None:
-        """Puts news where the caller looks; one that has ended gives its blocks back."""
+        """Puts news where the caller looks; who has ended gives the blocks back."""
         if request.sample_id in self.unfinished:  # not aborted in the meantime
             if request.status.is_finished:
                 del self.unfinished[request.sample_id]
@@ -329,7 +329,7 @@ class LLMEngine:
         """Queues a prompt and returns its request id; `step` brings the outputs.
 
         Raises:
-            ValueError: if the prompt or its params cannot be served, or the id is in use.
+            ValueError: if the prompt cannot be served, or the id is in use.
         """
         group = self.processor.process_request(prompt, sampling_params, request_id)
         self.submit([group], self._inbox)

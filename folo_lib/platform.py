@@ -73,7 +73,9 @@ class FairLock:
             self._waiting.append((thread, turn))
         try:
             turn.wait()
-        except BaseException:  # Ctrl-C: it leaves the queue, or passes on what it just got
+        except (
+            BaseException
+        ):  # Ctrl-C: it leaves the queue, or passes on what it just got
             with self._guard:
                 if turn.is_set():
                     self._pass_on()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import itertools
 import logging
 import random
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from transformers import (
 )
 
 from folo_lib import LLMEngine, SamplingParams, bundled_model_path, load_model
-from folo_lib.engine import FCFSScheduler, Inbox
+from folo_lib.engine import FCFSScheduler, schedule_request
 from folo_lib.inputs import get_eos_token_ids, load_generation_config
 from folo_lib.kv_cache import BlockAllocator
 from folo_lib.request import Request, RequestOutput
@@ -746,6 +749,203 @@ class TestBadDays:
             assert ids_of(fresh, PROMPTS, LIVELY) == right
 
 
+class TestNaN:
+    """Weights that float32 can take and float16 cannot."""
+
+    @pytest.fixture
+    def overflowing(self) -> Iterator[LLMEngine]:
+        engine = LLMEngine(FOLDER, dtype="float16", device="cpu", use_tqdm=False)
+        projection = engine.executor.worker.runner.model.model.layers[0].mlp.down_proj
+        before = projection.weight.clone()
+        projection.weight.mul_(3e4)
+        yield engine
+        projection.weight.copy_(before)
+        assert ids_of(engine, "The fox", GREEDY)  # nothing is left of it in the cache
+        assert_idle(engine)
+
+    @pytest.mark.parametrize(
+        "params",
+        [GREEDY, LIVELY, SamplingParams(top_k=3, top_p=0.5, seed=1, logprobs=2)],
+        ids=["greedy", "penalties", "filters and logprobs"],
+    )
+    def test_ends_with_an_error_that_says_what_to_do(
+        self, overflowing: LLMEngine, params: SamplingParams
+    ) -> None:
+        for output in run(overflowing, PROMPTS, params):
+            sample = output.outputs[0]
+            assert (sample.finish_reason, sample.token_ids) == ("error", [])
+            assert "NaN" in str(output.error) and "float16" in str(output.error)
+            assert "'bfloat16' or 'float32'" in str(output.error)
+
+    def test_in_float32_it_is_a_text(self) -> None:
+        engine = LLMEngine(FOLDER, dtype="float32", device="cpu", use_tqdm=False)
+        layers = engine.executor.worker.runner.model.model.layers
+        layers[0].mlp.down_proj.weight.mul_(3e4)
+        [output] = run(engine, "The fox", GREEDY)
+        assert output.error is None and len(output.outputs[0].token_ids) == 8
+
+    def test_neighbours_go_on(
+        self, fresh: LLMEngine, monkeypatch: pytest.MonkeyPatch, right: list[list[int]]
+    ) -> None:
+        """All three in every step; the row of the second is spoiled in the fourth."""
+        runner = fresh.executor.worker.runner
+        original, calls = runner.get_next_token_logits, 0
+
+        def spoiled(hidden_states: Any, batch: Any) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            logits = original(hidden_states, batch)
+            if calls == 4:
+                logits[1, 7] = float("nan")
+            return logits
+
+        monkeypatch.setattr(runner, "get_next_token_logits", spoiled)
+        fresh.scheduler = Together(fresh.executor.num_blocks)
+        fresh._table.scheduler = fresh.scheduler
+        outputs = run(fresh, PROMPTS, LIVELY)
+        assert [out.outputs[0].token_ids for out in outputs] == [
+            right[0],
+            right[1][:3],
+            right[2],
+        ]
+        reasons = [out.outputs[0].finish_reason for out in outputs]
+        assert reasons == ["length", "error", "length"]
+
+
+@pytest.fixture(scope="module")
+def small() -> LLMEngine:
+    return LLMEngine(FOLDER, device="cpu", max_model_len=256, use_tqdm=False)
+
+
+class TestThreads:
+    """Several callers at once; each must get what it gets alone."""
+
+    params = (
+        SamplingParams(temperature=0, max_tokens=40, seed=0),
+        SamplingParams(temperature=0.9, seed=4, max_tokens=40, repetition_penalty=1.2),
+        SamplingParams(seed=9, max_tokens=30, top_p=0.8, stop="the", min_tokens=3),
+        SamplingParams(
+            temperature=0, max_tokens=25, seed=0, presence_penalty=0.7, logprobs=2
+        ),
+    )
+    prompts = ("The fox", "One day a kite", "Tom saw", "Once upon a time there was")
+
+    def generated(self, engine: LLMEngine, i: int) -> Any:
+        return run(engine, [self.prompts[i]], self.params[i])[0].outputs
+
+    def streamed(self, engine: LLMEngine, i: int) -> Any:
+        *_, last = engine.stream(self.prompts[i], self.params[i])
+        return last.outputs
+
+    def by_hand(self, engine: LLMEngine, i: int) -> Any:
+        name = engine.add_request(self.prompts[i], self.params[i])
+        while True:
+            for output in engine.step():
+                if output.request_id == name and output.finished:
+                    return output.outputs
+
+    @pytest.mark.parametrize("rounds", [8, pytest.param(200, marks=pytest.mark.more)])
+    @pytest.mark.parametrize("callers", [2, 4])
+    def test_generate(self, small: LLMEngine, callers: int, rounds: int) -> None:
+        alone = [self.generated(small, i) for i in range(4)]
+        with ThreadPoolExecutor(callers) as pool:
+            for turn in range(rounds):
+                who = [(turn + i) % 4 for i in range(callers)]
+                got = pool.map(lambda i: self.generated(small, i), who)
+                assert list(got) == [alone[i] for i in who], f"round {turn}"
+        assert_idle(small)
+
+    def test_every_way_to_ask(self, small: LLMEngine) -> None:
+        ways = [self.generated, self.streamed, self.by_hand, self.generated]
+        alone = [way(small, i) for i, way in enumerate(ways)]
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(8):
+                got = list(pool.map(lambda i: ways[i](small, i), range(4)))
+                assert got == alone
+        assert_idle(small)
+
+    def test_asyncio(self, small: LLMEngine) -> None:
+        alone = [self.generated(small, i) for i in range(2)]
+
+        async def both() -> list[Any]:
+            tasks = (asyncio.to_thread(self.generated, small, i) for i in range(2))
+            return await asyncio.gather(*tasks)
+
+        for _ in range(8):
+            assert asyncio.run(both()) == alone
+
+    def test_a_stream_held_open_blocks_nobody(self, small: LLMEngine) -> None:
+        alone = [self.generated(small, 1), self.generated(small, 0)]
+        stream = small.stream(self.prompts[0], self.params[0])
+        outputs = [next(stream)]
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(self.generated, small, 1).result(60) == alone[0]
+        outputs += stream
+        assert outputs[-1].outputs == alone[1]
+        assert outputs[-1].finished and len(outputs) == 2  # the rest came at once
+        assert_idle(small)
+
+    def test_they_take_turns(
+        self, small: LLMEngine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """While both wait for their prompts, both run steps."""
+        stepping: list[int] = []
+        original = small.executor.execute_model
+
+        def noting(plans: Any) -> Any:
+            stepping.append(threading.get_ident())
+            return original(plans)
+
+        monkeypatch.setattr(small.executor, "execute_model", noting)
+        start = threading.Barrier(2)
+
+        def long(prompt: str) -> None:
+            start.wait()
+            run(small, prompt, SamplingParams(max_tokens=60, ignore_eos=True))
+
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(long, ["The fox", "One day"]))
+        shares = [stepping[5:55].count(thread) for thread in set(stepping)]
+        assert len(shares) == 2 and min(shares) > 10
+
+    def test_errors_and_aborts_of_one_leave_the_others(
+        self, small: LLMEngine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        alone = self.generated(small, 1)
+
+        def annoying() -> None:
+            for turn in range(12):
+                if turn % 3 == 0:
+                    with pytest.raises(ValueError, match="empty"):
+                        run(small, "")
+                elif turn % 3 == 1:
+                    stream = small.stream("A kite", GREEDY)
+                    next(stream)
+                    stream.close()
+                else:
+                    name = small.add_request("A kite", GREEDY)
+                    small.abort_request(name)
+                    assert small.step()[0].outputs[0].finish_reason == "abort"
+
+        with ThreadPoolExecutor(2) as pool:
+            noise = pool.submit(annoying)
+            for _ in range(6):
+                assert self.generated(small, 1) == alone
+            noise.result(60)
+        assert_idle(small)
+
+    def test_tokenizing_in_several_threads(self, small: LLMEngine) -> None:
+        texts = [f"{word} " * 50 for word in ("fox", "kite", "moon", "lake")]
+        right = [small.processor.process_request(t)[0].prompt_token_ids for t in texts]
+
+        def tokenize(i: int) -> Any:
+            return small.processor.process_request(texts[i % 4])[0].prompt_token_ids
+
+        with ThreadPoolExecutor(4) as pool:
+            got = list(pool.map(tokenize, range(200)))
+        assert got == right * 50
+
+
 class TestMetrics:
     def test_times_add_up(self, engine: LLMEngine) -> None:
         first, second = run(engine, ["The fox", "One day"], GREEDY)
@@ -899,6 +1099,67 @@ class Chunks(FCFSScheduler):
         ]
 
 
+class Together(FCFSScheduler):
+    """Everybody in every step, each with blocks of its own, in disorder."""
+
+    def __init__(self, allocator: BlockAllocator | int) -> None:
+        if isinstance(allocator, int):
+            allocator = BlockAllocator(allocator)
+        super().__init__(allocator)
+        self.all: list[Request] = []
+
+    def choose(self) -> list[Request]:
+        return self.all
+
+    def schedule(self) -> list[ScheduledRequest]:
+        while self.waiting:
+            request = self.waiting.popleft()
+            length = len(request.prompt_token_ids) + request.max_tokens
+            request.block_ids = self.allocator.allocate(length)[::-1]
+            request.start()
+            self.all.append(request)
+        return [schedule_request(request) for request in self.choose()]
+
+    def finish(self, request: Request) -> None:
+        if request in self.all:
+            self.all.remove(request)
+        super().finish(request)
+
+    def has_unfinished(self) -> bool:
+        return bool(self.waiting or self.all)
+
+
+class SitOut(Together):
+    """Some of them in each step, chosen at random; at times one moves or starts over."""
+
+    def __init__(self, allocator: BlockAllocator | int) -> None:
+        super().__init__(allocator)
+        self.rng = random.Random(0)
+
+    def choose(self) -> list[Request]:
+        if not self.all:
+            return []
+        if self.rng.random() < 0.2:  # it is recomputed elsewhere
+            request = self.rng.choice(self.all)
+            self.allocator.free(request.block_ids)
+            length = len(request.prompt_token_ids) + request.max_tokens
+            request.block_ids = self.allocator.allocate(length)
+            self.rng.shuffle(request.block_ids)
+            request.num_computed_tokens = 0
+        return self.rng.sample(self.all, self.rng.randint(1, len(self.all)))
+
+
+class AfterSix(FCFSScheduler):
+    """The first request writes six tokens; then another runs a step; then it goes on."""
+
+    def schedule(self) -> list[ScheduledRequest]:
+        if self.running and len(self.running.output_token_ids) == 6 and self.waiting:
+            other = self.waiting.popleft()
+            other.block_ids = self.allocator.allocate(8)
+            return [schedule_request(other)]
+        return super().schedule()
+
+
 class TestScheduler:
     def test_a_prompt_may_be_read_in_chunks(self, engine: LLMEngine) -> None:
         chunked = LLMEngine(FOLDER, device="cpu", scheduler=Chunks, use_tqdm=False)
@@ -906,6 +1167,37 @@ class TestScheduler:
         for params in (GREEDY, LIVELY):
             assert ids_of(chunked, prompts, params) == ids_of(engine, prompts, params)
         assert_idle(chunked)
+
+    def test_penalties_outlive_a_step_of_somebody_else(self) -> None:
+        engine = LLMEngine(FOLDER, device="cpu", scheduler=AfterSix, use_tqdm=False)
+        params = SamplingParams(
+            temperature=0,
+            presence_penalty=2,
+            frequency_penalty=2,
+            max_tokens=12,
+            ignore_eos=True,
+        )
+        one = SamplingParams(temperature=0, max_tokens=1)
+        first, _ = ids_of(engine, [[5, 6, 7], [9]], [params, one])
+        assert first[6:] == [688, 340, 1530, 13, 2045, 583]
+
+    @pytest.mark.parametrize("scheduler", [Together, SitOut])
+    def test_company_changes_nothing(
+        self, engine: LLMEngine, scheduler: type[Together]
+    ) -> None:
+        """Penalties, seeds, minimum lengths: as alone, whoever runs in a step."""
+        prompts = [[5 + i] * n for i, n in enumerate((3, 17, 1, 40, 8))]
+        params = [
+            SamplingParams(temperature=0, max_tokens=30, presence_penalty=1.5),
+            SamplingParams(seed=1, max_tokens=25, frequency_penalty=1.0, logprobs=1),
+            SamplingParams(seed=2, max_tokens=40, repetition_penalty=1.5),
+            SamplingParams(temperature=0, max_tokens=20, min_tokens=20),
+            SamplingParams(seed=3, max_tokens=35, top_k=5, frequency_penalty=0.3),
+        ]
+        own = LLMEngine(FOLDER, device="cpu", scheduler=scheduler, use_tqdm=False)
+        for _ in range(3):
+            assert ids_of(own, prompts, params) == ids_of(engine, prompts, params)
+        assert not own.has_unfinished_requests()
 
     def test_blocks_for_all_that_may_be_written(self, engine: LLMEngine) -> None:
         allocator = BlockAllocator(10, 16)

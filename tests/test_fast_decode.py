@@ -23,12 +23,13 @@ from torch._dynamo.testing import CompileCounter
 
 from folo_lib import LLMEngine, bundled_model_path, load_model
 from folo_lib.attention import TorchNaiveBackend, naive_attention
+from folo_lib.config import MODEL_RUNNERS, EngineConfig
 from folo_lib.fast_decode import (
     CHUNK,
     FIRST_LONG_BUCKET,
     CUDAGraphRunner,
-    InFlightStep,
     GraphSet,
+    InFlightStep,
     ModelStep,
     PlainCUDAGraphRunner,
     RunAhead,
@@ -54,7 +55,6 @@ from folo_lib.fast_decode import (
 from folo_lib.kv_cache import allocate_kv_caches
 from folo_lib.qwen3 import Qwen3ForCausalLM
 from folo_lib.runner import (
-    MODEL_RUNNERS,
     GPUWorker,
     ModelRunner,
     ScheduledRequest,
@@ -88,9 +88,15 @@ Case = tuple[str, str]
 def unrecorded() -> Iterator[None]:
     """A name for the runner as it is on a CPU, where nothing is recorded."""
     with pytest.MonkeyPatch.context() as patch:
-        path = MODEL_RUNNERS["cuda_graph"]
-        patch.setitem(MODEL_RUNNERS, "unrecorded", path)
+        patch.setitem(MODEL_RUNNERS, "unrecorded", f"{__name__}:UnrecordedRunner")
         yield
+
+
+class UnrecordedRunner(CUDAGraphRunner):
+    needs_cuda = False
+
+
+EAGER = EngineConfig(decode="eager", use_tqdm=False)
 
 
 def make_engine(case: Case, **options: Any) -> LLMEngine:
@@ -501,7 +507,10 @@ class TestRunner:
             params = SamplingParams(temperature=1, top_k=top_k)
             plan = ScheduledRequest("x", [1, 2], 0, [0], [1, 2], params)
             runner.run_step([plan])
-        assert len(runner.launcher.sampler_graphs.graphs) == runner.launcher.sampler_graphs.max_graphs
+        assert (
+            len(runner.launcher.sampler_graphs.graphs)
+            == runner.launcher.sampler_graphs.max_graphs
+        )
 
     @torch.inference_mode()
     def test_the_one_used_longest_ago_makes_room(self) -> None:
@@ -891,8 +900,8 @@ def test_bfloat16_errs_no_more_than_eager(case: Case) -> None:
         for dtype in ("float32", "bfloat16")
     }
     workers = {
-        "exact": GPUWorker(models["float32"], eager),
-        "eager": GPUWorker(models["bfloat16"], eager),
+        "exact": GPUWorker(models["float32"], EAGER),
+        "eager": GPUWorker(models["bfloat16"], EAGER),
         "ours": GPUWorker(
             models["bfloat16"],
             EngineConfig(decode=decode, max_model_len=512, use_tqdm=False),
@@ -959,6 +968,29 @@ def test_each_use_is_compiled_whole_and_once_for_all_its_buckets(
     uses = ["run_layer", "run_long_layer", "run_prompt_layer", "run_head"]
     assert tuned == dict.fromkeys(uses, 1)  # all of it before the cache is there
     assert {name: c.frame_count for name, c in counters.items()} == tuned  # no more
+
+
+@pytest.mark.parametrize("case", RUNNERS)
+class TestNaN:
+    def test_ends_one_request_and_no_other(self, case: Case) -> None:
+        """Also the step that was launched ahead, on a token that was never drawn."""
+        engine = make_engine(case)
+        right = engine.generate(["The fox", "A kite"], GREEDY, use_tqdm=False)
+        weight = engine.executor.worker.runner.model.model.norm.weight
+        before = weight.clone()
+        stream = engine.stream("The fox", GREEDY)
+        first = [next(stream) for _ in range(5)][-1]
+        weight.fill_(float("nan"))
+        *_, last = stream
+        sample = last.outputs[0]
+        assert sample.finish_reason == "error" and "NaN" in str(last.error)
+        assert len(sample.token_ids) in (5, 6)  # one may have been under way
+        assert sample.token_ids[:5] == first.outputs[0].token_ids
+        weight.copy_(before)
+        again = engine.generate(["The fox", "A kite"], GREEDY, use_tqdm=False)
+        assert [o.outputs[0].token_ids for o in again] == [
+            o.outputs[0].token_ids for o in right
+        ]
 
 
 @pytest.mark.gpu

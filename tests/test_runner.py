@@ -290,7 +290,6 @@ class TestPenalties:
         assert runner.running is not None
         assert runner.running.sampling.output_counts is None
 
-
     def test_counts_outlive_a_step_without_the_request(
         self, bundled: Qwen3ForCausalLM
     ) -> None:

@@ -1,0 +1,148 @@
+"""config.py: every option is checked before any work, and says what is wrong with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from folo_lib import LLMEngine
+from folo_lib.config import MODEL_RUNNERS, SCHEDULERS, EngineConfig
+from folo_lib.engine import FCFSScheduler
+from folo_lib.kv_cache import BlockAllocator
+from folo_lib.runner import ModelRunner
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+class OwnScheduler(FCFSScheduler):
+    pass
+
+
+class TestValues:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"dtype": "int8"}, "unknown dtype 'int8'"),
+            ({"device": "tpu"}, "tpu"),
+            ({"attention_backend": "flash"}, "unknown attention backend 'flash'"),
+            ({"decode": "fast"}, r"unknown decode 'fast': .* 'auto', 'eager'"),
+            ({"scheduler": "lifo"}, "unknown scheduler 'lifo': choose one of 'fcfs'"),
+            ({"max_model_len": 0}, "max_model_len=0 must be at least 1; None"),
+            ({"kv_cache_memory_bytes": 0}, "kv_cache_memory_bytes=0 must be at least"),
+            ({"block_size": 0}, "block_size=0 must be at least 1"),
+            ({"seed": -5}, "seed=-5 must be from 0 to 18446744073709551615"),
+            ({"seed": 2**64}, "must be from 0 to"),
+            ({"decode": "eager", "enforce_eager": True}, None),
+            (
+                {"decode": "cuda_graph", "enforce_eager": True},
+                "enforce_eager=True means decode='eager', and decode='cuda_graph'",
+            ),
+        ],
+    )
+    def test_ranges(self, options: dict[str, Any], message: str | None) -> None:
+        if message is None:
+            EngineConfig(**options)
+            return
+        with pytest.raises(ValueError, match=message):
+            EngineConfig(**options)
+        with pytest.raises(ValueError, match=message):  # nothing is looked for first
+            LLMEngine("nobody/nothing", **options)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"max_model_len": "100"},
+            {"max_model_len": 100.0},
+            {"max_model_len": True},
+            {"block_size": None},
+            {"kv_cache_memory_bytes": 1e9},
+            {"seed": None},
+            {"seed": 1.5},
+            {"enforce_eager": 1},
+            {"use_tqdm": None},
+            {"decode": None},
+            {"decode": ["eager"]},
+            {"device": 0},
+            {"attention_backend": ["torch_sdpa"]},
+            {"scheduler": 3},
+        ],
+    )
+    def test_types(self, options: dict[str, Any]) -> None:
+        [(name, value)] = options.items()
+        with pytest.raises(TypeError) as caught:
+            EngineConfig(**options)
+        assert f"{name}={value!r} must be" in str(caught.value)
+
+    def test_numbers_of_numpy(self) -> None:
+        numpy = pytest.importorskip("numpy")
+        config = EngineConfig(
+            max_model_len=numpy.int64(7), seed=numpy.uint64(2**64 - 1)
+        )
+        assert (config.max_model_len, config.seed) == (7, 2**64 - 1)
+        assert type(config.max_model_len) is int
+
+    def test_is_frozen(self) -> None:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            EngineConfig().seed = 3  # type: ignore[misc]
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        ("wrong", "right"),
+        [
+            ("max_model_length", "max_model_len"),
+            ("max_len", "max_model_len"),
+            ("backend", "attention_backend"),
+            ("kv_cache_memory", "kv_cache_memory_bytes"),
+            ("eager", "enforce_eager"),
+            ("random_seed", "seed"),
+        ],
+    )
+    def test_one_that_does_not_exist(self, wrong: str, right: str) -> None:
+        message = f"no option {wrong!r}: did you mean {right!r}"
+        with pytest.raises(TypeError, match=message):
+            LLMEngine(**{wrong: 1})
+
+    def test_nothing_like_it(self) -> None:
+        with pytest.raises(TypeError, match="no option 'xyz': there are dtype, device"):
+            EngineConfig.from_options({"xyz": 1})
+
+
+class TestLookUp:
+    def test_runners(self) -> None:
+        assert EngineConfig(device="cpu").get_model_runner(CPU) is ModelRunner
+        assert EngineConfig(decode="eager").get_model_runner(CUDA) is ModelRunner
+        assert EngineConfig(enforce_eager=True).get_model_runner(CUDA) is ModelRunner
+        fast = EngineConfig(device="cpu").get_model_runner(CUDA)
+        assert fast.__name__ == "CUDAGraphRunner" and fast.needs_cuda
+
+    def test_every_name(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("folo_lib.config.resolve_device", lambda device: CUDA)
+        for name in MODEL_RUNNERS:
+            runner = EngineConfig(decode=name).get_model_runner(CUDA)
+            assert issubclass(runner, ModelRunner)
+        for name in SCHEDULERS:
+            assert EngineConfig(scheduler=name).make_scheduler(3) is not None
+
+    def test_schedulers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        made = EngineConfig(block_size=4).make_scheduler(9)
+        assert type(made) is FCFSScheduler
+        assert (made.allocator.num_blocks, made.allocator.block_size) == (9, 4)
+        assert (
+            type(EngineConfig(scheduler=OwnScheduler).make_scheduler(1)) is OwnScheduler
+        )
+        monkeypatch.setitem(SCHEDULERS, "own", f"{__name__}:OwnScheduler")
+        assert type(EngineConfig(scheduler="own").make_scheduler(1)) is OwnScheduler
+
+    def test_what_makes_a_scheduler_gets_the_allocator(self) -> None:
+        got: list[BlockAllocator] = []
+
+        def make(allocator: BlockAllocator) -> FCFSScheduler:
+            got.append(allocator)
+            return FCFSScheduler(allocator)
+
+        EngineConfig(scheduler=make, block_size=8).make_scheduler(5)
+        assert [(a.num_blocks, a.block_size) for a in got] == [(5, 8)]
