@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = [
     "apply_min_p_filtering",
-    "largest_logits",
     "apply_top_k_filtering",
+    "integer_weights",
+    "needed_mass",
     "apply_top_p_filtering",
     "mix_bits",
     "gumbel_noise",
@@ -20,6 +21,7 @@ __all__ = [
     "LogprobsTensors",
     "gather_logprobs",
     "check_stop_conditions",
+    "apply_top_k_top_p",
     "mask_early_stops",
     "apply_filters",
     "draw_tokens",
@@ -49,47 +51,59 @@ def apply_min_p_filtering(logits: Tensor, min_p: float | Tensor) -> Tensor:
         `[B, V]`, `-inf` where a token is dropped.
     """
     min_p = torch.as_tensor(min_p, dtype=torch.float32, device=logits.device)
-    threshold = logits.amax(dim=-1, keepdim=True) + min_p.log().reshape(-1, 1)  # [B, 1]
-    return logits.masked_fill(logits < threshold, float("-inf"))
+    threshold = min_p.log().reshape(-1, 1) - 1e-6  # [B, 1], so that rounding drops none
+    behind = logits.float() - logits.amax(dim=-1, keepdim=True).float()  # [B, V]
+    return logits.masked_fill(behind < threshold, float("-inf"))
 
 
 # %% ../notebooks/07_sampler.ipynb #top-k
-def largest_logits(logits: Tensor, count: int | None) -> Tensor:
-    """The `count` largest of each row, or all, in falling order: `[B, count]`."""
-    if count is None or count >= logits.shape[-1]:
-        return logits.sort(dim=-1, descending=True).values
-    return logits.topk(count, dim=-1).values
-
-
-def apply_top_k_filtering(
-    logits: Tensor, top_k: int | Tensor, max_top_k: int | None = None
-) -> Tensor:
+def apply_top_k_filtering(logits: Tensor, top_k: int | Tensor) -> Tensor:
     """Keeps the `top_k` likeliest tokens, and those as likely as the last of them.
 
     Args:
         logits: `[B, V]`.
         top_k: one for all rows or `[B]` int64; 0 and -1 keep all.
-        max_top_k: no `top_k` is larger. Spares a sort; an int knows it by itself.
 
     Returns:
         `[B, V]`, `-inf` where a token is dropped.
     """
-    if isinstance(top_k, int):
-        if not 0 < top_k < logits.shape[-1]:
-            return logits
-        threshold = largest_logits(logits, top_k)[:, -1:]  # [B, 1]
-    else:
-        largest = largest_logits(logits, max_top_k)  # [B, K]
-        index = (top_k - 1).clamp(0, largest.shape[-1] - 1)
-        threshold = largest.gather(-1, index[:, None])  # [B, 1]
-        threshold = threshold.masked_fill((top_k <= 0)[:, None], float("-inf"))
+    vocab_size = logits.shape[-1]
+    top_k = torch.as_tensor(top_k, device=logits.device).reshape(-1, 1)
+    last = top_k.masked_fill(top_k <= 0, vocab_size).clamp(max=vocab_size) - 1
+    ordered = logits.sort(dim=-1, descending=True).values  # [B, V]
+    threshold = ordered.gather(-1, last.expand(len(logits), 1))  # [B, 1]
     return logits.masked_fill(logits < threshold, float("-inf"))
 
 
+# %% ../notebooks/07_sampler.ipynb #mass
+def integer_weights(ordered: Tensor, vocab_size: int) -> Tensor:
+    """How likely each token is, as a whole number; the likeliest has a power of two.
+
+    Args:
+        ordered: `[B, K]`, logits in falling order: all `V` or the largest.
+        vocab_size: `V`; the sum of so many weights fits into an int64.
+
+    Returns:
+        `[B, K]` int64. Sums of them are exact, whatever the order of addition.
+    """
+    scale = 2.0 ** (62 - vocab_size.bit_length())
+    behind = ordered.float() - ordered[:, :1].float()  # [B, K], 0 and below
+    return (behind.exp() * scale).round().long()
+
+
+def needed_mass(total: Tensor, top_p: float | Tensor) -> Tensor:
+    """How much of `total`, `[B, 1]` int64, a nucleus must hold: `top_p`, less a slack.
+
+    The slack makes up for rounding where a sum meets `top_p` exactly.
+    """
+    spare = torch.as_tensor(1 - top_p, dtype=torch.float32, device=total.device)
+    spare = spare.reshape(-1, 1)  # [B, 1] or [1, 1], what may be dropped
+    slack = (1e-5 * spare).clamp(max=1e-6)
+    return (total - (total.float() * (spare + slack)).long()).clamp(min=1)
+
+
 # %% ../notebooks/07_sampler.ipynb #top-p
-def apply_top_p_filtering(
-    logits: Tensor, top_p: float | Tensor, max_top_k: int | None = None
-) -> Tensor:
+def apply_top_p_filtering(logits: Tensor, top_p: float | Tensor) -> Tensor:
     """Keeps the fewest likeliest tokens whose probabilities sum to at least `top_p`.
 
     Of equally likely tokens the lower ids come first. Sums are of integers, so they do
@@ -97,33 +111,18 @@ def apply_top_p_filtering(
 
     Args:
         logits: `[B, V]`.
-        top_p: in (0, 1], one for all rows or `[B]`; 1 keeps all.
-        max_top_k: `apply_top_k_filtering` has left each row (where `top_p` is below 1)
-            at most so many tokens, and others as likely as its last. Spares a sort.
+        top_p: in (0, 1], one for all rows or `[B]`; 1 keeps all. In a
+            float32 tensor values near 1 lose digits, in float64 they keep them.
 
     Returns:
         `[B, V]`, `-inf` where a token is dropped.
     """
-    top_p = torch.as_tensor(top_p, dtype=torch.float32, device=logits.device)
-    top_p = top_p.reshape(-1, 1)  # [B, 1] or [1, 1]
-    largest = largest_logits(logits, max_top_k)  # [B, K]
-    count = largest.shape[-1]
-    weights = (largest.float() - largest[:, :1].float()).exp() * 2.0**40
-    mass = weights.long().cumsum(dim=-1)  # [B, K], exact
-    last, last_mass = weights[:, -1:].long(), mass[:, -1:]
-    beyond = (logits > float("-inf")).sum(dim=-1, keepdim=True) - count
-    total = last_mass + beyond * last  # last is 0 where fewer than K are left
-    target = (total.float() * top_p).long()
-
-    kept = (mass < target).sum(dim=-1, keepdim=True) + 1  # with the one that crosses
-    kept = kept.clamp(max=count)
-    last, lacking = last.clamp(min=1), (target - last_mass).clamp(min=0)
-    threshold = largest.gather(-1, kept - 1)
-    threshold = threshold.masked_fill(top_p >= 1, float("-inf"))  # [B, 1]
-    kept = kept + (lacking + last - 1) // last  # rounded up
-    above, tied = logits > threshold, logits == threshold
-    kept_ties = tied & (tied.cumsum(dim=-1) <= kept - above.sum(dim=-1, keepdim=True))
-    return logits.masked_fill(~(above | kept_ties), float("-inf"))
+    ordered, ids = logits.sort(dim=-1, descending=True, stable=True)  # [B, V] each
+    weights = integer_weights(ordered, logits.shape[-1])
+    mass = weights.cumsum(dim=-1)
+    kept = mass - weights < needed_mass(mass[:, -1:], top_p)  # not yet enough before
+    kept |= torch.as_tensor(top_p >= 1, device=logits.device).reshape(-1, 1)
+    return logits.masked_fill(~kept.scatter(-1, ids, kept), float("-inf"))
 
 
 # %% ../notebooks/07_sampler.ipynb #noise
@@ -159,17 +158,15 @@ def gumbel_noise(
     Returns:
         `[B, V]` float32, all finite.
     """
-    state = mix_bits(
-        seeds * (0xD1342543DE82EF95 - 2**64)
-        + sample_indices * (0xAEF17502108EF2D9 - 2**64)
-        + positions * (0xF1357AEA2E62A9C5 - 2**64)
-    )
+    state = seeds * (0xD1342543DE82EF95 - 2**64)  # [B]
+    state = state.add(sample_indices, alpha=0xAEF17502108EF2D9 - 2**64)  # alpha * index
+    state = mix_bits(state.add(positions, alpha=0xF1357AEA2E62A9C5 - 2**64))
     jumps = torch.arange(1, vocab_size + 1, device=seeds.device)
     jumps = jumps * (0x9E3779B97F4A7C15 - 2**64)  # 2**64 / golden ratio
     bits = mix_bits(state[:, None] + jumps)  # [B, V]
-    v = (bits & (2**63 - 1)).float().mul_(2.0**-63)
-    v.clamp_(2.0**-63, 1 - 2.0**-24)  # 0 and 1 would give infinite noise
-    return v.neg_().log1p_().neg_().log_().neg_()  # -log(-log1p(-v)), in place
+    minus_v = (bits & (2**63 - 1)).float().mul_(-(2.0**-63))
+    minus_v.clamp_(2.0**-24 - 1, -(2.0**-63))  # -1 and 0 would give infinite noise
+    return minus_v.log1p_().neg_().log_().neg_()  # -log(-log1p(-v)), in place
 
 
 # %% ../notebooks/07_sampler.ipynb #penalties
@@ -196,7 +193,7 @@ def apply_penalties(
         `[B, V]` float32.
     """
     logits, in_output = logits.float(), output_counts > 0
-    repetition = repetition_penalty[:, None]
+    repetition = repetition_penalty.clamp(1e-30, 1e30)[:, None]  # overflows beyond
     penalised = torch.where(logits > 0, logits / repetition, logits * repetition)
     logits = torch.where(prompt_mask | in_output, penalised, logits)
     logits = logits - frequency_penalty[:, None] * output_counts
@@ -225,19 +222,20 @@ def filter_columns(
     params: Sequence[SamplingParams], vocab_size: int, device: torch.device
 ) -> dict[str, Any]:
     """Temperature and filters; a greedy row needs none, as its best token survives."""
-    top_k, top_p, min_p = [], [], []
-    for p in params:
-        drawn = p.temperature > 0
-        top_k.append(p.top_k if drawn and 0 < p.top_k < vocab_size else 0)
-        top_p.append(p.top_p if drawn else 1.0)
-        min_p.append(p.min_p if drawn else 0.0)
-    temperature = [p.temperature for p in params]
+    drawn = [p.temperature > 0 and p.top_k != 1 for p in params]  # the others: greedy
+    rows = list(zip(params, drawn, strict=True))
+    temperature = [p.temperature if d else 0.0 for p, d in rows]
+    min_p = [p.min_p if d else 0.0 for p, d in rows]
+    top_k = [p.top_k if d and 0 < p.top_k < vocab_size else 0 for p, d in rows]
+    top_p = [p.top_p if d else 1.0 for p, d in rows]
+    # 1 - top_p needs the digits of float64, which Apple's GPUs do not have.
+    exact = torch.float32 if device.type == "mps" else torch.float64
     return {
         "temperature": column(temperature, 0.0, torch.float32, device),
         "min_p": column(min_p, 0.0, torch.float32, device),
         "top_k": column(top_k, 0, torch.int64, device),
         "max_top_k": max(top_k, default=0) or None,
-        "top_p": column(top_p, 1.0, torch.float32, device),
+        "top_p": column(top_p, 1.0, exact, device),
         "top_p_after_top_k": any(top_k)
         and all(k for k, p in zip(top_k, top_p, strict=True) if p < 1),
     }
@@ -272,7 +270,7 @@ def stop_columns(
         (row, token_id)
         for row, token_ids in enumerate(stop_token_ids)
         for token_id in token_ids
-        if params[row].min_tokens > 0 and token_id < vocab_size
+        if params[row].min_tokens > 0 and 0 <= token_id < vocab_size
     ]
     if not places:
         return {}
@@ -292,25 +290,42 @@ class SamplingMetadata:
     """What sampling needs to know in a step, one row per sequence; the name is vLLM's.
 
     None: no row asks for it. The runner sets `positions` at each step.
+
+    Attributes:
+        seeds: `[B]` int64.
+        sample_indices: `[B]` int64, which of the `n` samples of a request it is.
+        positions: `[B]` int64, the place that the sampled token will take.
+        temperature: `[B]`, 0: greedy.
+        min_p: `[B]`, 0: off.
+        top_k: `[B]` int64, 0: all.
+        max_top_k: the largest `top_k`, known to the host.
+        top_p: `[B]` float64, 1: off.
+        top_p_after_top_k: every row with a `top_p` below 1 has a `top_k`.
+        repetition_penalty, frequency_penalty, presence_penalty: `[B]`, all or none.
+        prompt_mask: `[B, V]` bool, with penalties.
+        output_counts: `[B, V]` int32, with penalties.
+        stop_token_mask: `[B, V]` bool, with `min_tokens`.
+        min_positions: `[B]` int64, where stop ids become possible.
+        num_logprobs: the most that a row asks for.
     """
 
-    seeds: Tensor  # [B] int64
-    sample_indices: Tensor  # [B] int64
-    positions: Tensor  # [B] int64, the place that the sampled token will take
-    temperature: Tensor | None = None  # [B], 0: greedy
-    min_p: Tensor | None = None  # [B]
-    top_k: Tensor | None = None  # [B] int64, 0: all
-    max_top_k: int | None = None  # no top_k is larger
-    top_p: Tensor | None = None  # [B]
-    top_p_after_top_k: bool = False  # every row with a top_p below 1 has a top_k
-    repetition_penalty: Tensor | None = None  # [B]; all three penalties or none
-    frequency_penalty: Tensor | None = None  # [B]
-    presence_penalty: Tensor | None = None  # [B]
-    prompt_mask: Tensor | None = None  # [B, V] bool, with penalties
-    output_counts: Tensor | None = None  # [B, V] int32, with penalties
-    stop_token_mask: Tensor | None = None  # [B, V] bool, with min_tokens
-    min_positions: Tensor | None = None  # [B] int64, where stop ids become possible
-    num_logprobs: int | None = None  # the most that a row asks for
+    seeds: Tensor
+    sample_indices: Tensor
+    positions: Tensor
+    temperature: Tensor | None = None
+    min_p: Tensor | None = None
+    top_k: Tensor | None = None
+    max_top_k: int | None = None
+    top_p: Tensor | None = None
+    top_p_after_top_k: bool = False
+    repetition_penalty: Tensor | None = None
+    frequency_penalty: Tensor | None = None
+    presence_penalty: Tensor | None = None
+    prompt_mask: Tensor | None = None
+    output_counts: Tensor | None = None
+    stop_token_mask: Tensor | None = None
+    min_positions: Tensor | None = None
+    num_logprobs: int | None = None
 
     @classmethod
     def from_params(
@@ -346,13 +361,17 @@ class SamplingMetadata:
 class LogprobsTensors:
     """The sampled token of each row, then the `K` likeliest in falling order.
 
-    Of equally likely tokens the lower ids come first. The rank of the sampled token is
-    1 plus the number of likelier ones; those of the others are 1 to `K`.
+    Of equally likely tokens the lower ids come first.
+
+    Attributes:
+        token_ids: `[B, 1 + K]` int64.
+        logprobs: `[B, 1 + K]` float32.
+        ranks: `[B]` int64, of the sampled tokens: 1 plus the number of likelier ones.
     """
 
-    token_ids: Tensor  # [B, 1 + K] int64
-    logprobs: Tensor  # [B, 1 + K] float32
-    ranks: Tensor  # [B] int64, of the sampled tokens
+    token_ids: Tensor
+    logprobs: Tensor
+    ranks: Tensor
 
 
 def gather_logprobs(
@@ -362,16 +381,16 @@ def gather_logprobs(
 
     Args:
         logits: `[B, V]`, as the model made them.
-        token_ids: `[B]`, sampled.
+        token_ids: `[B]`, sampled; -1 (none could be) is read as 0.
         num_logprobs: `K`.
     """
+    chosen_ids = token_ids.clamp(min=0)[:, None]  # [B, 1]
     logprobs = logits.log_softmax(dim=-1, dtype=torch.float32)  # [B, V], none above 0
-    chosen = logprobs.gather(-1, token_ids[:, None])  # [B, 1]
-    ranks = (logprobs > chosen).sum(dim=-1) + 1
+    ranks = (logprobs > logprobs.gather(-1, chosen_ids)).sum(dim=-1) + 1
     keys = logprobs.abs().view(torch.int32).long() << 32
     keys = keys + torch.arange(logits.shape[-1], device=logits.device)
     smallest = keys.topk(num_logprobs, dim=-1, largest=False).values
-    ids = torch.cat([token_ids[:, None], smallest & (2**32 - 1)], dim=-1)  # [B, 1 + K]
+    ids = torch.cat([chosen_ids, smallest & (2**32 - 1)], dim=-1)  # [B, 1 + K]
     return LogprobsTensors(ids, logprobs.gather(-1, ids), ranks)
 
 
@@ -405,39 +424,84 @@ def check_stop_conditions(
     return ("length", None) if length >= max_tokens else None
 
 
+# %% ../notebooks/07_sampler.ipynb #top-k-top-p
+def apply_top_k_top_p(
+    logits: Tensor, top_k: Tensor, max_top_k: int, top_p: Tensor | None = None
+) -> Tensor:
+    """`apply_top_k_filtering`, then `apply_top_p_filtering`, without sorting `V` tokens.
+
+    Args:
+        logits: `[B, V]`.
+        top_k: `[B]` int64; 0 keeps all.
+        max_top_k: `K`, the largest of them and at most `V`.
+        top_p: `[B]`; below 1 only in rows whose `top_k` is not 0.
+
+    Returns:
+        `[B, V]`, `-inf` where a token is dropped.
+    """
+    largest = logits.topk(max_top_k, dim=-1).values  # [B, K]
+    threshold = largest.gather(-1, (top_k - 1).clamp(min=0)[:, None])  # [B, 1]
+    threshold = threshold.masked_fill((top_k <= 0)[:, None], float("-inf"))
+    logits = logits.masked_fill(logits < threshold, float("-inf"))
+    if top_p is None:
+        return logits
+    largest = largest.masked_fill(largest < threshold, float("-inf"))
+    weights = integer_weights(largest, logits.shape[-1])
+    mass = weights.cumsum(dim=-1)  # [B, K]
+    tie = weights[:, -1:]  # of each token beyond K; 0 if there are none
+    beyond = (logits > float("-inf")).sum(dim=-1, keepdim=True) - max_top_k
+    needed = needed_mass(mass[:, -1:] + tie * beyond, top_p)
+    count = (mass < needed).sum(dim=-1, keepdim=True) + 1  # with the one that crosses
+    lacking, tie = (needed - mass[:, -1:]).clamp(min=0), tie.clamp(min=1)
+    threshold = largest.gather(-1, count.clamp(max=max_top_k) - 1)
+    threshold = threshold.masked_fill(top_p[:, None] >= 1, float("-inf"))
+    count = count.clamp(max=max_top_k) + (lacking + tie - 1) // tie  # rounded up
+    above, tied = logits > threshold, logits == threshold
+    room = count - above.sum(dim=-1, keepdim=True)  # for equals at the cut
+    return logits.masked_fill(
+        ~(above | tied & (tied.cumsum(-1) <= room)), float("-inf")
+    )
+
+
 # %% ../notebooks/07_sampler.ipynb #draw
 def mask_early_stops(logits: Tensor, metadata: SamplingMetadata) -> Tensor:
     """`-inf` for stop ids that would come before `min_tokens`."""
     if metadata.stop_token_mask is None or metadata.min_positions is None:
         return logits
     early = (metadata.positions < metadata.min_positions)[:, None]  # [B, 1]
-    return logits.masked_fill(metadata.stop_token_mask & early, float("-inf"))
+    mask = metadata.stop_token_mask & early
+    return logits + torch.zeros_like(logits).masked_fill(mask, float("-inf"))
 
 
 def apply_filters(logits: Tensor, metadata: SamplingMetadata) -> Tensor:
-    """Temperature, then min_p, top_k and top_p; `[B, V]` float32."""
+    """Temperature, then min_p, top_k and top_p; `[B, V]` float32, the best is 0."""
     m, logits = metadata, logits.float()
     if m.temperature is not None:
-        divisor = m.temperature.masked_fill(m.temperature == 0, 1.0)
-        logits = logits / divisor[:, None]
+        logits = logits - logits.amax(dim=-1, keepdim=True)
+        logits = logits / m.temperature.clamp(min=0.01)[:, None]  # greedy: any will do
     if m.min_p is not None:
         logits = apply_min_p_filtering(logits, m.min_p)
-    if m.top_k is not None:
-        logits = apply_top_k_filtering(logits, m.top_k, m.max_top_k)
-    if m.top_p is not None:
-        max_top_k = m.max_top_k if m.top_p_after_top_k else None
-        logits = apply_top_p_filtering(logits, m.top_p, max_top_k)
+    if m.top_k is not None and m.max_top_k is not None:
+        top_p = m.top_p if m.top_p_after_top_k else None
+        logits = apply_top_k_top_p(logits, m.top_k, m.max_top_k, top_p)
+    if m.top_p is not None and not m.top_p_after_top_k:
+        logits = apply_top_p_filtering(logits, m.top_p)
     return logits
 
 
 def draw_tokens(logits: Tensor, metadata: SamplingMetadata) -> Tensor:
-    """`[B]`: drawn from the softmax, or the likeliest where temperature is 0."""
-    m, vocab_size = metadata, logits.shape[-1]
-    if m.temperature is None:
-        return logits.argmax(dim=-1)
-    noise = gumbel_noise(m.seeds, m.sample_indices, m.positions, vocab_size)
-    is_random = (m.temperature > 0).float()[:, None]  # [B, 1]
-    return torch.addcmul(logits, noise, is_random).argmax(dim=-1)
+    """`[B]`: drawn from the softmax, or the likeliest where temperature is 0.
+
+    -1 where the best is not finite: a NaN came in, or nothing is left to draw.
+    """
+    m = metadata
+    if m.temperature is not None:
+        seeds = m.seeds, m.sample_indices, m.positions
+        is_random = m.temperature.sign()[:, None]  # [B, 1], 0 or 1
+        noise = gumbel_noise(*seeds, logits.shape[-1])
+        logits = torch.addcmul(logits, noise, is_random)
+    best, token_ids = logits.max(dim=-1)
+    return token_ids.masked_fill(best - best != 0, -1)
 
 
 # %% ../notebooks/07_sampler.ipynb #sampler
@@ -469,6 +533,7 @@ class Sampler:
         """One token for each row.
 
         A row's result does not depend on the other rows. Nothing waits for the device.
+        A row with a NaN, or with nothing left to draw, has the id -1.
 
         Args:
             logits: `[B, V]`.
