@@ -18,7 +18,6 @@ __all__ = [
 ]
 
 # %% ../notebooks/05_checkpoint.ipynb #imports
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -28,6 +27,19 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from folo_lib.checkpoint_checks import (
+    build_config,
+    check_chat_template,
+    check_config_fields,
+    explain_hub_error,
+    name_other_format,
+    naming,
+    naming_tokenizer_file,
+    read_json,
+    refuse_file,
+    warn_of_non_finite,
+)
 
 from .attention import get_attention_backend
 from .qwen3 import Qwen3ForCausalLM
@@ -45,30 +57,28 @@ def find_checkpoint(model: str | os.PathLike[str]) -> Path:
 
     Raises:
         FileNotFoundError: if there is no such folder, or no such model on the hub.
+        NotADirectoryError: if it is a file.
         ConnectionError: if it is not in the hub's cache and the hub out of reach.
+        TypeError: if it is neither text nor a path.
     """
-    folder = Path(model).expanduser()
+    if not isinstance(model, str | os.PathLike):
+        raise TypeError(f"model is {model!r}: pass the path of a folder or a hub id.")
+    folder = Path(os.path.expanduser(model))
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        refuse_file(folder)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(model)):
         raise FileNotFoundError(
             f"{str(model)!r} is neither a folder nor a hub id of the form owner/name."
         )
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(str(model), allow_patterns=wanted))
-    except errors.RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"the hub has no model {str(model)!r}, or wants a login (`hf auth login`)."
-        ) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise ConnectionError(
-            f"{str(model)!r} is not a folder here, not in the hub's cache, and the hub "
-            f"cannot be reached. Go online once, run `hf download {model}`, or pass "
-            "the path of a folder."
-        ) from error
+    except Exception as error:
+        raise explain_hub_error(str(model), error) from error
 
 
 # %% ../notebooks/05_checkpoint.ipynb #read-config
@@ -77,30 +87,26 @@ def read_config(folder: Path) -> "Qwen2Config | Qwen3Config":
 
     Raises:
         FileNotFoundError: without a `config.json`.
-        ValueError: if it is not JSON, its `model_type` is not ours, or a field has a
-            value of the wrong kind.
+        ValueError: if it is not JSON, its `model_type` is not ours, or a field makes no
+            sense; if the folder holds a LoRA adapter or GGUF.
     """
     path = folder / "config.json"
     if not path.is_file():
+        if other_format := name_other_format(folder):
+            raise ValueError(other_format)
         raise FileNotFoundError(f"{folder} has no config.json: is it a checkpoint?")
-    try:
-        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not a JSON object: {error}") from error
-    if model_type not in ("qwen2", "qwen3"):
+    fields = read_json(path)
+    if fields.get("model_type") not in ("qwen2", "qwen3"):
         raise ValueError(
-            f"{path} has model_type {model_type!r}; supported: 'qwen2' (which Qwen2.5 "
-            "uses) and 'qwen3'."
+            f"{path} has model_type {fields.get('model_type')!r}; supported: 'qwen2' "
+            "(which Qwen2.5 uses) and 'qwen3'."
         )
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import Qwen2Config, Qwen3Config
 
-    try:
-        if model_type == "qwen3":
-            return Qwen3Config.from_pretrained(folder)
-        return Qwen2Config.from_pretrained(folder)
-    except StrictDataclassError as error:
-        raise ValueError(f"{path} has a field that makes no sense: {error}") from error
+    with naming(path):
+        check_config_fields(fields)
+        is_qwen3 = fields["model_type"] == "qwen3"
+        return build_config(Qwen3Config if is_qwen3 else Qwen2Config, fields)
 
 
 # %% ../notebooks/05_checkpoint.ipynb #find-weight-files
@@ -112,25 +118,26 @@ def find_weight_files(folder: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: if there are none, or one that the index names is missing.
-        ValueError: if there are only pickled weights, or the index is damaged.
+        ValueError: if the index is damaged, or the weights have another format.
     """
-    index = folder / "model.safetensors.index.json"
+    single, index = (folder / f"model.safetensors{end}" for end in ("", ".index.json"))
     if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = sorted({folder / name for name in weight_map.values()})
-        except (ValueError, KeyError, TypeError, AttributeError):
-            files = []
-        if not files:
-            raise ValueError(f"{index} is damaged: fetch it again.")
+        names = read_json(index).get("weight_map")
+        names = list(names.values()) if isinstance(names, dict) else []
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{index} is damaged (weight_map): fetch it again.")
+        files = sorted({folder / name for name in names})
         lacking = [path.name for path in files if not path.is_file()]
         if lacking:
             raise FileNotFoundError(
-                f"{folder} lacks {', '.join(lacking)}, named in {index.name}: "
+                f"{folder} lacks {', '.join(lacking[:5])}, named in {index.name}: "
                 "the download is not complete."
             )
         return files
-    files = sorted(folder.glob("*.safetensors"))
+    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    no_model = all(path.name.startswith("adapter_") for path in files)
+    if no_model and (other_format := name_other_format(folder)):
+        raise ValueError(other_format)
     if not files and any(path.suffix in PICKLES for path in folder.iterdir()):
         raise ValueError(
             f"{folder} has pickled weights only, and loading a pickle can run any "
@@ -192,7 +199,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         resolved = torch.device("meta")
     here = {
         "cpu": 1,
@@ -203,7 +210,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         raise ValueError(
             f"unknown device {device!r}: use 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."
         )
-    if (resolved.index or 0) >= here[resolved.type]:
+    if not 0 <= (resolved.index or 0) < here[resolved.type]:
         raise ValueError(
             f"device {device!r} is not on this machine, which has {here}: use 'auto'."
         )
@@ -254,20 +261,26 @@ def load_model(
 
     Raises:
         FileNotFoundError: if the folder, its config or its weights are missing.
+        NotADirectoryError: if `model` is a file.
         ConnectionError: if a hub id is not in the cache and the hub is out of reach.
         ValueError: if a file is damaged, the config asks for what we lack, a tensor is
             missing, unexpected or mis-shaped, or an argument is unknown.
+        TypeError: if `model` is neither text nor a path.
+
+    Warns:
+        UserWarning: if a weight is NaN or infinite, or a tied config has another head.
     """
     target = resolve_device(device)
     resolve_dtype(dtype, target, None)  # arguments first, a download later
     get_attention_backend(attention_backend)
     folder = find_checkpoint(model)
     config, files = read_config(folder), find_weight_files(folder)
-    with torch.device("meta"):
+    with naming(folder / "config.json"), torch.device("meta"):
         loaded = Qwen3ForCausalLM(config, attention_backend)
     loaded.to(resolve_dtype(dtype, target, config.dtype))
     headers = list(read_weights(files, headers_only=True))
-    loaded.load_weights(headers)  # on meta: only names and shapes are compared
+    with naming(folder):  # on meta: only names and shapes are compared
+        loaded.load_weights(headers)
 
     loaded.to_empty(device=target)
     loaded.model.rotary_emb.reset_parameters()
@@ -276,6 +289,7 @@ def load_model(
     weights = read_weights(files)
     bar = tqdm(weights, "Loading weights", len(headers), disable=not use_tqdm)
     loaded.load_weights(bar)
+    warn_of_non_finite(loaded.hf_weights(), folder)
     return loaded.eval().requires_grad_(False)
 
 
@@ -288,6 +302,7 @@ def load_tokenizer(model: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
 
     Raises:
         FileNotFoundError: if the folder has no tokenizer files.
+        ValueError: naming the file that is damaged; the chat template counts.
     """
     folder = find_checkpoint(model)
     fast, slow = folder / "tokenizer.json", folder / "vocab.json"
@@ -298,5 +313,10 @@ def load_tokenizer(model: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
         )
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    with naming_tokenizer_file(folder):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False
+        )
+        check_chat_template(tokenizer)
+        tokenizer.decode(tokenizer("a").input_ids)  # it works
     return tokenizer

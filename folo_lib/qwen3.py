@@ -15,11 +15,12 @@ __all__ = [
     "split_merged",
     "copy_weights",
     "init_weights",
+    "is_equal",
     "Qwen3ForCausalLM",
 ]
 
 # %% ../notebooks/04_qwen3.ipynb #imports
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +31,12 @@ from folo_lib.attention import (
     AttentionBackend,
     AttentionMetadata,
     get_attention_backend,
+)
+from folo_lib.checkpoint_checks import (
+    CONFIG_NUMBERS,
+    check_numbers,
+    summarize_problems,
+    warn_of_untied_head,
 )
 
 from .layers import RMSNorm, SiLUAndMul
@@ -46,20 +53,22 @@ def check_config(config: "Qwen2Config | Qwen3Config") -> None:
     Raises:
         ValueError: naming the field, its value and what is supported.
     """
-    if config.model_type not in ("qwen2", "qwen3"):
+    model_type = getattr(config, "model_type", None)
+    if model_type not in ("qwen2", "qwen3"):
         raise ValueError(
-            f"config.model_type is {config.model_type!r}; supported: 'qwen2', 'qwen3'."
+            f"config.model_type is {model_type!r}; supported: 'qwen2', 'qwen3'."
         )
+    check_numbers(vars(config), CONFIG_NUMBERS, "config.{}")
     heads = config.num_attention_heads
     kv_heads = config.num_key_value_heads or heads
     supported = {
         "hidden_act": (config.hidden_act == "silu", "'silu'"),
         "layer_types": (
-            set(config.layer_types or ()) <= {"full_attention"},
+            all(kind == "full_attention" for kind in config.layer_types or ()),
             "'full_attention' only: no sliding window (set use_sliding_window=false)",
         ),
         "num_key_value_heads": (
-            0 < kv_heads <= heads and heads % kv_heads == 0,
+            heads % kv_heads == 0,
             f"a divisor of num_attention_heads={heads}",
         ),
         "quantization_config": (
@@ -299,23 +308,28 @@ def copy_weights(
 ) -> None:
     """Fills every view with the tensor of its name, one at a time, in any order.
 
+    Names may lack their `model.`; RoPE's `inv_freq` is passed over.
+
     Raises:
-        ValueError: naming every tensor that is missing, unexpected or mis-shaped.
+        ValueError: naming tensors that are missing, unexpected or mis-shaped, in at
+            most ten lines.
     """
-    missing, problems = dict(views), []
+    missing, unexpected, mis_shaped = dict(views), [], []
     for name, tensor in weights:
+        if name.endswith("rotary_emb.inv_freq"):
+            continue
+        name = f"model.{name}" if f"model.{name}" in views else name
         view = missing.pop(name, None)
         if view is None:
-            problems.append(f"unexpected: {name}")
+            unexpected.append(name)
         elif view.shape != tensor.shape:
             shapes = f"{list(tensor.shape)}, the config says {list(view.shape)}"
-            problems.append(f"mis-shaped: {name} is {shapes}")
+            mis_shaped.append(f"{name} is {shapes}")
         else:
             view.copy_(tensor)
-    problems += [f"missing: {name}" for name in missing]
-    if problems:
-        lines = "\n  ".join(problems)
-        raise ValueError(f"weights and config are not of one checkpoint:\n  {lines}")
+    if missing or unexpected or mis_shaped:
+        problems = {"missing": list(missing), "unexpected": unexpected}
+        raise ValueError(summarize_problems(problems | {"mis-shaped": mis_shaped}))
 
 
 # %% ../notebooks/04_qwen3.ipynb #init-weights
@@ -326,6 +340,16 @@ def init_weights(model: nn.Module, std: float) -> None:
             nn.init.normal_(weight, std=std)
         elif name.endswith("bias"):
             nn.init.zeros_(weight)
+
+
+# %% ../notebooks/04_qwen3.ipynb #is-equal
+def is_equal(weight: Tensor, stored: Tensor) -> bool:
+    """Whether a stored tensor is this weight, once it has its dtype and device.
+
+    Some thousand rows at a time, so that no second copy of a large matrix is made.
+    """
+    pairs = zip(torch.split(weight, 4096), torch.split(stored, 4096), strict=True)
+    return all(torch.equal(mine, theirs.to(mine)) for mine, theirs in pairs)
 
 
 # %% ../notebooks/04_qwen3.ipynb #qwen3-for-causal-lm
@@ -347,7 +371,7 @@ class Qwen3ForCausalLM(nn.Module):
         check_config(config)
         self.config = config
         self.model = Qwen3Model(config, get_attention_backend(attention_backend)())
-        self.lm_head = None
+        self.lm_head: nn.Linear | None = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         init_weights(self, config.initializer_range)
@@ -379,9 +403,45 @@ class Qwen3ForCausalLM(nn.Module):
         return views
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """`copy_weights` into this model; the copy of a tied head is passed over."""
-        tied = self.lm_head is None
-        copy_weights(
-            self.hf_weights(),
-            ((n, t) for n, t in weights if not (tied and n == "lm_head.weight")),
-        )
+        """`copy_weights` into this model; a tied head may be in the file or not."""
+        if self.config.tie_word_embeddings:
+            self.lm_head = None
+            shape = self.model.embed_tokens.weight.shape
+            head = {"lm_head.weight": torch.empty(shape, device="meta")}
+            copy_weights(self.hf_weights() | head, self.tie_head(weights))
+        else:
+            copy_weights(self.hf_weights(), weights)
+
+    def tie_head(
+        self, weights: Iterable[tuple[str, Tensor]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Passes weights on; a head that differs from the embedding is kept.
+
+        Whichever of the two comes first fills the memory of the embedding, and the
+        second is compared with it. If only one is in the file, it serves as both.
+        """
+        matrix = self.model.embed_tokens.weight.detach()
+        seen: set[bool] = set()  # False: the embedding, True: the head
+        for name, tensor in weights:
+            is_head = name == "lm_head.weight"
+            if is_head or name.endswith("embed_tokens.weight"):
+                if tensor.shape == matrix.shape and not matrix.is_meta:
+                    if is_head and not seen:
+                        matrix.copy_(tensor)
+                    elif {not is_head} == seen and not is_equal(matrix, tensor):
+                        self.set_head(tensor if is_head else matrix)
+                        warn_of_untied_head()
+                seen.add(is_head)
+            yield name, tensor
+        if True not in seen:
+            yield "lm_head.weight", matrix.to("meta")
+        elif False not in seen:
+            yield "model.embed_tokens.weight", matrix
+
+    def set_head(self, weight: Tensor) -> None:
+        """Gives the model a head of its own, `[V, E]`, a copy of `weight`."""
+        like = self.model.embed_tokens.weight
+        with torch.device("meta"):  # shapes only, so that nothing is drawn at random
+            head = nn.Linear(like.shape[1], like.shape[0], bias=False, dtype=like.dtype)
+        self.lm_head = head.to_empty(device=like.device)
+        self.lm_head.weight.detach().copy_(weight)

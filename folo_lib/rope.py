@@ -12,6 +12,7 @@ __all__ = [
     "compute_yarn_attention_factor",
     "compute_yarn",
     "compute_rope",
+    "longest_context",
     "RotaryEmbedding",
 ]
 
@@ -22,6 +23,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from folo_lib.checkpoint_checks import (
+    CONFIG_NUMBERS,
+    check_numbers,
+    check_rope_parameters,
+)
 
 
 # %% ../notebooks/02_rope.ipynb #compute-inv-freq
@@ -36,11 +43,11 @@ def compute_inv_freq(head_dim: int, rope_theta: float) -> Tensor:
         `[D/2]` radians per token, float32, on the CPU.
 
     Raises:
-        ValueError: if `head_dim` is odd.
+        ValueError: if `head_dim` is odd or below 2.
 
     Source: RoFormer, arXiv 2104.09864, section 3.2.2.
     """
-    if head_dim % 2:
+    if head_dim < 2 or head_dim % 2:
         raise ValueError(f"head_dim={head_dim} must be even: RoPE turns pairs.")
     # The device is explicit because a model may be built under torch.device("meta"),
     # where frequencies without one would have no values.
@@ -199,29 +206,39 @@ def compute_rope(
         `[D/2]` radians per token, and the factor on cos and sin.
 
     Raises:
-        ValueError: for another type, a missing field, or a partial rotation.
+        ValueError: for another type, a missing field, a number out of its range, or a
+            partial rotation.
     """
-    rope_type = rope_parameters.get("rope_type")
-    if rope_type not in ROPE_FIELDS:
-        raise ValueError(
-            f'rope_parameters["rope_type"]={rope_type!r} is not supported: it must be '
-            "one of " + ", ".join(map(repr, ROPE_FIELDS))
-        )
-    for field in ROPE_FIELDS[rope_type]:
-        if rope_parameters.get(field) is None:
-            raise ValueError(
-                f'rope_parameters["{field}"] is missing: {rope_type!r} needs it.'
-            )
-    partial = rope_parameters.get("partial_rotary_factor")
-    if partial not in (None, 1):
-        raise ValueError(
-            f'rope_parameters["partial_rotary_factor"]={partial!r} is not supported: '
-            "it must be 1, so that all of head_dim is turned."
-        )
-    if rope_type == "yarn":
+    check_rope_parameters(rope_parameters, ROPE_FIELDS)
+    if rope_parameters["rope_type"] == "yarn":
         return compute_yarn(head_dim, rope_parameters)
-    factor = rope_parameters["factor"] if rope_type == "linear" else 1.0
+    is_linear = rope_parameters["rope_type"] == "linear"
+    factor = rope_parameters["factor"] if is_linear else 1.0
     return compute_inv_freq(head_dim, rope_parameters["rope_theta"]) / factor, 1.0
+
+
+# %% ../notebooks/02_rope.ipynb #longest-context
+def longest_context(
+    max_position_embeddings: int, rope_parameters: Mapping[str, Any]
+) -> int:
+    """How many positions a model can serve.
+
+    Args:
+        max_position_embeddings: the config's field of that name.
+        rope_parameters: the config's field of that name.
+
+    Returns:
+        `max_position_embeddings`; with YaRN at least what its `factor` reaches.
+
+    Raises:
+        ValueError: if YaRN's fields are missing or out of their range.
+    """
+    if rope_parameters.get("rope_type") != "yarn":
+        return max_position_embeddings
+    check_rope_parameters(rope_parameters, ROPE_FIELDS)
+    trained: float = rope_parameters["original_max_position_embeddings"]
+    reach: float = rope_parameters["factor"] * trained
+    return max(max_position_embeddings, math.ceil(reach))
 
 
 # %% ../notebooks/02_rope.ipynb #rotary-embedding
@@ -234,11 +251,12 @@ class RotaryEmbedding(nn.Module):
         rope_parameters: the config's field of that name, see `compute_rope`.
 
     Attributes:
-        max_position_embeddings: `P`; with YaRN at least what its `factor` reaches.
+        max_position_embeddings: `P`, the `longest_context`.
         cos, sin: `[P, D/2]`, computed in float32, then in the dtype of the model.
 
     Raises:
-        ValueError: where `compute_rope` does.
+        ValueError: where `compute_rope` does, or for a number of positions out of
+            range.
     """
 
     cos: Tensor
@@ -251,19 +269,20 @@ class RotaryEmbedding(nn.Module):
         rope_parameters: Mapping[str, Any],
     ) -> None:
         super().__init__()
+        sizes = {"max_position_embeddings": max_position_embeddings}
+        check_numbers(sizes, CONFIG_NUMBERS, "{}")
         self.inv_freq, self.attention_factor = compute_rope(head_dim, rope_parameters)
-        if rope_parameters["rope_type"] == "yarn":
-            trained = rope_parameters["original_max_position_embeddings"]
-            reach = math.ceil(rope_parameters["factor"] * trained)
-            max_position_embeddings = max(max_position_embeddings, reach)
-        self.max_position_embeddings = max_position_embeddings
+        num_positions = longest_context(max_position_embeddings, rope_parameters)
+        self.max_position_embeddings = num_positions
         for name in ("cos", "sin"):
-            table = torch.empty(max_position_embeddings, head_dim // 2).float()
+            table = torch.empty(num_positions, head_dim // 2).float()
             self.register_buffer(name, table, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Fills the table; call it again after `to_empty`."""
+        if self.cos.is_meta:
+            return  # no memory yet
         positions = torch.arange(self.max_position_embeddings, device="cpu")
         cos, sin = compute_cos_sin(positions, self.inv_freq, self.attention_factor)
         self.cos.copy_(cos)

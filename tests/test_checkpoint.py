@@ -501,6 +501,147 @@ class TestLoading:
         assert model.lm_head is None
         assert_exact(model, folder, torch.float32)
 
+    @pytest.mark.parametrize("config", [SMALL, SMALL2], ids=["qwen3", "qwen2"])
+    @pytest.mark.parametrize("order", ["one file", "head first", "embedding first"])
+    @pytest.mark.parametrize("head", ["flipped", "equal", "alone"])
+    def test_a_tied_config_with_a_head_in_the_file(
+        self,
+        tmp_path: Path,
+        config: Config,
+        order: str,
+        head: str,
+        recwarn: pytest.WarningsRecorder,
+    ) -> None:
+        """As transformers 5: a stored head that differs is used, with one warning."""
+        weights = random_weights(config)
+        embedding = weights["model.embed_tokens.weight"]
+        weights["lm_head.weight"] = (
+            embedding.flip(0) if head == "flipped" else embedding
+        )
+        if head == "alone":
+            del weights["model.embed_tokens.weight"]
+        weights = {name: weight.clone() for name, weight in weights.items()}
+        folder = write_folder(tmp_path / "m", config, weights)
+        if order != "one file":  # the file named 1 is read first
+            first = "lm_head" if order == "head first" else "model.embed_tokens"
+            (folder / "model.safetensors").unlink()
+            some = {n: w for n, w in weights.items() if n.startswith(first)}
+            rest = {n: w for n, w in weights.items() if n not in some}
+            weight_map = dict.fromkeys(some, "1.safetensors")
+            weight_map |= dict.fromkeys(rest, "2.safetensors")
+            save_file(some, folder / "1.safetensors", {"format": "pt"})
+            save_file(rest, folder / "2.safetensors", {"format": "pt"})
+            index = {"metadata": {}, "weight_map": weight_map}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        model = load_model(folder, device="cpu", use_tqdm=False)
+        told = [str(w.message) for w in recwarn if "lm_head.weight" in str(w.message)]
+        assert len(told) == (head == "flipped")
+        assert (model.lm_head is not None) == (head == "flipped")
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        input_ids = torch.arange(40)[None]
+        with torch.inference_mode():
+            assert_close(logits_of(model, input_ids), theirs(input_ids).logits)
+        assert not any(p.requires_grad for p in model.parameters())
+
+    def test_a_head_of_its_own_has_the_dtype_of_the_model(self, small: Path) -> None:
+        weights = random_weights(SMALL)
+        weights["lm_head.weight"] = weights["lm_head.weight"].flip(0).contiguous()
+        save_file(weights, small / "model.safetensors")
+        with pytest.warns(UserWarning, match="differs"):
+            model = load_model(small, "bfloat16", "cpu", use_tqdm=False)
+        assert model.lm_head is not None
+        assert torch.equal(model.lm_head.weight, weights["lm_head.weight"])
+
+    @pytest.mark.parametrize("config", [SMALL, SMALL2], ids=["qwen3", "qwen2"])
+    def test_a_saved_base_model(self, tmp_path: Path, config: Config) -> None:
+        """Names without `model.`, and the frequencies that old checkpoints carry."""
+        weights = {
+            name.removeprefix("model."): weight
+            for name, weight in random_weights(config).items()
+            if name != "lm_head.weight"
+        }
+        folder = write_folder(tmp_path / "m", config, weights, 2)
+        input_ids = torch.arange(40)[None]
+        theirs, _ = hugging_face(folder, input_ids, 1)
+        model = load_model(folder, device="cpu", use_tqdm=False)
+        assert_close(logits_of(model, input_ids), theirs)
+        for name in ("rotary_emb.inv_freq", "layers.1.self_attn.rotary_emb.inv_freq"):
+            weights[name] = torch.ones(8)
+        again = write_folder(tmp_path / "n", config, weights)
+        model = load_model(again, device="cpu", use_tqdm=False)
+        assert_close(logits_of(model, input_ids), theirs)
+
+    @pytest.mark.parametrize(
+        "name",
+        ["adapter_model.safetensors", "consolidated.safetensors", "a.safetensors"],
+    )
+    def test_other_safetensors_beside_the_model(self, small: Path, name: str) -> None:
+        save_file({"x": torch.ones(2)}, small / name)
+        assert find_weight_files(small) == [small / "model.safetensors"]
+        load_model(small, device="cpu", use_tqdm=False)
+
+    @pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])
+    @pytest.mark.parametrize("field", ["torch_dtype", "dtype"])
+    def test_dtype_by_torchs_own_name(self, small: Path, field: str, name: str) -> None:
+        config = {k: v for k, v in SMALL.items() if k != "torch_dtype"}
+        config[field] = f"torch.{name}"
+        (small / "config.json").write_text(json.dumps(config))
+        stored = read_config(small).dtype
+        assert resolve_dtype("auto", torch.device("cuda"), stored) == getattr(
+            torch, name
+        )
+        load_model(small, device="cpu", use_tqdm=False)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    def test_weights_that_are_not_finite(
+        self, small: Path, value: float, recwarn: pytest.WarningsRecorder
+    ) -> None:
+        load_model(small, device="cpu", use_tqdm=False)
+        assert not recwarn
+        weights = random_weights(SMALL)
+        bad = ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+        for name in bad:
+            weights[name].view(-1)[7] = value
+        save_file(weights, small / "model.safetensors")
+        load_model(small, device="cpu", use_tqdm=False)
+        (warned,) = recwarn
+        for part in (str(small), *bad, "2 tensors", "NaN", "float32"):
+            assert part in str(warned.message)
+        assert "k_proj" not in str(warned.message)
+
+    def test_weights_too_large_for_float16(self, small: Path) -> None:
+        weights = random_weights(SMALL)
+        weights["model.layers.0.mlp.down_proj.weight"][3, 4] = 1e30
+        save_file(weights, small / "model.safetensors")
+        with pytest.warns(
+            UserWarning, match=r"(?s)layers\.0\.mlp\.down_proj.*bfloat16"
+        ):
+            load_model(small, "float16", "cpu", use_tqdm=False)
+
+    def test_huge_but_finite_weights_are_no_reason_to_warn(
+        self, small: Path, recwarn: pytest.WarningsRecorder
+    ) -> None:
+        weights = {name: w.float() for name, w in random_weights(SMALL).items()}
+        weights["model.layers.0.mlp.down_proj.weight"].fill_(3e38)  # the sum overflows
+        save_file(weights, small / "model.safetensors")
+        load_model(small, device="cpu", use_tqdm=False)
+        assert not recwarn
+
+    @pytest.mark.parametrize("factor", [4.0, 4])
+    def test_qwens_recipe_for_yarn(self, tmp_path: Path, factor: float) -> None:
+        """`max_position_embeddings` stays; 4 times 64 positions equal Hugging Face."""
+        scaling = {"rope_type": "yarn", "factor": factor}
+        scaling["original_max_position_embeddings"] = 64
+        config = SMALL | {"max_position_embeddings": 80, "rope_scaling": scaling}
+        folder = write_folder(tmp_path / "m", config, random_weights(config))
+        input_ids = torch.arange(256)[None] % 320
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = load_model(folder, device="cpu", use_tqdm=False)
+        for length in (80, 81, 256):
+            ids = input_ids[:, :length]
+            with torch.inference_mode():
+                assert_close(logits_of(model, ids), theirs(ids).logits)
+
     @pytest.mark.parametrize(
         "rope_scaling",
         [
@@ -771,6 +912,60 @@ class TestBadInput:
         name = scaling.get("rope_type", scaling.get("type"))
         self.fails(small, ValueError, f"{name!r}", "rope", "'default'", "'yarn'")
 
+    @pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
+    @pytest.mark.parametrize("rope_type", ["linear", "yarn"])
+    def test_rope_without_its_factor(
+        self, small: Path, field: str, rope_type: str
+    ) -> None:
+        config = {k: v for k, v in SMALL.items() if k != "rope_scaling"}
+        for rope in ({"rope_type": rope_type}, {"type": rope_type}):
+            (small / "config.json").write_text(json.dumps(config | {field: rope}))
+            message = f'{field}["factor"] is missing: {rope_type!r} needs it'
+            self.fails(small, ValueError, str(small / "config.json"), message)
+
+    @pytest.mark.parametrize("with_config", [False, True])
+    def test_a_lora_adapter(self, small: Path, with_config: bool) -> None:
+        (small / "adapter_config.json").write_text("{}")
+        (small / "model.safetensors").rename(small / "adapter_model.safetensors")
+        if not with_config:
+            (small / "config.json").unlink()
+        self.fails(small, ValueError, str(small), "LoRA", "merge_and_unload")
+
+    @pytest.mark.parametrize("with_config", [False, True])
+    def test_a_gguf_folder(self, small: Path, with_config: bool) -> None:
+        (small / "model.safetensors").rename(small / "qwen3-q4.gguf")
+        if not with_config:
+            (small / "config.json").unlink()
+        self.fails(small, ValueError, str(small), "GGUF", "qwen3-q4.gguf", "llama.cpp")
+
+    @pytest.mark.parametrize(
+        ("name", "cure"),
+        [
+            ("model.safetensors", "pass its folder"),
+            ("config.json", "pass its folder"),
+            ("qwen3.gguf", "llama.cpp"),
+        ],
+    )
+    def test_a_path_to_a_file(self, small: Path, name: str, cure: str) -> None:
+        (small / name).touch()
+        for load in (load_model, load_tokenizer):
+            with pytest.raises(NotADirectoryError) as raised:
+                load(small / name)
+            assert str(small / name) in str(raised.value)
+            assert cure in str(raised.value)
+
+    @pytest.mark.parametrize("model", [None, 3, b"folder", [], {}, 1.5])
+    def test_what_is_no_path(self, model: Any) -> None:
+        for load in (load_model, load_tokenizer):
+            with pytest.raises(TypeError, match="pass the path of a folder"):
+                load(model)
+
+    @pytest.mark.parametrize("model", ["~no-such-user/x", "a\0b", "x" * 5000])
+    def test_odd_paths(self, model: str) -> None:
+        for load in (load_model, load_tokenizer):
+            with pytest.raises(OSError):
+                load(model)
+
     @pytest.mark.parametrize("config", [SMALL, SMALL2], ids=["qwen3", "qwen2"])
     def test_sliding_window(self, tmp_path: Path, config: Config) -> None:
         config = config | {
@@ -884,8 +1079,9 @@ class TestBadInput:
     ) -> None:
         weights = random_weights(config)
         folder = write_folder(tmp_path / "m", config, weights)
+        tied_pair = {"lm_head.weight", "model.embed_tokens.weight"}  # one is enough
         for gone in weights:
-            if gone == "lm_head.weight":
+            if tied_pair <= weights.keys() and gone in tied_pair:
                 continue
             some = {name: w for name, w in weights.items() if name != gone}
             save_file(some, folder / "model.safetensors")
@@ -903,8 +1099,17 @@ class TestBadInput:
     def test_a_config_of_another_size(self, small: Path) -> None:
         config = SMALL | {"hidden_size": 64, "num_hidden_layers": 3}
         (small / "config.json").write_text(json.dumps(config))
-        message = self.fails(small, ValueError, "mis-shaped: model.norm.weight is [48]")
-        assert message.count("missing: model.layers.2.") == 11
+        message = self.fails(
+            small,
+            ValueError,
+            str(small),
+            "(11 missing, 21 mis-shaped)",
+            "missing: model.layers.2.input_layernorm.weight",
+            "missing: and 9 more",
+            "is [320, 48], the config says [320, 64]",
+            "mis-shaped: and 19 more",
+        )
+        assert message.count("\n") == 6
 
     def test_the_weights_of_the_other_family(self, small: Path) -> None:
         save_file(

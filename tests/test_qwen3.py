@@ -7,7 +7,10 @@ scale, so every weight is random and large enough to matter.
 from __future__ import annotations
 
 import functools
+import math
 import random
+import re
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +39,13 @@ from transformers import (
 )
 
 from folo_lib.attention import ATTENTION_BACKENDS, AttentionMetadata, TorchNaiveBackend
-from folo_lib.qwen3 import Qwen3ForCausalLM, check_config, get_head_dim
+from folo_lib.qwen3 import (
+    Qwen3ForCausalLM,
+    check_config,
+    copy_weights,
+    get_head_dim,
+)
+from folo_lib.rope import longest_context
 
 BACKENDS = ["torch_naive", "torch_sdpa"]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -224,6 +233,29 @@ def in_bfloat16(
         narrow[path].load_state_dict(wide.state_dict())
     tokens = torch.randint(config.vocab_size, (4, 61))
     return config, narrow, tokens, wide(tokens).logits
+
+
+@pytest.mark.parametrize("kind", [Qwen3Config, Qwen2Config])
+@pytest.mark.parametrize("max_position_embeddings", [16, 48])
+def test_yarn_reaches_as_far_as_its_factor(
+    kind: type[Config], max_position_embeddings: int
+) -> None:
+    """Qwen's recipe: `max_position_embeddings` stays, original times factor counts."""
+    config = make_config(
+        "qwen3 2/1 yarn" if kind is Qwen3Config else "qwen2 6/3 yarn",
+        max_position_embeddings=max_position_embeddings,
+    )
+    assert isinstance(config, kind)
+    theirs = make_reference(config)
+    ours = load(config, theirs, "torch_naive")
+    limit = longest_context(max_position_embeddings, config.rope_parameters)
+    assert limit == 160 == ours.model.rotary_emb.max_position_embeddings
+    input_ids = torch.randint(config.vocab_size, (1, limit))
+    for length in (max_position_embeddings + 1, limit):
+        ids = input_ids[:, :length]
+        assert_parity(ours.compute_logits(ours(ids)), theirs(ids).logits)
+    with pytest.raises(ValueError, match=r"\b161\b.*\b160\b"):
+        ours(torch.zeros(1, limit + 1, dtype=torch.long))
 
 
 @pytest.mark.parametrize("case", BF16_CASES)
@@ -419,6 +451,32 @@ class TestErrors:
         check_config(Qwen2Config(use_sliding_window=False, sliding_window=16))
         check_config(Qwen3Config(use_sliding_window=True, max_window_layers=32))
 
+    @pytest.mark.parametrize("config", [None, {}, {"model_type": "qwen3"}, 3, "qwen3"])
+    def test_what_is_no_config_is_refused(self, config: Any) -> None:
+        with pytest.raises(ValueError, match="model_type is None"):
+            Qwen3ForCausalLM(config)
+
+    @pytest.mark.parametrize("kind", [Qwen3Config, Qwen2Config])
+    @pytest.mark.parametrize(
+        "field", ["vocab_size", "hidden_size", "num_hidden_layers", "rms_norm_eps"]
+    )
+    @pytest.mark.parametrize("value", [-1, 10**30, 1e30, True, "x", [], None, math.nan])
+    def test_sizes_that_make_no_sense_are_refused_by_name(
+        self, kind: type[Config], field: str, value: object
+    ) -> None:
+        config = kind(num_hidden_layers=1)
+        object.__setattr__(config, field, value)
+        message = re.escape(f"config.{field} is {value!r}: it must be")
+        with pytest.raises(ValueError, match=message):
+            Qwen3ForCausalLM(config)
+
+    def test_heads_without_a_dimension_are_refused(self) -> None:
+        config = Qwen2Config(
+            hidden_size=8, num_attention_heads=16, num_key_value_heads=16
+        )
+        with pytest.raises(ValueError, match="head_dim=0 must be even"):
+            Qwen3ForCausalLM(config)
+
     def test_unknown_backend(self) -> None:
         with pytest.raises(ValueError, match=r"'flash'.*torch_naive"):
             Qwen3ForCausalLM(make_config("qwen3 4/1"), "flash")
@@ -526,15 +584,100 @@ class TestWeights:
         with pytest.raises(ValueError, match=f"unexpected: {name}"):
             Qwen3ForCausalLM(ref.config).load_weights(weights)
 
-    def test_a_tied_head_is_passed_over_whatever_it_holds(self) -> None:
+    def test_a_tied_head_may_be_in_the_file_or_not(self) -> None:
         ref = reference("qwen3 4/1")
-        body = {
-            n: t for n, t in ref.model.state_dict().items() if n != "lm_head.weight"
-        }
-        for head in ({}, {"lm_head.weight": torch.zeros(3)}):
+        weights = ref.model.state_dict()
+        pair = {"lm_head.weight", "model.embed_tokens.weight"}
+        body = {n: t for n, t in weights.items() if n not in pair}
+        for chosen in (["model.embed_tokens.weight"], ["lm_head.weight"], sorted(pair)):
             ours = Qwen3ForCausalLM(ref.config)
-            ours.load_weights((body | head).items())
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                ours.load_weights((body | {n: weights[n] for n in chosen}).items())
+            assert ours.lm_head is None
             assert_parity(logits_of(ours, ref.batch).detach(), ref.batch_logits)
+
+    def test_a_tied_head_of_another_shape_is_an_error(self) -> None:
+        ref = reference("qwen3 4/1")
+        weights = ref.model.state_dict() | {"lm_head.weight": torch.zeros(3)}
+        with pytest.raises(ValueError, match=r"mis-shaped: lm_head\.weight is \[3\]"):
+            Qwen3ForCausalLM(ref.config).load_weights(weights.items())
+
+    @pytest.mark.parametrize("case", ["qwen3 4/1", "qwen2 14/2"])
+    @pytest.mark.parametrize("head_first", [True, False])
+    def test_a_tied_head_that_differs_is_used(
+        self, case: str, head_first: bool
+    ) -> None:
+        """As transformers 5 does it; a second loading starts from the config again."""
+        ref = reference(case)
+        weights = dict(ref.model.state_dict())
+        head = weights.pop("lm_head.weight").flip(0)
+        first = {"lm_head.weight": head}
+        pairs = first | weights if head_first else weights | first
+        ours = Qwen3ForCausalLM(ref.config)
+        with pytest.warns(UserWarning, match=r"lm_head\.weight.*differs") as caught:
+            ours.load_weights(pairs.items())
+        assert len(caught) == 1
+        assert ours.lm_head is not None
+        assert torch.equal(ours.lm_head.weight, head)
+        assert torch.equal(ours.hf_weights()["lm_head.weight"], head)
+        expected = ref.batch_logits.flip(-1)
+        assert_parity(logits_of(ours, ref.batch).detach(), expected)
+        ours.load_weights(weights.items())
+        assert ours.lm_head is None
+        assert_parity(logits_of(ours, ref.batch).detach(), ref.batch_logits)
+
+    def test_heads_that_are_equal_once_rounded_stay_tied(self) -> None:
+        """transformers compares them in the dtype of the model, too."""
+        config = make_config("qwen3 4/1")
+        weights = make_reference(config).state_dict()
+        embedding = weights["model.embed_tokens.weight"].bfloat16().float()
+        weights |= {
+            "model.embed_tokens.weight": embedding,
+            "lm_head.weight": embedding * (1 + 1e-4),
+        }
+        with pytest.warns(UserWarning, match="differs"):
+            Qwen3ForCausalLM(config).load_weights(weights.items())
+        ours = Qwen3ForCausalLM(config).bfloat16()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ours.load_weights(weights.items())
+        assert ours.lm_head is None
+
+    @each_case
+    def test_names_of_a_base_model(self, case: str) -> None:
+        """`Qwen3Model.save_pretrained` writes names without `model.`."""
+        ref = reference(case)
+        weights = {
+            name.removeprefix("model."): tensor
+            for name, tensor in ref.model.state_dict().items()
+        }
+        weights |= {"layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+        weights |= {"rotary_emb.inv_freq": torch.ones(4)}
+        ours = Qwen3ForCausalLM(ref.config)
+        ours.load_weights(weights.items())
+        assert_parity(logits_of(ours, ref.batch).detach(), ref.batch_logits)
+
+    @pytest.mark.parametrize("count", [1, 9, 10, 500])
+    def test_a_summary_has_at_most_ten_lines(self, count: int) -> None:
+        views = {f"layers.{i}.weight": torch.zeros(2) for i in range(count)}
+        shapes = [(f"layers.{i}.weight", torch.zeros(3)) for i in range(count // 2)]
+        extra = [(f"visual.{i}.weight", torch.zeros(3)) for i in range(count)]
+        with pytest.raises(ValueError) as caught:
+            copy_weights(views, [*shapes, *extra])
+        message = str(caught.value)
+        assert message.count("\n") <= 9
+        for kind, number in [
+            ("missing", count - count // 2),
+            ("unexpected", count),
+            ("mis-shaped", count // 2),
+        ]:
+            lines = re.findall(rf"\n  {kind}: (.*)", message)
+            if len(views) > 4:
+                assert f"{number} {kind}" in message
+                assert lines[-1] == f"and {number - 2} more" or number <= 3
+            else:
+                assert len(lines) == number
 
     def test_an_untied_head_is_demanded(self) -> None:
         ref = reference("qwen2 3/1 untied")

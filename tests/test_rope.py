@@ -19,6 +19,7 @@ from folo_lib.rope import (
     compute_rope,
     compute_yarn_attention_factor,
     compute_yarn_inv_freq,
+    longest_context,
 )
 
 DEFAULT = {"rope_type": "default", "rope_theta": 1e6}
@@ -191,6 +192,78 @@ def test_yarn_table_reaches_as_far_as_its_factor(
     rope = RotaryEmbedding(8, asked, parameters)
     assert rope.max_position_embeddings == rows
     assert rope.cos.shape == rope.sin.shape == (rows, 4)
+    assert longest_context(asked, parameters) == rows
+
+
+@pytest.mark.parametrize("parameters", [DEFAULT, LINEAR, {}])
+def test_the_context_is_the_config_s_without_yarn(parameters: dict[str, Any]) -> None:
+    assert longest_context(40_960, parameters) == 40_960
+
+
+def test_a_table_on_meta_costs_nothing() -> None:
+    with torch.device("meta"):
+        rope = RotaryEmbedding(128, 2**24, DEFAULT)
+    assert rope.cos.shape == (2**24, 64)
+
+
+BAD_NUMBERS = ["4", [], {}, True, math.nan, math.inf, -1.0, -3, 10**400, 1e30 * 10]
+ROPE_DAMAGES = [
+    (kind, field, value)
+    for kind, fields in [
+        (DEFAULT, ["rope_theta"]),
+        (LINEAR, ["rope_theta", "factor"]),
+        (YARN, ["rope_theta", "factor", "original_max_position_embeddings"]),
+        (YARN, ["beta_fast", "beta_slow", "mscale", "mscale_all_dim"]),
+        (YARN, ["attention_factor"]),
+    ]
+    for field in fields
+    for value in BAD_NUMBERS
+]
+
+
+@pytest.mark.parametrize(("parameters", "field", "value"), ROPE_DAMAGES, ids=str)
+def test_a_number_that_makes_no_sense_is_named(
+    parameters: dict[str, Any], field: str, value: object
+) -> None:
+    with pytest.raises(ValueError) as error:
+        RotaryEmbedding(8, 4, parameters | {field: value})
+    assert f'rope_parameters["{field}"] is {value!r}'[:200] in str(error.value)
+    assert "it must be a number from" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"rope_theta": 1}, "rope_theta"),
+        ({"original_max_position_embeddings": 0}, "original_max_position_embeddings"),
+        ({"factor": 0}, "factor"),
+        ({"factor": 1e5}, "factor times original_max_position_embeddings is 1.02"),
+    ],
+    ids=str,
+)
+def test_yarn_at_the_edge_is_named(change: dict[str, Any], part: str) -> None:
+    with pytest.raises(ValueError, match=part):
+        RotaryEmbedding(8, 4, YARN | change)
+    with pytest.raises(ValueError, match=part):
+        longest_context(4, YARN | change)
+
+
+@pytest.mark.parametrize("parameters", ["yarn", None, 3, [], [("rope_type", "yarn")]])
+def test_parameters_that_are_no_mapping_are_told(parameters: Any) -> None:
+    with pytest.raises(ValueError, match=r"rope_parameters is .* mapping"):
+        RotaryEmbedding(8, 4, parameters)
+
+
+@pytest.mark.parametrize("number", [0, -1, 1.5, True, "4", None, 10**30])
+def test_a_number_of_positions_out_of_range_is_named(number: Any) -> None:
+    with pytest.raises(ValueError, match="max_position_embeddings is"):
+        RotaryEmbedding(8, number, DEFAULT)
+
+
+@pytest.mark.parametrize("head_dim", [0, -2])
+def test_a_head_without_pairs_is_an_error(head_dim: int) -> None:
+    with pytest.raises(ValueError, match=f"head_dim={head_dim}"):
+        RotaryEmbedding(head_dim, 4, DEFAULT)
 
 
 @pytest.mark.parametrize("parameters", [DEFAULT, LINEAR])
