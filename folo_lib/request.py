@@ -73,8 +73,8 @@ def byte_of_character() -> dict[str, int]:
 class TokenBytes(dict[int, bytes]):
     """The bytes that each token id of a byte-level tokenizer stands for.
 
-    Filled as ids are looked up, so keep one per tokenizer. An id that the tokenizer
-    does not know stands for nothing, as in `tokenizer.decode`.
+    Filled as ids are looked up, so keep one per tokenizer. An added token stands for
+    its content as it is, and an id that the tokenizer does not know for nothing.
 
     Args:
         tokenizer: of transformers, byte-level as the tokenizers of Qwen are.
@@ -90,8 +90,8 @@ class TokenBytes(dict[int, bytes]):
         super().__init__()
         self._tokenizer = tokenizer
         self._byte_of = byte_of_character()
-        added = tokenizer.added_tokens_decoder.items()
-        self.special_ids = frozenset(i for i, token in added if token.special)
+        added = tokenizer.added_tokens_decoder
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
 
         spelling = {byte: char for char, byte in self._byte_of.items()}
         probe = "".join(map(chr, range(256))) + "你好 🙂"
@@ -102,6 +102,10 @@ class TokenBytes(dict[int, bytes]):
                 "is streamed from bytes: use the tokenizer that belongs to the model, "
                 "or tokenizer=None for token ids without text."
             )
+        model = tokenizer.backend_tokenizer.model
+        for i, token in added.items():
+            if [part.id for part in model.tokenize(token.content)] != [i]:
+                self[i] = token.content.encode()  # not a token of ordinary text too
 
     def __missing__(self, token_id: int) -> bytes:
         token = self._tokenizer.convert_ids_to_tokens(token_id)
@@ -125,14 +129,14 @@ def find_stop_string(
         num_searched: how many characters at the beginning are not new.
 
     Returns:
-        Where it starts, and which. Of several the one that starts first, then the one
-        that `stop` names first; None without any.
+        Where it starts, and which. Of several the one that is complete first, then the
+        one that `stop` names first; None without any.
     """
-    first = None
+    first, first_end = None, len(text) + 1
     for string in stop:
         start = text.find(string, max(0, num_searched - len(string) + 1))
-        if start >= 0 and (first is None or start < first[0]):
-            first = start, string
+        if start >= 0 and start + len(string) < first_end:
+            first, first_end = (start, string), start + len(string)
     return first
 
 

@@ -113,15 +113,15 @@ def brute_force(
 
     def search(text: str, old: str, num_tokens: int) -> tuple[str, str] | None:
         found = [
-            (start, i)
+            (start + len(s), i)
             for i, s in enumerate(stop)
             for start in range(len(text))
             if text.startswith(s, start) and start + len(s) > len(old)
         ]
         if not found or num_tokens <= min_tokens:
             return None
-        start, i = min(found)
-        return text[: start + (len(stop[i]) if include else 0)], stop[i]
+        end, i = min(found)
+        return text[: end - (0 if include else len(stop[i]))], stop[i]
 
     shown, old = [""], ""
     for n in range(1, len(ids) + 1):
@@ -194,30 +194,85 @@ class TestTokenBytes:
             "convert_ids_to_tokens",
             lambda i: seen.append(i) or look_up(i),  # type: ignore[func-returns-value]
         )
-        assert not table
+        assert set(table) == set(tokenizer().added_tokens_decoder)
         for _ in range(3):
             assert [table[i] for i in (5, EOS, V + 1)] == [b"&", b"<|im_end|>", b""]
-        assert seen == [5, EOS, V + 1]
+        assert seen == [5, V + 1]
 
     def test_special_ids(self) -> None:
         assert token_bytes().special_ids == {EOS, EOS_2, IM_START}
 
+    odd = (
+        *(
+            "<čas>",
+            "é x",
+            "ñ¡",
+            "日本",
+            "<|ŧool|>",
+            "Ċend",
+            "ĠĠĠx",
+            "ÃÃ©",
+            "\u0100\u0143",
+            " x ",
+        ),
+        *("\n\n#", "<ŀŁ>", "¡", "🙂🙂", "\u00ad", "e\u0301"),
+    )
+
     @pytest.mark.parametrize("special", [False, True])
-    def test_added_tokens_read_as_the_tokenizer_reads_them(self, special: bool) -> None:
-        """Whose spelling is text, unless all its characters happen to be spelled bytes."""
+    def test_added_tokens_are_shown_as_their_content(self, special: bool) -> None:
+        """Where all their characters spell bytes, too: `decode` makes `<\\ras>` of `<čas>`."""
         added = copy.deepcopy(tokenizer())
-        added.add_tokens(["é x", "ñ¡", "日本", "Ġ"], special_tokens=special)
+        added.add_tokens(list(self.odd), special_tokens=special)
         new = list(range(V, len(added)))
-        assert len(new) >= 3
+        content = [added.added_tokens_decoder[i].content for i in new]
+        assert len(new) >= len(self.odd) - 1  # "¡" is a byte already
         table = TokenBytes(added)
-        for ids in (new, [*as_tokens(b"a\xc3"), *new, *as_tokens(b"\xa9")], new[::-1]):
+        assert [table[i].decode() for i in new] == content
+        rng = random.Random(0)
+        for _ in range(200):
+            ids = rng.choices(
+                [*new, *new, *range(V), *as_tokens(b"\xc3\xa9\xf0\x9f")], k=8
+            )
             for skip in (True, False):
                 params = SamplingParams(skip_special_tokens=skip)
-                text = IncrementalDetokenizer(table, params)
+                text, run, expected = IncrementalDetokenizer(table, params), [], ""
                 for i in ids:
                     text.append(i)
+                    hidden = skip and added.added_tokens_decoder.get(i)
+                    if hidden and hidden.special:
+                        continue
+                    if i < V:
+                        run.append(i)
+                    else:
+                        expected += added.decode(run) + content[i - V]
+                        run = []
                 text.flush()
-                assert text.text == added.decode(ids, skip_special_tokens=skip)
+                assert text.text == expected + added.decode(run)
+
+    def test_added_tokens_outside_the_bytes_spelling_read_as_decode(self) -> None:
+        added = copy.deepcopy(tokenizer())
+        added.add_tokens(["é x", "日本", "<|x|>", " \n", "š"])
+        table, rng = TokenBytes(added), random.Random(1)
+        for _ in range(100):
+            ids = rng.choices([*range(V, len(added)), *range(V)], k=8)
+            text = IncrementalDetokenizer(
+                table, SamplingParams(skip_special_tokens=False)
+            )
+            for i in ids:
+                text.append(i)
+            text.flush()
+            assert text.text == added.decode(ids)
+
+    def test_a_token_of_ordinary_text_keeps_its_bytes_when_it_is_added_too(
+        self,
+    ) -> None:
+        """Else every space would be shown as its spelling."""
+        added = copy.deepcopy(tokenizer())
+        added.add_tokens(["Ġ", "Ġthe", "é"])
+        table = TokenBytes(added)
+        for text in ("in the end", "caf\u00e9 \u9999"):
+            ids = tokenizer()(text).input_ids
+            assert b"".join(table[i] for i in ids).decode() == text
 
     def strangers() -> Iterator[Any]:  # type: ignore[misc]
         vocab = {"a": 0, "Ġ": 1, "▁a": 2, "<0xC3>": 3, "[UNK]": 4}
@@ -373,10 +428,12 @@ class TestStopStrings:
         assert held == max(possible, default=0)
         assert held < max(map(len, stop), default=1)
 
-    def test_the_first_to_start_wins_then_the_order(self) -> None:
+    def test_the_first_to_end_wins_then_the_order(self) -> None:
         assert find_stop_string("xabc", ["bc", "ab"]) == (1, "ab")
         assert find_stop_string("xabc", ["ab", "abc"]) == (1, "ab")
-        assert find_stop_string("xabc", ["abc", "ab"]) == (1, "abc")
+        assert find_stop_string("xabc", ["abc", "ab"]) == (1, "ab")
+        assert find_stop_string("xabc", ["abc", "bc", "c"]) == (1, "abc")
+        assert find_stop_string("xabc", ["c", "bc", "abc"]) == (3, "c")
         assert find_stop_string("xabc", ["d"]) is None
         assert find_stop_string("xabc", []) is None
 
@@ -413,7 +470,75 @@ class TestStopStrings:
         ]:
             shown, found, _ = stream([whole], stop=stop)
             assert shown[-1] == text
-            assert found == {" t": "h"}.get(text, "the" if "the" in stop else "t")
+            assert found == {" t": "h"}.get(text, "th" if "th" in stop else "t")
+
+    @pytest.mark.parametrize(
+        ("token", "stop", "reason", "text"),
+        [
+            ("abc", ["abc", "b"], "b", "a"),
+            ("xaby", ["aby", "b"], "b", "xa"),
+            ("ab", ["b", "ab"], "b", "a"),
+            ("ab", ["ab", "b"], "ab", ""),
+        ],
+    )
+    def test_the_one_that_is_complete_first(
+        self, token: str, stop: list[str], reason: str, text: str
+    ) -> None:
+        added = copy.deepcopy(tokenizer())
+        added.add_tokens([f"#{token}"])  # no token of the vocabulary is all of it
+        for ids in ([V], as_tokens(f"#{token}".encode())):
+            params = SamplingParams(stop=stop)
+            detokenizer = IncrementalDetokenizer(TokenBytes(added), params)
+            found = next(f for i in ids if (f := detokenizer.append(i)))
+            assert (found, detokenizer.text) == (reason, f"#{text}")
+
+    @given(
+        text=st.text("ab🙂é\ufffd", max_size=12),
+        tail=st.sampled_from([b"", b"\xf0\x9f", b"\xff", b"\xe2\x82A"]),
+        stop=st.lists(
+            st.text("ab🙂\ufffd", min_size=1, max_size=4), min_size=1, max_size=4
+        ),
+        include=st.booleans(),
+        ignored=st.integers(0, 20),
+        data=st.data(),
+    )
+    @settings(max_examples=500, deadline=None)
+    def test_text_and_reason_do_not_depend_on_the_cutting(
+        self,
+        text: str,
+        tail: bytes,
+        stop: list[str],
+        include: bool,
+        ignored: int,
+        data: st.DataObject,
+    ) -> None:
+        """Any cutting of the bytes into tokens, as byte by byte; `min_tokens` at a cut."""
+        raw = text.encode() + tail
+        ignored = min(ignored, len(raw))
+        cuts = data.draw(st.sets(st.integers(0, len(raw)))) | {0, ignored, len(raw)}
+        pieces = [raw[a:b] for a, b in pairwise(sorted(cuts))]
+        num_ignored = sum(cut < ignored for cut in cuts)
+        results = []
+        for parts, min_tokens in [
+            (pieces, num_ignored),
+            ([bytes([byte]) for byte in raw], ignored),
+        ]:
+            table = TokenBytes(tokenizer())
+            table.update(enumerate(parts))
+            params = SamplingParams(
+                stop=stop,
+                include_stop_str_in_output=include,
+                min_tokens=min_tokens,
+                max_tokens=None,
+                skip_special_tokens=False,
+            )
+            detokenizer = IncrementalDetokenizer(table, params)
+            found = None
+            for i in range(len(parts)):
+                if found := detokenizer.append(i):
+                    break
+            results.append((found or detokenizer.flush(), detokenizer.text))
+        assert results[0] == results[1]
 
     def test_a_false_alarm_is_shown_when_it_is_over(self) -> None:
         shown, found, _ = stream(as_tokens(b"a##b#"), stop="###")
