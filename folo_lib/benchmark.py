@@ -479,7 +479,7 @@ def weight_bytes_per_step(
 def step_bytes(
     config: "Qwen2Config | Qwen3Config", dtype: torch.dtype, context: int
 ) -> int:
-    """What a decode step must read behind that many tokens."""
+    """What a decode step must read after that many tokens."""
     kv_bytes = kv_bytes_per_token(config, dtype) * context
     return weight_bytes_per_step(config, dtype) + kv_bytes
 
