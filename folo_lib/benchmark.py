@@ -13,12 +13,6 @@ __all__ = [
     "MIN_DECIDED",
     "WIDER",
     "MAX_ERROR",
-    "QWEN3_0_6B",
-    "RUNGS",
-    "Answer",
-    "PEERS",
-    "QUICK",
-    "SECTIONS",
     "Run",
     "System",
     "synchronize",
@@ -35,93 +29,36 @@ __all__ = [
     "find_unsteady",
     "measure",
     "paired_ratios",
+    "describe_ratio",
     "Reference",
     "load_exact",
     "make_reference",
     "check_reference",
     "check_tokens",
-    "write_random_checkpoint",
-    "recompute_all",
-    "GrowingCacheBackend",
-    "grow_cache",
-    "Loop",
-    "make_loops",
-    "make_rungs",
     "weight_bytes_per_step",
     "step_bytes",
     "measure_bandwidth",
-    "get_peak_memory",
-    "run_alone",
-    "start_process",
-    "Peer",
-    "start_vllm",
-    "start_nano_vllm",
-    "start_peers",
-    "Sizes",
-    "Bench",
-    "run_decode",
-    "run_prefill",
-    "run_context",
-    "run_ladder",
-    "run_roofline",
-    "alone_args",
-    "run_memory",
-    "run_cold_start",
-    "get_driver",
-    "get_processor",
-    "describe_setup",
-    "open_record",
-    "run_section",
-    "save_record",
-    "run_all",
-    "make_parser",
-    "parse_alone",
-    "describe_model",
-    "describe_command",
-    "choose_weights",
-    "main",
 ]
 
 # %% ../notebooks/12_benchmark.ipynb #imports
-import argparse
 import gc
 import importlib
-import importlib.util
-import json
-import os
-import platform
 import random
-import shlex
-import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
-from functools import cached_property, partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from folo_lib.checkpoint import (
-    DTYPES,
-    find_checkpoint,
-    load_model,
-    read_config,
-    resolve_device,
-    resolve_dtype,
-)
-
-from . import bundled_model_path
-from .attention import AttentionMetadata, TorchNaiveBackend
+from .checkpoint import load_model
 from .engine import LLMEngine
-from .kv_cache import kv_bytes_per_token, reshape_and_cache_kv
-from .qwen3 import Attention, Qwen3ForCausalLM
+from .kv_cache import kv_bytes_per_token
+from .qwen3 import Qwen3ForCausalLM
 from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -412,6 +349,15 @@ def paired_ratios(slow: Result, fast: Result, name: str = "tpot") -> list[float]
     return [a / b for a, b in pairs]
 
 
+def describe_ratio(slow: Result, fast: Result, name: str = "tpot") -> str:
+    """Their median and percentiles as one line of text."""
+    ratios = summarize(paired_ratios(slow, fast, name))
+    bounds = f"{ratios['p10']:.2f} to {ratios['p90']:.2f}"
+    systems = f"{slow['system']} over {fast['system']}"
+    median = f"{ratios['median']:.2f} times, median of {len(ratios['values'])} pairs"
+    return f"{systems}: {name} {median} ({bounds})"
+
+
 # %% ../notebooks/12_benchmark.ipynb #reference
 NEAR_TIE = 10
 MIN_DECIDED = 0.1
@@ -477,7 +423,7 @@ def make_reference(
     return Reference(prompt, answer, margins, error, expected.std().item())
 
 
-# %% ../notebooks/12_benchmark.ipynb #check-tokens
+# %% ../notebooks/12_benchmark.ipynb #check-reference
 def check_reference(reference: Reference, dtype: torch.dtype) -> None:
     """Raises a BenchmarkError if a comparison with it would prove nothing."""
     share = reference.num_decided / len(reference.token_ids)
@@ -490,6 +436,7 @@ def check_reference(reference: Reference, dtype: torch.dtype) -> None:
         )
 
 
+# %% ../notebooks/12_benchmark.ipynb #check-tokens
 def check_tokens(system: System, reference: Reference) -> int:
     """At how many near-ties a system chose otherwise.
 
@@ -516,156 +463,6 @@ def check_tokens(system: System, reference: Reference) -> int:
     return num_ties
 
 
-# %% ../notebooks/12_benchmark.ipynb #random-checkpoint
-QWEN3_0_6B: Mapping[str, Any] = {
-    "vocab_size": 151_936,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 40_960,
-    "tie_word_embeddings": True,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-    "dtype": "bfloat16",
-}
-
-
-def write_random_checkpoint(
-    folder: Path, shape: Mapping[str, Any], device: torch.device
-) -> None:
-    """A checkpoint of that shape, with the bundled tokenizer so that it loads."""
-    from safetensors.torch import save_file
-    from transformers import Qwen3Config
-
-    config = Qwen3Config(**shape, architectures=["Qwen3ForCausalLM"])
-    config.save_pretrained(folder)
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = Qwen3ForCausalLM(config)
-    for name, weight in model.named_parameters():
-        if "norm" in name:
-            nn.init.uniform_(weight, 0.5, 1.5)
-    dtype = DTYPES[shape["dtype"]]
-    weights = model.hf_weights().items()
-    copies = {name: w.to("cpu", dtype, copy=True) for name, w in weights}
-    save_file(copies, folder / "model.safetensors", {"format": "pt"})
-    for path in bundled_model_path().glob("tokenizer*.json"):
-        shutil.copy(path, folder)
-
-
-# %% ../notebooks/12_benchmark.ipynb #bare-loops
-@torch.inference_mode()
-def recompute_all(
-    model: Qwen3ForCausalLM, prompt: list[int], num_tokens: int
-) -> Iterator[int]:
-    """The next tokens without a cache: the whole text through the model, each time."""
-    device = model.model.embed_tokens.weight.device
-    ids = list(prompt)
-    for _ in range(num_tokens):
-        hidden_states = model(torch.tensor(ids, device=device))  # [S, E]
-        ids.append(int(model.compute_logits(hidden_states[-1]).argmax()))
-        yield ids[-1]
-
-
-class GrowingCacheBackend(TorchNaiveBackend):
-    """One sequence, its keys and values concatenated; the cache is a list of two."""
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Any,
-        metadata: AttentionMetadata,
-    ) -> Tensor:
-        new = (x.transpose(0, 1)[None] for x in (key, value))  # [1, H_kv, S, D]
-        kv_cache[:] = reshape_and_cache_kv(*new, *kv_cache)
-        query = query.transpose(0, 1)[None]  # [S, H, D] -> [1, H, S, D]
-        return self.attend(query, *kv_cache)[0].transpose(0, 1)
-
-
-@torch.inference_mode()
-def grow_cache(
-    model: Qwen3ForCausalLM, prompt: list[int], num_tokens: int
-) -> Iterator[int]:
-    """The next tokens with a cache that grows; the model has `GrowingCacheBackend`."""
-    device = model.model.embed_tokens.weight.device
-    caches: Any = [[None, None] for _ in model.model.layers]
-    empty = torch.empty(0)
-    unused = AttentionMetadata(empty, empty, empty, empty)
-    new, start = list(prompt), 0
-    for _ in range(num_tokens):
-        positions = torch.arange(start, start + len(new), device=device)
-        ids = torch.tensor(new, device=device)
-        hidden_states = model(ids, positions, caches, unused)  # [S, E]
-        start += len(new)
-        new = [int(model.compute_logits(hidden_states[-1]).argmax())]
-        yield new[0]
-
-
-# %% ../notebooks/12_benchmark.ipynb #loop
-class Loop:
-    """A generator of tokens, with a clock.
-
-    Args:
-        tokens: takes a prompt and a number of tokens.
-    """
-
-    def __init__(
-        self, name: str, tokens: Callable[[list[int], int], Iterator[int]]
-    ) -> None:
-        self.name, self.tokens = name, tokens
-
-    def generate(self, prompt: list[int], num_tokens: int) -> Run:
-        """See `System`. Each token is an int on the host, so the device is done."""
-        start = time.perf_counter()
-        tokens = self.tokens(prompt, num_tokens)
-        first = next(tokens)
-        ttft = time.perf_counter() - start
-        token_ids = [first, *tokens]
-        return Run(token_ids, ttft, time.perf_counter() - start)
-
-
-def make_loops(folder: Path, device: torch.device, dtype: torch.dtype) -> list[System]:
-    """The rungs below the engine."""
-    model = load_model(folder, dtype, device, "torch_naive", use_tqdm=False)
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.backend = GrowingCacheBackend()
-    return [
-        Loop("no cache", partial(recompute_all, model)),
-        Loop("growing cache", partial(grow_cache, model)),
-    ]
-
-
-# %% ../notebooks/12_benchmark.ipynb #ladder
-RUNGS: Mapping[str, Mapping[str, Any]] = {
-    "preallocated": {"attention_backend": "torch_naive", "decode": "eager"},
-    "SDPA": {"attention_backend": "torch_sdpa", "decode": "eager"},
-    "CUDA graph": {"decode": "plain_cuda_graph"},
-    "compiled": {"decode": "cuda_graph"},
-    "fused": {"decode": "fused"},
-}
-
-
-def make_rungs(
-    folder: Path, device: torch.device, dtype: torch.dtype, max_model_len: int
-) -> tuple[list[System], dict[str, str]]:
-    """The ladder's rungs from the bottom, and why others are left out."""
-    rungs = make_loops(folder, device, dtype)
-    left_out: dict[str, str] = {}
-    for name, options in RUNGS.items():
-        try:
-            rung = FoloLib(folder, device, dtype, max_model_len, name, **options)
-        except ValueError as error:
-            left_out[name] = str(error)
-        else:
-            rungs.append(rung)
-    return rungs, left_out
-
-
 # %% ../notebooks/12_benchmark.ipynb #step-bytes
 def weight_bytes_per_step(
     config: "Qwen2Config | Qwen3Config", dtype: torch.dtype
@@ -682,7 +479,7 @@ def weight_bytes_per_step(
 def step_bytes(
     config: "Qwen2Config | Qwen3Config", dtype: torch.dtype, context: int
 ) -> int:
-    """What a decode step must read behind that many tokens."""
+    """What a decode step must read after that many tokens."""
     kv_bytes = kv_bytes_per_token(config, dtype) * context
     return weight_bytes_per_step(config, dtype) + kv_bytes
 
@@ -703,540 +500,6 @@ def measure_bandwidth(
     return speeds[1:]  # the first warmed up
 
 
-# %% ../notebooks/12_benchmark.ipynb #peak-memory
-def get_peak_memory(device: torch.device) -> Result:
-    """Most bytes used so far; None where the system does not tell."""
-    if device.type == "cuda":
-        return {
-            "peak": torch.cuda.max_memory_allocated(device),
-            "peak_reserved": torch.cuda.max_memory_reserved(device),
-        }
-    status = Path("/proc/self/status")  # Linux; counts from the start of the program
-    text = status.read_text() if status.is_file() else ""
-    lines = [line for line in text.splitlines() if line.startswith("VmHWM")]
-    return {"peak": int(lines[0].split()[1]) * 1024 if lines else None}
-
-
-# %% ../notebooks/12_benchmark.ipynb #run-alone
-def run_alone(
-    name: str,
-    folder: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    prompt_len: int,
-    num_tokens: int,
-) -> Result:
-    """Loads one system and answers one prompt; this process has done nothing else."""
-    start = time.perf_counter()
-    system: System
-    if name == "folo_lib":
-        system = FoloLib(folder, device, dtype, max_model_len=prompt_len + num_tokens)
-    else:
-        options = {"cache_implementation": "static"} if "static" in name else {}
-        system = HuggingFace(load_huggingface(folder, device, dtype), name, **options)
-    loaded = time.perf_counter() - start
-    vocab_size = read_config(folder).vocab_size
-    run = system.generate(make_prompt(vocab_size, prompt_len), num_tokens)
-    result = {"system": name, "prompt_tokens": prompt_len, "output_tokens": num_tokens}
-    result |= {"load_seconds": loaded, "first_token_seconds": loaded + run.ttft}
-    return result | get_peak_memory(device)
-
-
-def start_process(args: Sequence[str], cache_dir: Path | None = None) -> Result:
-    """`run_alone` in a fresh process; compiled code is kept in `cache_dir`."""
-    environment = dict(os.environ)
-    if cache_dir is not None:
-        environment["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir / "inductor")
-        environment["TRITON_CACHE_DIR"] = str(cache_dir / "triton")
-    command = [sys.executable, "-m", "folo_lib.benchmark", "--alone", *args]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        last = "\n".join(done.stderr.splitlines()[-5:])
-        raise BenchmarkError(f"the process for {args[0]} failed:\n{last}")
-    result: Result = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
-# %% ../notebooks/12_benchmark.ipynb #peers
-Answer = Callable[[list[int], int], list[int]]
-
-
-class Peer:
-    """Another engine; its TTFT is of a run apart, with the prompt turned round."""
-
-    def __init__(self, name: str, answer: Answer) -> None:
-        self.name, self.answer = name, answer
-
-    def generate(self, prompt: list[int], num_tokens: int) -> Run:
-        """See `System`."""
-        times = [time.perf_counter()]
-        self.answer(prompt[::-1], 1)
-        times.append(time.perf_counter())
-        token_ids = self.answer(prompt, num_tokens)
-        times.append(time.perf_counter())
-        return Run(token_ids, times[1] - times[0], times[2] - times[1])
-
-
-def start_vllm(folder: Path, max_model_len: int) -> Answer:
-    """vLLM's `LLM`. Written from its documentation, not tried with this benchmark."""
-    vllm: Any = importlib.import_module("vllm")
-    options = {"gpu_memory_utilization": 0.3, "enable_prefix_caching": False}
-    llm = vllm.LLM(model=str(folder), max_model_len=max_model_len, **options)
-
-    def answer(prompt: list[int], num_tokens: int) -> list[int]:
-        params = vllm.SamplingParams(
-            temperature=0, max_tokens=num_tokens, ignore_eos=True
-        )
-        [output] = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
-        return list(output.outputs[0].token_ids)
-
-    return answer
-
-
-def start_nano_vllm(folder: Path, max_model_len: int) -> Answer:
-    """nano-vllm's `LLM`, which has no greedy mode; likewise not tried."""
-    nano: Any = importlib.import_module("nanovllm")
-    llm = nano.LLM(str(folder), max_model_len=max_model_len, gpu_memory_utilization=0.5)
-
-    def answer(prompt: list[int], num_tokens: int) -> list[int]:
-        params = nano.SamplingParams(
-            temperature=1e-5, max_tokens=num_tokens, ignore_eos=True
-        )
-        return list(llm.generate([prompt], params, use_tqdm=False)[0]["token_ids"])
-
-    return answer
-
-
-PEERS = {"vllm": start_vllm, "nanovllm": start_nano_vllm}
-
-
-def start_peers(folder: Path, max_model_len: int) -> list[System]:
-    """Those that are installed."""
-    return [
-        Peer(name, start(folder, max_model_len))
-        for name, start in PEERS.items()
-        if importlib.util.find_spec(name)
-    ]
-
-
-# %% ../notebooks/12_benchmark.ipynb #sizes
-@dataclass(frozen=True)
-class Sizes:
-    """How long the prompts and answers of each section are."""
-
-    prompt_tokens: int = 128
-    output_tokens: int = 256
-    prompts: Sequence[int] = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-    contexts: Sequence[int] = (128, 512, 2048, 8192)
-    context_tokens: int = 32
-    ladder_tokens: int = 64
-    bandwidth_bytes: int = 2**32
-
-    def cut(self, max_model_len: int) -> "Sizes":
-        """Without what a model cannot hold."""
-        longest = max_model_len - self.context_tokens
-        return replace(
-            self,
-            prompts=[length for length in self.prompts if length <= longest],
-            contexts=[length for length in self.contexts if length <= longest],
-        )
-
-    @property
-    def max_model_len(self) -> int:
-        """What an engine must hold for all of it."""
-        longest = max([*self.prompts, *self.contexts], default=0)
-        ours = longest + self.context_tokens
-        return max(ours, self.prompt_tokens + self.output_tokens)
-
-
-QUICK = Sizes(
-    output_tokens=64,
-    prompts=(32, 128, 512, 2048),
-    contexts=(128, 512, 2048),
-    ladder_tokens=32,
-    bandwidth_bytes=2**27,
-)
-
-
-# %% ../notebooks/12_benchmark.ipynb #bench
-@dataclass
-class Bench:
-    """What the sections share. Systems are started when first needed."""
-
-    folder: Path
-    device: torch.device
-    dtype: torch.dtype
-    sizes: Sizes
-    num_runs: int = MIN_RUNS
-    max_spread: float = MAX_SPREAD
-
-    @cached_property
-    def config(self) -> "Qwen2Config | Qwen3Config":
-        return read_config(self.folder)
-
-    @cached_property
-    def ours(self) -> FoloLib:
-        length = self.sizes.max_model_len
-        return FoloLib(self.folder, self.device, self.dtype, length)
-
-    @cached_property
-    def theirs(self) -> HuggingFace:
-        return HuggingFace(load_huggingface(self.folder, self.device, self.dtype))
-
-    @cached_property
-    def exact(self) -> Qwen3ForCausalLM:
-        return load_exact(self.folder, self.device, self.dtype)
-
-    @cached_property
-    def peers(self) -> list[System]:
-        on_gpu = self.device.type == "cuda"
-        return start_peers(self.folder, self.sizes.max_model_len) if on_gpu else []
-
-    def check(self, systems: Sequence[System], num_tokens: int) -> Result:
-        """What the tokens of the systems were compared with, and how it went."""
-        prompt = make_prompt(self.config.vocab_size, self.sizes.prompt_tokens)
-        model = self.ours.engine.executor.worker.runner.model
-        reference = make_reference(self.theirs, model, self.exact, prompt, num_tokens)
-        check_reference(reference, self.dtype)
-        lost = {system.name: check_tokens(system, reference) for system in systems}
-        result: Result = {"steps": num_tokens, "decided": reference.num_decided}
-        result |= {"error": reference.error / reference.std, "near_ties_lost": lost}
-        print(f"tokens agree where decided: {json.dumps(result)}", flush=True)
-        return result
-
-    def measure(
-        self,
-        systems: Sequence[System],
-        prompt_len: int,
-        num_tokens: int,
-        times: Sequence[str],
-    ) -> list[Result]:
-        """See the function `measure`."""
-        options = self.config.vocab_size, self.num_runs, self.max_spread
-        return measure(systems, prompt_len, num_tokens, *options, times)
-
-
-# %% ../notebooks/12_benchmark.ipynb #timed-sections
-def run_decode(bench: Bench) -> Result:
-    """One prompt, end to end: ours, Hugging Face by default and with static cache.
-
-    The time to the first token is not claimed here: see `run_prefill`.
-    """
-    sizes = bench.sizes
-    model, name = bench.theirs.model, "huggingface_static"
-    static = HuggingFace(model, name, cache_implementation="static")
-    systems: list[System] = [bench.ours, static, *bench.peers]
-    tokens = bench.check(systems, sizes.output_tokens)
-    systems.insert(1, bench.theirs)
-    lengths = sizes.prompt_tokens, sizes.output_tokens
-    rows = bench.measure(systems, *lengths, ["tpot", "total"])
-    return {"tokens": tokens, "rows": rows}
-
-
-def run_prefill(bench: Bench) -> Result:
-    """The time to the first token, for prompts of many lengths."""
-    systems: list[System] = [bench.ours, bench.theirs, *bench.peers]
-    tokens = bench.check([bench.ours, *bench.peers], bench.sizes.context_tokens)
-    rows: list[Result] = []
-    for length in bench.sizes.prompts:
-        rows += bench.measure(systems, length, 1, ["ttft"])
-    return {"tokens": tokens, "rows": rows}
-
-
-def run_context(bench: Bench) -> Result:
-    """The time per token behind contexts of many lengths."""
-    systems: list[System] = [bench.ours, bench.theirs]
-    sizes = bench.sizes
-    tokens = bench.check([bench.ours], sizes.context_tokens)
-    rows: list[Result] = []
-    for length in sizes.contexts:
-        rows += bench.measure(systems, length, sizes.context_tokens, ["tpot"])
-    return {"tokens": tokens, "rows": rows}
-
-
-def run_ladder(bench: Bench) -> Result:
-    """The time per token of each rung."""
-    sizes = bench.sizes
-    length = sizes.prompt_tokens + max(sizes.ladder_tokens, sizes.output_tokens)
-    rungs, left_out = make_rungs(bench.folder, bench.device, bench.dtype, length)
-    tokens = bench.check(rungs, sizes.ladder_tokens)
-    rows = bench.measure(rungs, sizes.prompt_tokens, sizes.ladder_tokens, ["tpot"])
-    for name, reason in left_out.items():
-        print(f"{name} is left out: {reason}", flush=True)
-    return {"tokens": tokens, "rows": rows, "left_out": left_out}
-
-
-# %% ../notebooks/12_benchmark.ipynb #other-sections
-def run_roofline(bench: Bench) -> Result:
-    """Bytes per step, the speed of reading, and the least time for a step."""
-    sizes = bench.sizes
-    speeds = measure_bandwidth(bench.device, sizes.bandwidth_bytes, bench.num_runs)
-    bandwidth = summarize(speeds)
-    if bandwidth["spread"] > bench.max_spread:
-        raise BenchmarkError(f"the bandwidth's spread is {bandwidth['spread']:.0%}.")
-    print(f"reads {bandwidth['median'] / 1e9:,.0f} GB/s", flush=True)
-    rows = []
-    for context in (0, *sizes.contexts):
-        size = step_bytes(bench.config, bench.dtype, context)
-        rows.append({"context": context, "bytes": size})
-        rows[-1]["seconds"] = size / bandwidth["median"]
-        print(f"{context:6} tokens: {1e3 * rows[-1]['seconds']:.3f} ms", flush=True)
-    return {"bandwidth": bandwidth, "rows": rows}
-
-
-def alone_args(bench: Bench, name: str) -> list[str]:
-    """The command line of `run_alone`."""
-    dtype = next(key for key, value in DTYPES.items() if value == bench.dtype)
-    sizes = [str(bench.sizes.prompt_tokens), str(bench.sizes.output_tokens)]
-    return [name, str(bench.folder), str(bench.device), dtype, *sizes]
-
-
-def run_memory(bench: Bench) -> Result:
-    """Peak memory of each system, alone in a process; counted, so once."""
-    rows = []
-    for name in ("folo_lib", "huggingface", "huggingface_static"):
-        rows.append(start_process(alone_args(bench, name)))
-        print(json.dumps(rows[-1]), flush=True)
-    return {"rows": rows}
-
-
-def run_cold_start(bench: Bench) -> Result:
-    """Seconds to the first token in a fresh process, once each; imports not counted."""
-    rows = []
-    with tempfile.TemporaryDirectory() as cache_dir:
-        for state in ("empty", "filled"):
-            row = start_process(alone_args(bench, "folo_lib"), Path(cache_dir))
-            rows.append(row | {"compile_cache": state})
-            print(json.dumps(rows[-1]), flush=True)
-    return {"rows": rows}
-
-
-SECTIONS: Mapping[str, Callable[[Bench], Result]] = {
-    "decode": run_decode,
-    "prefill": run_prefill,
-    "context": run_context,
-    "memory": run_memory,
-    "ladder": run_ladder,
-    "roofline": run_roofline,
-    "cold_start": run_cold_start,
-}
-
-
-# %% ../notebooks/12_benchmark.ipynb #provenance
-def get_driver() -> str | None:
-    """The version of the GPU's driver; None without `nvidia-smi`."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    if shutil.which(query[0]) is None:
-        return None
-    done = subprocess.run(query, capture_output=True, text=True)
-    return done.stdout.splitlines()[0].strip() if done.stdout else None
-
-
-def get_processor() -> str:
-    """The name of the processor, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def describe_setup(bench: Bench, weights: str) -> Result:
-    """Everything that must be equal for two results to stand in one file."""
-    import transformers
-
-    on_gpu = bench.device.type == "cuda"
-    name = torch.cuda.get_device_name(bench.device) if on_gpu else get_processor()
-    config = bench.config
-    shape = {key: getattr(config, key, None) for key in QWEN3_0_6B}
-    return {
-        "device": name,
-        "driver": get_driver() if on_gpu else None,
-        "cuda": torch.version.cuda if on_gpu else None,
-        "threads": None if on_gpu else torch.get_num_threads(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "folo_lib": importlib.import_module("folo_lib").__version__,
-        "weights": weights,
-        "shape": shape | {"dtype": str(bench.dtype).removeprefix("torch.")},
-        "sizes": asdict(bench.sizes),
-    }
-
-
-# %% ../notebooks/12_benchmark.ipynb #recording
-def open_record(path: Path | None, setup: Result) -> Result:
-    """The results in a file, to go on with; new ones if there is no such file.
-
-    Raises:
-        ValueError: if they were made elsewhere.
-    """
-    setup = json.loads(json.dumps(setup))  # as it will be read again
-    if path is None or not path.is_file():
-        return {"setup": setup, "sections": {}}
-    record: Result = json.loads(path.read_text(encoding="utf-8"))
-    differs = [key for key in setup if record["setup"].get(key) != setup[key]]
-    if differs:
-        raise ValueError(
-            f"{path.name} was recorded with another {', '.join(differs)}: results of "
-            "two setups do not belong in one file, so name another with --out."
-        )
-    return record
-
-
-def run_section(bench: Bench, name: str, command: str) -> Result:
-    """One recording of a section."""
-    print(f"== {name}", flush=True)
-    start = time.perf_counter()
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    result = SECTIONS[name](bench)
-    seconds = round(time.perf_counter() - start, 1)
-    print(f"== {name}: {seconds} s\n", flush=True)
-    return {"date": date, "command": command, "seconds": seconds, **result}
-
-
-def save_record(record: Result, path: Path | None) -> None:
-    """Writes the results so far, or leaves the old file as it was."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        half = path.with_suffix(".tmp")
-        half.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        half.replace(path)
-
-
-# %% ../notebooks/12_benchmark.ipynb #run-all
-def run_all(
-    bench: Bench,
-    sections: Sequence[str] | None,
-    weights: str,
-    path: Path | None,
-    command: str,
-) -> Result:
-    """Runs sections and records them, each as soon as it is done.
-
-    Args:
-        sections: names; None: those that the file has not.
-        weights: what the model's weights are, in words.
-        path: of the JSON; None: nothing is written.
-        command: that asks for this.
-
-    Raises:
-        BenchmarkError: at the end, if a section was refused.
-    """
-    record = open_record(path, describe_setup(bench, weights))
-    refused = []
-    for name in SECTIONS if sections is None else sections:
-        if sections is None and name in record["sections"]:
-            print(f"== {name}: in the file already\n", flush=True)
-            continue
-        try:
-            result = run_section(bench, name, command)
-        except BenchmarkError as error:
-            refused.append(name)
-            print(f"== {name}: refused: {error}\n", flush=True)
-            continue
-        record["sections"].setdefault(name, []).append(result)
-        save_record(record, path)
-    if refused:
-        raise BenchmarkError(f"refused: {', '.join(refused)}; the reasons are above.")
-    return record
-
-
-# %% ../notebooks/12_benchmark.ipynb #arguments
-def make_parser() -> argparse.ArgumentParser:
-    """The arguments of `python -m folo_lib.benchmark`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m folo_lib.benchmark",
-        description="Measure folo_lib beside Hugging Face's generate().",
-        epilog="Weights are random ones of Qwen3-0.6B's shape unless --model is given; "
-        "--quick on a CPU takes the bundled checkpoint.",
-    )
-    add = parser.add_argument
-    add("--quick", action="store_true", help="fewer and shorter runs: about a minute")
-    add("--out", type=Path, metavar="FILE.json", help="record here, and go on from it")
-    add(
-        "--sections",
-        nargs="+",
-        choices=list(SECTIONS),
-        metavar="NAME",
-        help=f"run these ({', '.join(SECTIONS)}), even if FILE has them; "
-        "default: those that FILE has not",
-    )
-    add("--model", help="a folder or hub id instead of random weights")
-    add("--device", default="auto", help="cpu, cuda, cuda:1; default: a GPU if any")
-    add("--dtype", default="auto", help="float32, bfloat16, float16; default: auto")
-    add("--runs", type=int, default=MIN_RUNS, help=f"at least {MIN_RUNS}, the default")
-    limit = f"(p90 - p10) / median at most; default and upper limit {MAX_SPREAD}"
-    add("--max-spread", type=float, default=MAX_SPREAD, help=limit)
-    add("--alone", nargs=6, help=argparse.SUPPRESS)
-    return parser
-
-
-def parse_alone(values: Sequence[str]) -> Result:
-    """`run_alone` with the arguments of `alone_args`."""
-    name, folder, device, dtype, *sizes = values
-    target = torch.device(device)
-    return run_alone(name, Path(folder), target, DTYPES[dtype], *map(int, sizes))
-
-
-# %% ../notebooks/12_benchmark.ipynb #describe-command
-def describe_model(model: str) -> str:
-    """A folder's name, or a hub id."""
-    folder = Path(model).expanduser()
-    return folder.resolve().name if folder.is_dir() else model
-
-
-def describe_command(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
-    """The command with those arguments, and no folder in it."""
-    shown = dict(vars(args))
-    shown["out"] = args.out and args.out.name
-    shown["model"] = args.model and describe_model(args.model)
-    words = ["python", "-m", "folo_lib.benchmark"]
-    for name, value in shown.items():
-        if value != parser.get_default(name):
-            words.append("--" + name.replace("_", "-"))
-            values = value if isinstance(value, list) else [value]
-            words += [str(value) for value in values if value is not True]
-    return shlex.join(words)
-
-
 # %% ../notebooks/12_benchmark.ipynb #main
-def choose_weights(
-    args: argparse.Namespace, device: torch.device, scratch: Path
-) -> tuple[Path, str]:
-    """A checkpoint's folder, and what its weights are, in words."""
-    if args.model is not None:
-        return find_checkpoint(args.model), describe_model(args.model)
-    if args.quick and device.type == "cpu":
-        return bundled_model_path(), "the bundled checkpoint"
-    print("writing random weights", flush=True)
-    write_random_checkpoint(scratch, QWEN3_0_6B, device)
-    return scratch, "random weights of Qwen3-0.6B's shape"
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """`python -m folo_lib.benchmark`; see `--help`."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    if args.alone:
-        print(json.dumps(parse_alone(args.alone)))
-        return
-    command = describe_command(parser, args)
-    try:
-        check_bounds(args.runs, args.max_spread)
-        device = resolve_device(args.device)
-        with tempfile.TemporaryDirectory() as scratch:
-            folder, weights = choose_weights(args, device, Path(scratch))
-            config = read_config(folder)
-            dtype = resolve_dtype(args.dtype, device, config.dtype)
-            sizes = (QUICK if args.quick else Sizes()).cut(
-                config.max_position_embeddings
-            )
-            bench = Bench(folder, device, dtype, sizes, args.runs, args.max_spread)
-            run_all(bench, args.sections, weights, args.out, command)
-    except (ValueError, OSError, BenchmarkError) as error:
-        sys.exit(f"{parser.prog}: error: {error}")
-
-
 if __name__ == "__main__" and "__file__" in globals():  # not in a notebook
-    main()
+    importlib.import_module("folo_lib.benchmark_cli").main()

@@ -6,6 +6,7 @@ import argparse
 import gc
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -19,19 +20,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import folo_lib.benchmark as benchmark
-from folo_lib import bundled_model_path
-from folo_lib.benchmark import (
-    Bench,
-    BenchmarkError,
-    FoloLib,
-    HuggingFace,
-    Loop,
-    Peer,
-    Reference,
-    Run,
-    Sizes,
+from folo_lib import (
+    benchmark,
+    benchmark_cli as cli,
+    benchmark_records as records,
+    benchmark_sections as sections,
+    benchmark_systems as systems,
+    bundled_model_path,
 )
+from folo_lib.benchmark import BenchmarkError, FoloLib, HuggingFace, Reference, Run
+from folo_lib.benchmark_sections import Bench, Sizes
+from folo_lib.benchmark_systems import Loop, Peer
 from folo_lib.checkpoint import load_model, read_config
 from folo_lib.kv_cache import allocate_kv_caches
 from folo_lib.qwen3 import Qwen3ForCausalLM
@@ -64,7 +63,7 @@ SIZES = Sizes(
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    benchmark.write_random_checkpoint(folder, TINY, CPU)
+    systems.write_random_checkpoint(folder, TINY, CPU)
     return folder
 
 
@@ -125,7 +124,7 @@ class TestSystems:
             logits = model.compute_logits(model(torch.tensor(ids))[-1])
             ids.append(int(logits.argmax()))
         static = HuggingFace(theirs.model, "static", cache_implementation="static")
-        loops = benchmark.make_loops(tiny, CPU, torch.float32)
+        loops = systems.make_loops(tiny, CPU, torch.float32)
         for system in [ours, theirs, static, *loops]:
             assert system.generate(prompt, 7).token_ids == ids[9:], system.name
             assert system.generate(prompt, 1).token_ids == ids[9:10], system.name
@@ -133,7 +132,7 @@ class TestSystems:
     def test_first_token_comes_after_the_start_and_before_the_end(
         self, tiny: Path, ours: FoloLib, theirs: HuggingFace
     ) -> None:
-        for system in [ours, theirs, *benchmark.make_loops(tiny, CPU, torch.float32)]:
+        for system in [ours, theirs, *systems.make_loops(tiny, CPU, torch.float32)]:
             start = time.perf_counter()
             run = system.generate([1, 2, 3], 12)
             wall = time.perf_counter() - start
@@ -567,7 +566,7 @@ class TestCheckpoint:
     def test_the_default_shape_is_that_of_qwen3_0_6b(self) -> None:
         from transformers import Qwen3Config
 
-        config = Qwen3Config(**benchmark.QWEN3_0_6B)
+        config = Qwen3Config(**systems.QWEN3_0_6B)
         size = benchmark.weight_bytes_per_step(config, torch.bfloat16)
         assert size == 1_192_099_840  # the 596,049,920 parameters of the real one
         kv_bytes = benchmark.step_bytes(config, torch.bfloat16, 3) - size
@@ -582,14 +581,14 @@ class TestCheckpoint:
         assert untied == tied
 
     def test_weights_are_stored_in_the_dtype_of_the_shape(self, tmp_path: Path) -> None:
-        benchmark.write_random_checkpoint(tmp_path, TINY | {"dtype": "bfloat16"}, CPU)
+        systems.write_random_checkpoint(tmp_path, TINY | {"dtype": "bfloat16"}, CPU)
         stored = load_file(tmp_path / "model.safetensors").values()
         assert {weight.dtype for weight in stored} == {torch.bfloat16}
 
     def test_the_same_weights_each_time(self, tmp_path: Path) -> None:
         one, two = tmp_path / "one", tmp_path / "two"
         for folder in (one, two):
-            benchmark.write_random_checkpoint(folder, TINY, CPU)
+            systems.write_random_checkpoint(folder, TINY, CPU)
             torch.rand(3)
         file = "model.safetensors"
         assert (one / file).read_bytes() == (two / file).read_bytes()
@@ -604,14 +603,14 @@ class TestCheckpoint:
 
 class TestLadder:
     def test_what_is_lacking_is_left_out_with_its_reason(self, tiny: Path) -> None:
-        rungs, left_out = benchmark.make_rungs(tiny, CPU, torch.float32, 64)
+        rungs, left_out = systems.make_rungs(tiny, CPU, torch.float32, 64)
         names = [rung.name for rung in rungs]
         assert names[:4] == ["no cache", "growing cache", "preallocated", "SDPA"]
         assert "CUDA graph" in left_out and "cuda_graph" in left_out["CUDA graph"]
-        assert {*names, *left_out} == {*names[:2], *benchmark.RUNGS}
+        assert {*names, *left_out} == {*names[:2], *systems.RUNGS}
 
     def test_the_loops_read_as_many_tokens_a_step_as_they_say(self, tiny: Path) -> None:
-        loops: Any = benchmark.make_loops(tiny, CPU, torch.bfloat16)
+        loops: Any = systems.make_loops(tiny, CPU, torch.bfloat16)
         assert [loop.name for loop in loops] == ["no cache", "growing cache"]
         for loop, expected in zip(loops, ([3, 4, 5, 6], [3, 1, 1, 1]), strict=True):
             model, lengths = loop.tokens.args[0], list[int]()
@@ -624,12 +623,12 @@ class TestLadder:
             assert lengths == expected
 
     def test_each_rung_has_its_attention(self, tiny: Path) -> None:
-        rungs: Any = benchmark.make_rungs(tiny, CPU, torch.float32, 64)[0]
+        rungs: Any = systems.make_rungs(tiny, CPU, torch.float32, 64)[0]
         names = {
             rung.name: type(module.backend).__name__
             for rung in rungs[2:4]
             for module in model_of(rung).modules()
-            if isinstance(module, benchmark.Attention)
+            if isinstance(module, systems.Attention)
         }
         expected = {"preallocated": "TorchNaiveBackend", "SDPA": "TorchSDPABackend"}
         assert names == expected
@@ -659,11 +658,11 @@ class TestRoofline:
         self, tiny: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         speeds = [1.0, 2.0, 3.0, 4.0, 5.0]
-        monkeypatch.setattr(benchmark, "measure_bandwidth", lambda *_: speeds)
+        monkeypatch.setattr(sections, "measure_bandwidth", lambda *_: speeds)
         with pytest.raises(BenchmarkError, match="bandwidth's spread is 107%"):
-            benchmark.run_roofline(bench_of(tiny))
+            sections.run_roofline(bench_of(tiny))
         speeds[:] = [4.0, 4.0, 4.0, 4.0, 4.8]
-        row = benchmark.run_roofline(bench_of(tiny))["rows"][0]
+        row = sections.run_roofline(bench_of(tiny))["rows"][0]
         assert row["seconds"] == row["bytes"] / 4
 
 
@@ -676,9 +675,10 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests are no place to measure: any spread will do."""
     monkeypatch.setattr(benchmark, "find_unsteady", lambda *_: [])
     summarize = benchmark.summarize
-    monkeypatch.setattr(
-        benchmark, "summarize", lambda values: summarize(values) | {"spread": 0.0}
-    )
+    for module in (benchmark, sections):
+        monkeypatch.setattr(
+            module, "summarize", lambda values: summarize(values) | {"spread": 0.0}
+        )
 
 
 class TestSections:
@@ -691,9 +691,9 @@ class TestSections:
 
     @pytest.mark.usefixtures("patient")
     def test_in_process(self, tiny: Path, tmp_path: Path) -> None:
-        names = ["decode", "prefill", "context", "ladder", "roofline"]
+        names = ["decode", "prefill", "context", "ladder", "profile", "roofline"]
         out = tmp_path / "new" / "out.json"
-        benchmark.run_all(bench_of(tiny), names, "tiny", out, "the command")
+        cli.run_all(bench_of(tiny), names, "tiny", out, "the command")
         record = json.loads(out.read_text())
         assert list(record["sections"]) == names
         assert all(len(recordings) == 1 for recordings in record["sections"].values())
@@ -716,6 +716,12 @@ class TestSections:
             30,
         ]
         assert {"fused"} <= set(latest["ladder"]["left_out"])
+        engines = [row["system"] for row in latest["profile"]["rows"]]
+        assert engines == [row["system"] for row in latest["ladder"]["rows"]][2:]
+        assert engines == list(latest["profile"]["profiles"])
+        for profile in latest["profile"]["profiles"].values():
+            assert profile["kernels_per_step"] > 2 * len(profile["longest"]) > 0
+            assert profile["busy_ms"] > 0 == profile["launches_per_step"]
         rows = latest["roofline"]["rows"]
         assert [row["context"] for row in rows] == [0, 6, 30]
         speed = latest["roofline"]["bandwidth"]["median"]
@@ -723,9 +729,9 @@ class TestSections:
 
     def test_alone(self, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """One real process; the others are imagined."""
-        args = benchmark.alone_args(bench_of(tiny), "folo_lib")
+        args = sections.alone_args(bench_of(tiny), "folo_lib")
         assert args == ["folo_lib", str(tiny), "cpu", "float32", "12", "10"]
-        row = benchmark.start_process(args)
+        row = sections.start_process(args)
         assert row["system"] == "folo_lib" and row["output_tokens"] == 10
         assert 0 < row["load_seconds"] < row["first_token_seconds"]
         if Path("/proc/self/status").is_file():
@@ -733,12 +739,12 @@ class TestSections:
 
         asked: list[Any] = []
         monkeypatch.setattr(
-            benchmark,
+            sections,
             "start_process",
             lambda args, cache=None: asked.append((args[0], cache)) or {},
         )
         bench = bench_of(tiny)
-        assert len(benchmark.run_memory(bench)["rows"]) == 3
+        assert len(sections.run_memory(bench)["rows"]) == 3
         assert [name for name, _ in asked] == [
             "folo_lib",
             "huggingface",
@@ -746,7 +752,7 @@ class TestSections:
         ]
         asked.clear()
         states = [
-            row["compile_cache"] for row in benchmark.run_cold_start(bench)["rows"]
+            row["compile_cache"] for row in sections.run_cold_start(bench)["rows"]
         ]
         assert states == ["empty", "filled"]
         assert asked[0][1] == asked[1][1] is not None
@@ -754,7 +760,7 @@ class TestSections:
     def test_a_process_that_fails_says_why(self) -> None:
         args = ["folo_lib", "/no/such/folder", "cpu", "float32", "4", "4"]
         with pytest.raises(BenchmarkError, match="neither a folder nor a hub id"):
-            benchmark.start_process(args)
+            sections.start_process(args)
 
     def test_the_longest_prompt_just_fits(self) -> None:
         lengths = (124, 125)
@@ -765,7 +771,7 @@ class TestSections:
     def test_a_bench_measures_with_its_bounds(
         self, tiny: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(benchmark, "measure", lambda *args: args)
+        monkeypatch.setattr(sections, "measure", lambda *args: args)
         bench = bench_of(tiny, num_runs=7, max_spread=0.1)
         args: Any = bench.measure([], 3, 4, ["ttft"])
         assert args == ([], 3, 4, 2100, 7, 0.1, ["ttft"])
@@ -775,7 +781,7 @@ class TestSections:
     ) -> None:
         prompt = benchmark.make_prompt(2100, 12)
         reference = Reference(prompt, [3, 4, 5], [1.0, 0.0, 1.0], 1e-4, 2.0)
-        monkeypatch.setattr(benchmark, "make_reference", lambda *_: reference)
+        monkeypatch.setattr(sections, "make_reference", lambda *_: reference)
         one, two = follow(reference, {}), follow(reference, {1: 50})
         one.name, two.name = "one", "two"
         assert bench_of(tiny).check([one, two], 3) == {
@@ -801,18 +807,18 @@ class TestSections:
         monkeypatch.setattr(Bench, "measure", note)
         bench = bench_of(tiny)
         both, static = ["folo_lib", "huggingface"], "huggingface_static"
-        benchmark.run_decode(bench)
+        sections.run_decode(bench)
         assert asked == [
             (["folo_lib", static], 10, 1),
             ([*both, static], 12, 10, ["tpot", "total"], 1),
         ]
         asked.clear()
-        benchmark.run_prefill(bench)
+        sections.run_prefill(bench)
         assert asked == [
             (["folo_lib"], 4, 0), (both, 5, 1, ["ttft"], 0), (both, 40, 1, ["ttft"], 0)
         ]  # fmt: skip
         asked.clear()
-        benchmark.run_context(bench)
+        sections.run_context(bench)
         assert asked == [
             (["folo_lib"], 4, 0), (both, 6, 4, ["tpot"], 0), (both, 30, 4, ["tpot"], 0)
         ]  # fmt: skip
@@ -820,13 +826,93 @@ class TestSections:
         lengths: list[int] = []
         rungs = [Scripted("low", []), Scripted("high", [])], {"fused": "no GPU"}
         monkeypatch.setattr(
-            benchmark, "make_rungs", lambda *args: lengths.append(args[-1]) or rungs
+            sections, "make_rungs", lambda *args: lengths.append(args[-1]) or rungs
         )
-        assert benchmark.run_ladder(bench)["left_out"] == {"fused": "no GPU"}
+        assert sections.run_ladder(bench)["left_out"] == {"fused": "no GPU"}
         assert asked == [
             (["low", "high"], 6, 0), (["low", "high"], 12, 6, ["tpot"], 0)
         ]  # fmt: skip
+        asked.clear()
+        engine = object.__new__(FoloLib)
+        engine.name = "high"
+        bench = bench_of(tiny)
+        bench.rungs = [Scripted("low", []), engine], {"fused": "no GPU"}
+        monkeypatch.setattr(sections, "profile_decode", lambda *args: args)
+        made = sections.run_profile(bench)
+        assert asked == [(["high"], 6, 0), (["high"], 12, 10, ["tpot"], 0)]
+        assert made["profiles"] == {"high": (engine, benchmark.make_prompt(2100, 12))}
+        assert made["left_out"] == {"fused": "no GPU"}
         assert lengths == [12 + 10]
+
+    def test_ratios_to_ours_are_printed(
+        self, tiny: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        bench = bench_of(tiny, num_runs=9)
+        ours: Any = Scripted("folo_lib", [])
+        bench.ours = ours
+        slow = Scripted("slow", [], lambda i: 1.5 if i % 2 else 1.6)
+        rows = bench.compare([slow], 4, 11, ["tpot", "total"])
+        assert [row["system"] for row in rows] == ["folo_lib", "slow"]
+        assert capsys.readouterr().out.splitlines()[2:] == [
+            "slow over folo_lib: tpot 1.50 times, median of 9 pairs (1.50 to 1.60)",
+            "slow over folo_lib: total 1.42 times, median of 9 pairs (1.42 to 1.50)",
+        ]
+
+    def test_a_profile_counts_what_the_gpu_ran(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def event(name: str, where: str, count: int, us: float) -> Any:
+            kind = SimpleNamespace(name=where)
+            return SimpleNamespace(
+                key=name, device_type=kind, count=count, self_device_time_total=us
+            )
+
+        found = [
+            event("short", "CUDA", 8, 16.0),
+            event("long" * 50, "CUDA", 4, 400.0),
+            event("cudaLaunchKernel", "CPU", 6, 0.0),
+            event("cuLaunchKernelEx", "CPU", 2, 0.0),
+            event("aten::Launch", "CPU", 99, 0.0),
+            event("cudaMemcpyAsync", "CPU", 99, 0.0),
+        ]
+        log: list[str] = []
+
+        class Profiler:
+            def __enter__(self) -> Any:
+                log.append("profile")
+                return self
+
+            def __exit__(self, *_: Any) -> None:
+                log.append("done")
+
+            def key_averages(self) -> list[Any]:
+                return found
+
+        def stream(prompt: list[int], params: Any) -> Any:
+            assert params.ignore_eos and params.temperature == 0
+            for _ in range(params.max_tokens):
+                log.append("step")
+                yield
+
+        monkeypatch.setattr(torch.profiler, "profile", Profiler)
+        monkeypatch.setattr(sections, "synchronize", lambda _: log.append("wait"))
+        engine = SimpleNamespace(stream=stream)
+        gpu = torch.device("cuda")
+        system: Any = SimpleNamespace(engine=engine, device=gpu, name="x")
+        made = sections.profile_decode(system, [1, 2, 3], num_steps=4)
+        begin = log.index("profile")
+        assert log[begin - 2 :] == [
+            "step", "wait", "profile", *["step"] * 4, "wait", "done",
+        ]  # fmt: skip
+        assert made == {
+            "kernels_per_step": 3.0,
+            "busy_ms": pytest.approx(0.104),
+            "launches_per_step": 2.0,
+            "longest": [
+                {"kernel": ("long" * 50)[:80], "per_step": 1.0, "us": 100.0},
+                {"kernel": "short", "per_step": 2.0, "us": 2.0},
+            ],
+        }
 
 
 SETUP = {"device": "a", "torch": "1", "sizes": (1, 2)}
@@ -835,17 +921,29 @@ SETUP = {"device": "a", "torch": "1", "sizes": (1, 2)}
 class TestRecord:
     def test_starts_empty(self, tmp_path: Path) -> None:
         for path in (None, tmp_path / "none.json"):
-            record = benchmark.open_record(path, SETUP)
+            record = records.open_record(path, SETUP)
             assert record == {"setup": SETUP | {"sizes": [1, 2]}, "sections": {}}
 
     def test_another_setup_is_refused(self, tmp_path: Path) -> None:
         path = tmp_path / "out.json"
-        benchmark.save_record(benchmark.open_record(None, SETUP), path)
-        benchmark.open_record(path, SETUP)
+        records.save_record(records.open_record(None, SETUP), path)
+        records.open_record(path, SETUP)
         with pytest.raises(
             ValueError, match=r"out.json was recorded with another torch"
         ):
-            benchmark.open_record(path, SETUP | {"torch": "2"})
+            records.open_record(path, SETUP | {"torch": "2"})
+
+    @pytest.mark.parametrize(
+        "text", ["{", "[]", "null", '{"device": "a"}', '{"setup": 1, "sections": 2}']
+    )
+    def test_another_kind_of_file_is_not_touched(
+        self, tmp_path: Path, text: str
+    ) -> None:
+        path = tmp_path / "out.json"
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"out\.json holds no results of this"):
+            records.open_record(path, SETUP)
+        assert path.read_text() == text
 
     def test_resumes_repeats_and_keeps(
         self, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -862,11 +960,11 @@ class TestRecord:
             return run
 
         names = ("one", "bad", "two")
-        monkeypatch.setattr(benchmark, "SECTIONS", {n: section(n) for n in names})
+        monkeypatch.setattr(cli, "SECTIONS", {n: section(n) for n in names})
         out, bench = tmp_path / "out.json", bench_of(tiny)
 
         def run(sections: list[str] | None) -> dict[str, int]:
-            benchmark.run_all(bench, sections, "tiny", out, "c")
+            cli.run_all(bench, sections, "tiny", out, "c")
             record = json.loads(out.read_text())
             return {name: len(made) for name, made in record["sections"].items()}
 
@@ -879,7 +977,7 @@ class TestRecord:
         assert run(["two"]) == {"one": 1, "two": 2, "bad": 1}
 
     def test_setup_names_device_versions_and_shape(self, tiny: Path) -> None:
-        setup = benchmark.describe_setup(bench_of(tiny), "tiny")
+        setup = records.describe_setup(bench_of(tiny), "tiny")
         assert setup["torch"] == torch.__version__ and setup["weights"] == "tiny"
         assert setup["shape"]["head_dim"] == 16
         assert setup["shape"]["dtype"] == "float32"
@@ -891,15 +989,15 @@ class TestRecord:
         self, tmp_path: Path
     ) -> None:
         path = tmp_path / "out.json"
-        benchmark.save_record(benchmark.open_record(None, SETUP), path)
+        records.save_record(records.open_record(None, SETUP), path)
         with pytest.raises(ValueError, match="another threads"):
-            benchmark.open_record(path, SETUP | {"threads": 2})
+            records.open_record(path, SETUP | {"threads": 2})
 
     def test_the_old_file_is_whole_until_the_new_one_is(self, tmp_path: Path) -> None:
         path = tmp_path / "out.json"
-        benchmark.save_record({"old": 1}, path)
+        records.save_record({"old": 1}, path)
         with path.open() as old:
-            benchmark.save_record({"new": 2}, path)
+            records.save_record({"new": 2}, path)
             assert json.load(old) == {"old": 1}
         assert json.loads(path.read_text()) == {"new": 2}
         assert list(tmp_path.iterdir()) == [path]
@@ -910,18 +1008,18 @@ class TestRecord:
         def crash(_: Bench) -> None:
             raise OSError("no more memory")
 
-        sections: Any = {"one": lambda _: {}, "two": crash}
-        monkeypatch.setattr(benchmark, "SECTIONS", sections)
+        crashing: Any = {"one": lambda _: {}, "two": crash}
+        monkeypatch.setattr(cli, "SECTIONS", crashing)
         out = tmp_path / "out.json"
         with pytest.raises(OSError, match="no more memory"):
-            benchmark.run_all(bench_of(tiny), None, "tiny", out, "c")
+            cli.run_all(bench_of(tiny), None, "tiny", out, "c")
         assert list(json.loads(out.read_text())["sections"]) == ["one"]
 
     def test_the_setup_has_what_a_time_depends_on(self, tiny: Path) -> None:
         import folo_lib
 
-        setup = benchmark.describe_setup(bench_of(tiny), "tiny")
-        assert setup["device"] == benchmark.get_processor()
+        setup = records.describe_setup(bench_of(tiny), "tiny")
+        assert setup["device"] == records.get_processor()
         assert setup["threads"] == torch.get_num_threads()
         assert setup["folo_lib"] == folo_lib.__version__
 
@@ -931,7 +1029,7 @@ class TestCommandLine:
     def test_one_section_into_a_file(self, tiny: Path, tmp_path: Path) -> None:
         out = tmp_path / "out.json"
         args = ["--model", str(tiny), "--device", "cpu", "--quick", "--out", str(out)]
-        benchmark.main([*args, "--sections", "roofline", "--runs", "9"])
+        cli.main([*args, "--sections", "roofline", "--runs", "9"])
         record = json.loads(out.read_text())
         [made] = record["sections"]["roofline"]
         expected = "--quick --out out.json --sections roofline --model"
@@ -944,12 +1042,28 @@ class TestCommandLine:
         self, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(benchmark, "find_unsteady", lambda *_: ["all of it"])
-        monkeypatch.setattr(benchmark, "QUICK", SIZES)
+        monkeypatch.setattr(cli, "QUICK", SIZES)
         out = tmp_path / "out.json"
         args = ["--model", str(tiny), "--device", "cpu", "--quick", "--out", str(out)]
         with pytest.raises(SystemExit, match="error: refused: context"):
-            benchmark.main([*args, "--sections", "context"])
+            cli.main([*args, "--sections", "context"])
         assert not out.exists()
+
+    @pytest.mark.usefixtures("patient")
+    def test_the_headline_of_a_cpu(
+        self,
+        tiny: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        """`--quick --device cpu --sections decode --runs 9` prints what docs claim."""
+        monkeypatch.setattr(cli, "QUICK", SIZES)
+        args = ["--quick", "--device", "cpu", "--sections", "decode", "--runs", "9"]
+        cli.main([*args, "--model", str(tiny)])
+        text = capsys.readouterr().out
+        for name in ("tpot", "total"):
+            found = rf"huggingface over folo_lib: {name} \d+\.\d\d times, median of 9"
+            assert len(re.findall(found, text)) == 1
 
     def test_as_a_module(self) -> None:
         command = [
@@ -976,20 +1090,20 @@ class TestCommandLine:
     def test_errors(
         self, args: list[str], message: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(benchmark, "run_all", pytest.fail)
+        monkeypatch.setattr(cli, "run_all", pytest.fail)
         with pytest.raises(SystemExit, match=message):
-            benchmark.main(args)
+            cli.main(args)
 
     def test_weights(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         seen: list[tuple[Bench, str]] = []
         monkeypatch.setattr(
-            benchmark,
+            cli,
             "run_all",
             lambda bench, s, weights, *_: seen.append((bench, weights)),
         )
-        benchmark.main(["--quick", "--device", "cpu"])
-        monkeypatch.setattr(benchmark, "QWEN3_0_6B", TINY)
-        benchmark.main(["--device", "cpu", "--dtype", "bfloat16"])
+        cli.main(["--quick", "--device", "cpu"])
+        monkeypatch.setattr(cli, "QWEN3_0_6B", TINY)
+        cli.main(["--device", "cpu", "--dtype", "bfloat16"])
         assert [weights for _, weights in seen] == [
             "the bundled checkpoint",
             "random weights of Qwen3-0.6B's shape",
@@ -999,20 +1113,18 @@ class TestCommandLine:
 
     def test_help(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as done:
-            benchmark.main(["--help"])
+            cli.main(["--help"])
         text = capsys.readouterr().out
         assert done.value.code == 0 and "--sections" in text
-        assert all(name in text for name in benchmark.SECTIONS)
+        assert all(name in text for name in sections.SECTIONS)
         assert "--alone" not in text
 
     def test_a_private_folder_is_not_recorded(
         self, tiny: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         seen: list[str] = []
-        monkeypatch.setattr(benchmark, "run_all", lambda *args: seen.append(args[-1]))
-        benchmark.main(
-            ["--model", str(tiny), "--device", "cpu", "--out", "/a/b/c.json"]
-        )
+        monkeypatch.setattr(cli, "run_all", lambda *args: seen.append(args[-1]))
+        cli.main(["--model", str(tiny), "--device", "cpu", "--out", "/a/b/c.json"])
         assert "/a/b" not in seen[0] and str(tiny) not in seen[0]
         assert "--out c.json" in seen[0] and f"--model {tiny.name}" in seen[0]
 
@@ -1020,24 +1132,24 @@ class TestCommandLine:
         self, tiny: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         seen: list[Any] = []
-        monkeypatch.setattr(benchmark, "run_all", lambda *args: seen.append(args))
+        monkeypatch.setattr(cli, "run_all", lambda *args: seen.append(args))
         args = ["--model", str(tiny), "--device", "cpu"]
-        benchmark.main([*args, "--runs", "7", "--max-spread", "0.1"])
-        benchmark.main([*args, "--quick", "--sections", "memory", "decode"])
+        cli.main([*args, "--runs", "7", "--max-spread", "0.1"])
+        cli.main([*args, "--quick", "--sections", "memory", "decode"])
         full, quick = seen
         assert (full[0].num_runs, full[0].max_spread) == (7, 0.1)
         assert full[0].sizes == Sizes().cut(128) and full[1] is None
-        assert quick[0].sizes == benchmark.QUICK.cut(128)
+        assert quick[0].sizes == sections.QUICK.cut(128)
         assert quick[1] == ["memory", "decode"]
 
     def test_which_weights(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(benchmark, "write_random_checkpoint", lambda *_: None)
+        monkeypatch.setattr(cli, "write_random_checkpoint", lambda *_: None)
         args = argparse.Namespace(model=None, quick=True)
-        cpu = benchmark.choose_weights(args, CPU, tmp_path)
-        assert cpu == (benchmark.bundled_model_path(), "the bundled checkpoint")
-        gpu = benchmark.choose_weights(args, torch.device("cuda"), tmp_path)
+        cpu = cli.choose_weights(args, CPU, tmp_path)
+        assert cpu == (bundled_model_path(), "the bundled checkpoint")
+        gpu = cli.choose_weights(args, torch.device("cuda"), tmp_path)
         assert gpu == (tmp_path, "random weights of Qwen3-0.6B's shape")
 
     @pytest.mark.parametrize(
@@ -1047,8 +1159,8 @@ class TestCommandLine:
         self, out: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         seen: list[str] = []
-        monkeypatch.setattr(benchmark, "run_all", lambda *args: seen.append(args[-1]))
-        benchmark.main([f"--model={tiny}/", "--device", "cpu", *out.split(" ")])
+        monkeypatch.setattr(cli, "run_all", lambda *args: seen.append(args[-1]))
+        cli.main([f"--model={tiny}/", "--device", "cpu", *out.split(" ")])
         assert "/a/" not in seen[0] and str(tiny.parent) not in seen[0]
         assert "--out c.json" in seen[0] and f"--model {tiny.name}" in seen[0]
 
@@ -1056,18 +1168,18 @@ class TestCommandLine:
         self, tiny: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         seen: list[str] = []
-        monkeypatch.setattr(benchmark, "run_all", lambda *args: seen.append(args[2]))
+        monkeypatch.setattr(cli, "run_all", lambda *args: seen.append(args[2]))
         monkeypatch.chdir(tiny)
-        benchmark.main(["--model", ".", "--device", "cpu"])
+        cli.main(["--model", ".", "--device", "cpu"])
         assert seen == [tiny.name]
 
     def test_a_hub_id_is_recorded_in_full(
         self, tiny: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         seen: list[Any] = []
-        monkeypatch.setattr(benchmark, "run_all", lambda *args: seen.append(args))
-        monkeypatch.setattr(benchmark, "find_checkpoint", lambda _: tiny)
-        benchmark.main(["--model", "Qwen/Qwen3-0.6B", "--device", "cpu"])
+        monkeypatch.setattr(cli, "run_all", lambda *args: seen.append(args))
+        monkeypatch.setattr(cli, "find_checkpoint", lambda _: tiny)
+        cli.main(["--model", "Qwen/Qwen3-0.6B", "--device", "cpu"])
         assert seen[0][2] == "Qwen/Qwen3-0.6B"
         assert seen[0][-1].endswith("--model Qwen/Qwen3-0.6B --device cpu")
 
@@ -1075,18 +1187,19 @@ class TestCommandLine:
         self, tiny: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         seen: list[str] = []
-        monkeypatch.setattr(benchmark, "run_all", lambda *args: seen.append(args[-1]))
+        monkeypatch.setattr(cli, "run_all", lambda *args: seen.append(args[-1]))
         args = ["--model", str(tiny), "--device", "cpu"]
         monkeypatch.setattr("sys.argv", ["benchmark.py", *args])
-        benchmark.main()
+        cli.main()
         expected = f"python -m folo_lib.benchmark --model {tiny.name} --device cpu"
         assert seen == [expected]
 
 
 def test_the_command_prints_as_it_goes(tiny: Path) -> None:
     """Flushed line by line, so that a run that is cut off has said what it knew."""
-    source = Path(benchmark.__file__).read_text()
-    prints = [line for line in source.splitlines() if line.strip().startswith("print(")]
+    modules = (benchmark, cli, records, sections, systems)
+    lines = "".join(Path(m.__file__ or "").read_text() for m in modules).splitlines()
+    prints = [line for line in lines if line.strip().startswith("print(")]
     assert len(prints) > 8
     assert all("flush=True" in p or "json.dumps(parse_alone" in p for p in prints)
 
@@ -1097,13 +1210,13 @@ class TestAlone:
     ) -> None:
         status = tmp_path / "status"
         status.write_text("VmPeak:\t 9999 kB\nVmHWM:\t 2048 kB\nVmRSS:\t 1024 kB\n")
-        monkeypatch.setattr(benchmark, "Path", lambda _: status)
-        assert benchmark.get_peak_memory(CPU) == {"peak": 2 * 2**20}
+        monkeypatch.setattr(sections, "Path", lambda _: status)
+        assert sections.get_peak_memory(CPU) == {"peak": 2 * 2**20}
         status.unlink()
-        assert benchmark.get_peak_memory(CPU) == {"peak": None}
+        assert sections.get_peak_memory(CPU) == {"peak": None}
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 5)
         monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: 7)
-        found = benchmark.get_peak_memory(torch.device("cuda"))
+        found = sections.get_peak_memory(torch.device("cuda"))
         assert found == {"peak": 5, "peak_reserved": 7}
 
     @pytest.mark.usefixtures("steady")
@@ -1116,10 +1229,10 @@ class TestAlone:
             made.append(options)
             return SimpleNamespace(generate=lambda prompt, n: Run([0] * n, 5.0, 9.0))
 
-        monkeypatch.setattr(benchmark, "FoloLib", make)
-        monkeypatch.setattr(benchmark, "HuggingFace", make)
+        monkeypatch.setattr(sections, "FoloLib", make)
+        monkeypatch.setattr(sections, "HuggingFace", make)
         for name in ("folo_lib", "huggingface", "huggingface_static"):
-            row = benchmark.run_alone(name, tiny, CPU, torch.float32, 3, 4)
+            row = sections.run_alone(name, tiny, CPU, torch.float32, 3, 4)
             assert (row["system"], row["prompt_tokens"]) == (name, 3)
             assert (row["output_tokens"], row["load_seconds"]) == (4, 1.0)
             assert row["first_token_seconds"] == 1.0 + 5.0
@@ -1131,8 +1244,8 @@ class TestAlone:
         self, tiny: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         bench = Bench(tiny, CPU, torch.bfloat16, SIZES)
-        monkeypatch.setattr(benchmark, "run_alone", lambda *args: args)
-        values: Any = benchmark.parse_alone(benchmark.alone_args(bench, "x"))
+        monkeypatch.setattr(sections, "run_alone", lambda *args: args)
+        values: Any = sections.parse_alone(sections.alone_args(bench, "x"))
         assert values == ("x", tiny, CPU, torch.bfloat16, 12, 10)
 
     def test_compiled_code_goes_where_it_is_told(
@@ -1145,10 +1258,8 @@ class TestAlone:
             return subprocess.CompletedProcess(command, 0, 'noise\n{"a": 1}\n', "")
 
         monkeypatch.setattr(subprocess, "run", run)
-        assert benchmark.start_process(["x"]) == {"a": 1} and seen[0] == dict(
-            os.environ
-        )
-        benchmark.start_process(["x"], tmp_path)
+        assert sections.start_process(["x"]) == {"a": 1} and seen[0] == dict(os.environ)
+        sections.start_process(["x"], tmp_path)
         folders = {
             "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
             "TRITON_CACHE_DIR": str(tmp_path / "triton"),
@@ -1162,7 +1273,7 @@ class TestPeers:
         def answer(prompt: list[int], num_tokens: int) -> list[int]:
             return [int(time.perf_counter()) for _ in range(num_tokens)]
 
-        run = benchmark.Peer("peer", answer).generate([1, 2], 4)
+        run = systems.Peer("peer", answer).generate([1, 2], 4)
         assert (run.ttft, run.total) == (1 + 1, 4 + 1)
 
     def test_only_those_that_are_installed_and_on_a_gpu(
@@ -1170,7 +1281,7 @@ class TestPeers:
     ) -> None:
         asked: list[Any] = []
         starts = {"json": lambda *args: asked.append(args), "no_such": pytest.fail}
-        monkeypatch.setattr(benchmark, "PEERS", starts)
+        monkeypatch.setattr(systems, "PEERS", starts)
         assert bench_of(tiny).peers == [] == asked
         bench = Bench(tiny, torch.device("cuda"), torch.float32, SIZES)
         assert [peer.name for peer in bench.peers] == ["json"]
