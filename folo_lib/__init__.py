@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from folo_lib.sampler import Sampler as Sampler
     from folo_lib.sampling_params import SamplingParams as SamplingParams
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULE_OF = {
     "AttentionBackend": "attention",

@@ -29,18 +29,29 @@ def parse(lines: list[str]) -> dict[str, Requirement]:
     return dict(zip(names, requirements, strict=True))
 
 
+def extra(name: str) -> list[str]:
+    """The requirements of an extra, with those of the extras that it names."""
+    found: list[str] = []
+    for line in PROJECT["optional-dependencies"][name]:
+        requirement = Requirement(line)
+        if requirement.name == PROJECT["name"]:
+            found += [inner for other in requirement.extras for inner in extra(other)]
+        else:
+            found.append(line)
+    return found
+
+
 def make_installs() -> dict[str, Requirement]:
     """What `make` and conda install: runtime, notebooks and test."""
-    extras = PROJECT["optional-dependencies"]
-    return parse(PROJECT["dependencies"] + extras["notebooks"] + extras["test"])
+    return parse(PROJECT["dependencies"] + extra("notebooks") + extra("test"))
 
 
 def conda_packages() -> dict[str, Requirement]:
     return parse([line for line in CONDA["dependencies"] if isinstance(line, str)])
 
 
-def constraints() -> dict[str, Requirement]:
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+def constraints(name: str = "constraints.txt") -> dict[str, Requirement]:
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
     return parse([line for line in lines if line and not line.startswith("#")])
 
 
@@ -96,6 +107,34 @@ def test_constraints_leave_gpu_packages_to_torch() -> None:
     assert str(pins["torch"].specifier) == "==2.13.0"
     gpu = [name for name in pins if name.startswith(("nvidia", "cuda", "triton"))]
     assert gpu == [] and PROJECT["name"] not in pins
+
+
+def test_oldest_constraints_are_the_lower_bounds() -> None:
+    """`transformers>=5.0` is tested on 5.0.0, and each bound of a runtime package or page is."""
+    bounded = parse(PROJECT["dependencies"] + extra("pages"))
+    floors = {name: req for name, req in bounded.items() if req.specifier}
+    pins = constraints("constraints-oldest.txt")
+    assert set(pins) == set(floors) == {"torch", "transformers", "ipywidgets"}
+    for name, requirement in floors.items():
+        [bound], [pin] = requirement.specifier, pins[name].specifier
+        assert (bound.operator, pin.operator) == (">=", "==")
+        assert pin.version.startswith(f"{bound.version}."), name
+
+
+def test_a_notebook_server_comes_with_notebooks_alone() -> None:
+    """Colab and Kaggle have one, and install `pages`."""
+    assert set(parse(extra("pages"))) == {"matplotlib", "ipywidgets"}
+    assert set(parse(extra("notebooks"))) > {"jupyterlab", *parse(extra("pages"))}
+    assert "jupyterlab" not in parse(PROJECT["dependencies"] + extra("pages"))
+
+
+def test_what_make_test_leaves_out_is_run_by_make_test_more_and_ci() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert makefile.count('pytest -m "not more"') == 2  # of test and test-oldest
+    assert makefile.count("pytest -m more") == 1
+    *_, others, last = (ROOT / ".ci" / "run").read_text("utf-8").split("\n")[:-1]
+    assert others.startswith("make ") and "test-more" in others.split()
+    assert last == "make test" and "test-oldest" not in others
 
 
 def test_version_is_the_same_in_package_and_project() -> None:

@@ -9,9 +9,11 @@ import struct
 import sys
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import Mock
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(ROOT.glob("notebooks/*.ipynb"))
@@ -23,14 +25,17 @@ import student  # noqa: E402
 Notebook = nbformat.NotebookNode
 
 INSTALL = """\
-# On Colab this fetches the course; anywhere else it does nothing.
+# On Colab and Kaggle this fetches the course; anywhere else it does nothing.
 import os
 
-if "COLAB_RELEASE_TAG" in os.environ and not os.path.exists("folo.mplstyle"):
-    !git clone -q --depth 1 https://github.com/folovllm/FoloVLLM /content/FoloVLLM
-    %pip install -q "/content/FoloVLLM[notebooks]"
-    %cd -q /content/FoloVLLM/notebooks"""
+if not os.path.exists("folo.mplstyle") and (
+    "COLAB_RELEASE_TAG" in os.environ or "KAGGLE_KERNEL_RUN_TYPE" in os.environ
+):
+    !git clone -q --depth 1 https://github.com/folovllm/FoloVLLM
+    %pip install -q "./FoloVLLM[pages]"
+    %cd -q FoloVLLM/notebooks"""
 
+REPOSITORY = "https://github.com/folovllm/FoloVLLM"
 COLAB = "https://colab.research.google.com/github/folovllm/FoloVLLM/blob/main/notebooks"
 BINDER = "https://mybinder.org/v2/gh/folovllm/FoloVLLM/main?urlpath=lab/tree/notebooks"
 
@@ -50,6 +55,44 @@ def pictures(cell: Notebook) -> list[Notebook]:
     """The outputs that are figures."""
     outputs = cell.get("outputs", [])
     return [output for output in outputs if "image/png" in output.get("data", {})]
+
+
+@pytest.mark.parametrize(
+    ("where", "folder", "fetches"),
+    [
+        ("COLAB_RELEASE_TAG", "content", True),
+        ("KAGGLE_KERNEL_RUN_TYPE", "working", True),
+        ("COLAB_RELEASE_TAG", "notebooks", False),  # run once more
+        ("KAGGLE_KERNEL_RUN_TYPE", "notebooks", False),
+        (None, "content", False),
+        (None, "notebooks", False),
+    ],
+)
+def test_install_cell_fetches_the_course_on_colab_and_kaggle_alone(
+    where: str | None,
+    folder: str,
+    fetches: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("content", "working", "notebooks"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "notebooks" / "folo.mplstyle").touch()
+    monkeypatch.chdir(tmp_path / folder)
+    for name in ("COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"):
+        monkeypatch.delenv(name, raising=False)
+    if where is not None:
+        monkeypatch.setenv(where, "Interactive")
+    shell = Mock()
+    code = TransformerManager().transform_cell(INSTALL)
+    exec(compile(code, "install", "exec"), {"get_ipython": lambda: shell})
+    done = [call.args for call in shell.mock_calls]
+    expected = [
+        (f"git clone -q --depth 1 {REPOSITORY}",),
+        ("pip", 'install -q "./FoloVLLM[pages]"'),
+        ("cd", "-q FoloVLLM/notebooks"),
+    ]
+    assert done == (expected if fetches else [])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

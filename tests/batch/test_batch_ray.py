@@ -65,15 +65,17 @@ def run(batch_ray: ModuleType, source: Path, target: Path, *options: str) -> Non
     batch_ray.main([str(source), str(target), *sizes, *settings, *options])
 
 
-def read_lines(folder: Path) -> dict[int, Row]:
+def read_lines(folder: Path) -> list[str]:
+    """The lines of all files."""
+    texts = [file.read_bytes().decode() for file in folder.iterdir()]
+    assert all(text.endswith("\n") for text in texts)
+    return [line for text in texts for line in text[:-1].split("\n")]
+
+
+def read_rows(folder: Path) -> dict[Any, Row]:
     """The answers by their id."""
-    lines = [
-        line
-        for file in folder.iterdir()
-        for line in file.read_text("utf-8").splitlines()
-    ]
-    rows = [json.loads(line) for line in lines]
-    return {row["id"]: row for row in rows}
+    rows = [json.loads(line) for line in read_lines(folder)]
+    return {row.get("id"): row for row in rows}
 
 
 def expected(batch_ray: ModuleType, rows: list[Row]) -> dict[int, str]:
@@ -104,7 +106,7 @@ def test_answers_are_the_engines_own_and_bad_rows_harm_nobody(
 
     run(batch_ray, source, target)
 
-    answers = read_lines(target)
+    answers = read_rows(target)
     assert set(answers) == {row["id"] for row in rows}
     texts = expected(batch_ray, [*good, bad[-1]])
     assert {i: answers[i]["text"] for i in texts} == texts
@@ -141,6 +143,125 @@ def test_parquet_chat_and_columns_of_ones_own(
         params = SamplingParams(**PARAMS, seed=batch_ray.seed_of(rows[i]))
         [output] = engine.chat([question], params, use_tqdm=False)
         assert rows[i]["text"] == output.outputs[0].text
+
+
+LINES = [
+    '{"id": "2024-01-31", "prompt": "One day", "score": 0.1234567890123456}',
+    '{"id": "2024-01-31T10:00:00Z", "prompt": "2024-01-31"}',
+    '{"id": "12:30", "prompt": "2024-01-31 10:00:00", "seed": 9223372036854775808}',
+    '{"id": "big", "prompt": "One day", "seed": 18446744073709551615}',
+    '{"id": "seed", "prompt": "One day", "seed": 7}',
+    '{"id": 123456789012345678901234567890, "prompt": "A small boat", "none": null}',
+    '{"id": 0.12345678901234567890123456789, "prompt": "A small boat", "x": 1e400}',
+    '{"id": -0.0, "prompt": "The old mill", "x": [1, 1.0, "1", true, {"1": []}, 1E2]}',
+    '{"id": "mixed", "prompt": "In a forest", "x": {"a": 1}, "score": "high"}',
+    '{"id": "\\u00e4 \\ud800 \\u2028", "prompt": "One day \\u4f60 \\n", "": ""}',
+    '{"id": "ä 🙂\u2028\u2029\x85\x0c", "prompt": "One day 🙂\u2028x", "x": "a"}'.replace(
+        "\x0c", ""
+    ),
+    '  {  "id" : "spaces" , "prompt" : "One day"  }  ',
+    '{"id": "twice", "id": "twice", "prompt": "One day"}',
+]
+
+
+def test_every_column_of_a_line_comes_back_as_it_went_in(
+    batch_ray: ModuleType, cluster: None, tmp_path: Path
+) -> None:
+    """Dates, digits, seeds beyond 2**63, mixed types, spaces: the text of the line is kept."""
+    source, target = tmp_path / "prompts.jsonl", tmp_path / "answers"
+    source.write_bytes(("\ufeff" + "\r\n\n".join(LINES)).encode())
+
+    run(batch_ray, source, target)
+
+    answers = read_lines(target)
+    assert len(answers) == len(LINES)
+    for line in LINES:
+        kept = line.strip()[:-1].strip()
+        [answer] = [answer for answer in answers if answer.startswith(kept + ", ")]
+        row, before = json.loads(answer), json.loads(line)
+        assert list(row) == [*before, *batch_ray.ANSWER]
+        assert row["error"] is None and row["num_tokens"] == 8
+        [text] = expected(batch_ray, [before]).values()
+        assert row["text"] == text
+
+
+def test_lines_that_are_no_rows_say_so_and_harm_nobody(
+    batch_ray: ModuleType, cluster: None, tmp_path: Path
+) -> None:
+    source, target = tmp_path / "prompts.json", tmp_path / "answers"
+    bad = [
+        b'{"prompt": "One d',
+        b'["One day"]',
+        b"42",
+        b"{}",
+        b'{"prompt": "\xff"}',
+        b'{"prompt": "One day", "seed": 18446744073709551616}',
+        b'{"prompt": "One day", "seed": 1.5}',
+        b'{"prompt": "One day", "seed": "7"}',
+        b'{"prompt": 20240131}',
+        b"[" * 100_000,
+    ]
+    good = b'{"id": "good", "text": 3, "error": 0.5, "prompt": "One day"}'
+    source.write_bytes(b"\n".join([*bad, good]))
+
+    run(batch_ray, source, target)
+
+    rows = [json.loads(line) for line in read_lines(target)]
+    [kept] = [row for row in rows if row.get("id") == "good"]
+    assert list(kept) == ["id", "prompt", *batch_ray.ANSWER] and kept["error"] is None
+    rows.remove(kept)
+    assert all(row["finish_reason"] == "error" and row["text"] is None for row in rows)
+    errors = {row.get("line", row.get("seed", row.get("prompt"))): row for row in rows}
+    assert len(errors) == len(bad) == len(rows)
+    for key, said in {
+        '{"prompt": "One d': "ValueError: the line is no JSON (Unterminated string",
+        '["One day"]': "TypeError: the line is no JSON object",
+        "42": "TypeError: the line is no JSON object",
+        None: "TypeError: prompt is None, and text is expected.",
+        '{"prompt": "\ufffd"}': "ValueError: the line is no JSON ('utf-8' codec",
+        2**64: "ValueError: seed is 18446744073709551616",
+        1.5: "TypeError: seed is 1.5",
+        "7": "TypeError: seed is '7'",
+        20240131: "TypeError: prompt is 20240131, and text is expected.",
+        "[" * 100_000: "ValueError: the line is no JSON (",
+    }.items():
+        assert errors[key]["error"].startswith(said), errors[key]["error"]
+
+
+def test_columns_of_parquet_keep_their_types_and_values(batch_ray: ModuleType) -> None:
+    """Nanoseconds, unsigned seeds and dictionaries, which Python's own types would change."""
+    columns = {
+        "prompt": pa.array(PROMPTS[:2]),
+        "seed": pa.array([2**63, None], pa.uint64()),
+        "time": pa.array([1, 2**62 + 1], pa.time64("ns")),
+        "stamp": pa.array([2**62 + 1, None], pa.timestamp("ns", "UTC")),
+        "kind": pa.array(["a", "b"]).dictionary_encode(),
+        "pairs": pa.array([[("a", 1)], []], pa.map_(pa.string(), pa.int8())),
+        "half": pa.array([0.1, 0.2], pa.float32()),
+        "day": pa.array([0, 19_753], pa.date32()),
+        "error": pa.array([1, 2]),
+    }
+    batch = pa.table(columns)
+    answers = batch_ray.Generate(ENGINE, PARAMS)(batch)
+    assert answers.drop_columns(list(batch_ray.ANSWER)).equals(
+        batch.drop_columns(["error"])
+    )
+    assert answers["error"].to_pylist() == [None, None]
+    assert answers["num_tokens"].to_pylist() == [8, 8]
+
+
+def test_a_seed_that_pandas_made_a_float_is_the_same_seed(
+    batch_ray: ModuleType,
+) -> None:
+    generate = batch_ray.Generate(ENGINE, PARAMS)
+    texts = [
+        generate(pa.table({"prompt": ["One day", "One day"], "seed": seeds}))["text"]
+        for seeds in ([11, None], [11.0, None])
+    ]
+    assert texts[0].equals(texts[1])
+    assert generate(pa.table({"id": [1, 2]}))["error"].to_pylist() == [
+        "TypeError: prompt is None, and text is expected."
+    ] * 2
 
 
 def test_engines_that_would_hold_every_cpu_are_refused(
