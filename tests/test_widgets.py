@@ -16,6 +16,7 @@ import torch
 from transformers import Qwen2Config, Qwen3Config
 
 from folo_lib import LLMEngine, bundled_model_path, load_model, load_tokenizer
+from folo_lib.attention import naive_attention
 from folo_lib.course.widgets import (
     MODEL_SHAPES,
     CourseWidget,
@@ -32,7 +33,13 @@ from folo_lib.course.widgets import (
 )
 from folo_lib.course.widgets.attention import copy_targets
 from folo_lib.course.widgets.base import drawable, read_control, token_label
-from folo_lib.course.widgets.generation import Piece, html_text, lay_out, split_by_token
+from folo_lib.course.widgets.generation import (
+    Piece,
+    cut_text,
+    html_text,
+    lay_out,
+    split_by_token,
+)
 from folo_lib.course.widgets.memory import GPU_GIGABYTES, count_requests
 from folo_lib.course.widgets.rope import rope_scores
 from folo_lib.course.widgets.sampling import sampling_figure
@@ -206,19 +213,23 @@ def test_attention_weights_are_hugging_faces(
     )
 
 
-def test_the_model_gets_its_backend_back(
+def test_the_model_is_left_alone(
     model: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def backends() -> list[Any]:
         return [layer.self_attn.backend for layer in model.model.layers]
 
-    before = backends()
+    before, during = backends(), []
+
+    def attend(*arguments: Any) -> torch.Tensor:
+        during.append(backends())
+        return naive_attention(*arguments)
+
+    monkeypatch.setattr("folo_lib.course.widgets.attention.naive_attention", attend)
+    tensors = {id(tensor) for tensor in model.parameters()}
     attention_weights(model, [1, 2, 3])
-    assert backends() == before
-    monkeypatch.setattr("folo_lib.course.widgets.attention.naive_attention", None)
-    with pytest.raises(TypeError):
-        attention_weights(model, [1, 2, 3])
-    assert backends() == before
+    assert during == [before] * len(before) and backends() == before
+    assert {id(tensor) for tensor in model.parameters()} == tensors
 
 
 @pytest.mark.parametrize(
@@ -513,16 +524,54 @@ def test_errors_are_shown_where_the_text_would_be(
     live.controls["generate"].click()
     assert live.wait(5)
     assert "prompt is empty" in live.status.value
+
+
+def test_an_engine_with_other_requests_is_not_refused(
+    engine: LLMEngine, live: LiveGeneration
+) -> None:
+    live.controls["max_tokens"].value = 12
+    live.controls["pace"].value = 200
+    live.generate()
+    assert live.wait(20)
+    alone, picture = live.text.value, live_generation(engine, PROMPT).picture()
     request_id = engine.add_request(PROMPT)
     try:
-        live.controls["generate"].click()
-        assert not live.is_running
-        assert "busy" in live.status.value
-        with pytest.raises(RuntimeError, match="busy"):
-            live.picture()
+        live.generate()
+        assert live.wait(20)
+        assert live.text.value == alone
+        assert "length" in live.status.value
+        assert live_generation(engine, PROMPT).picture() == picture
     finally:
         engine.abort_request(request_id)
         engine.step()
+
+
+def test_a_cell_may_use_the_engine_while_text_grows(
+    engine: LLMEngine, live: LiveGeneration
+) -> None:
+    live.controls["max_tokens"].value = 60
+    live.controls["pace"].value = 200
+    live.generate()
+    assert live.wait(20)
+    text, params = live.text.value, SamplingParams(seed=7, max_tokens=30)
+    [alone] = engine.generate("The dog", params, use_tqdm=False)
+    for _ in range(5):
+        live.generate()
+        [beside] = engine.generate("The dog", params, use_tqdm=False)
+        assert live.wait(20)
+        assert beside.outputs == alone.outputs
+        assert live.text.value == text and "60 tokens" in live.status.value
+
+
+def test_stop_is_heeded_between_slow_tokens(live: LiveGeneration) -> None:
+    live.controls["pace"].value = 2  # half a second each
+    live.generate()
+    wait_until(lambda: "folo-live" in live.text.value and "title" in live.text.value)
+    started = time.monotonic()
+    live.stop()
+    assert live.wait(5)
+    assert time.monotonic() - started < 0.4
+    assert "abort" in live.status.value
 
 
 def test_live_generation_refuses(model: Qwen3ForCausalLM, engine: LLMEngine) -> None:
@@ -538,9 +587,9 @@ def test_pieces_are_the_text_and_its_probabilities(engine: LLMEngine) -> None:
     params = SamplingParams(seed=1, max_tokens=20, logprobs=0)
     outputs: list[RequestOutput] = []
     pieces = []
-    for output, piece in split_by_token(engine.stream(PROMPT, params)):
+    for output, new in split_by_token(engine.stream(PROMPT, params)):
         outputs.append(output)
-        pieces.append(piece)
+        pieces += new
     sample = outputs[-1].outputs[0]
     assert "".join(piece.text for piece in pieces) == sample.text
     assert sample.logprobs is not None
@@ -549,6 +598,40 @@ def test_pieces_are_the_text_and_its_probabilities(engine: LLMEngine) -> None:
         for i, each in zip(sample.token_ids, sample.logprobs, strict=True)
     ]
     assert [piece.probability for piece in pieces] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, "🙂 é 你", "a\nb"])
+@pytest.mark.parametrize("size", [2, 3, 7, 1000])
+def test_several_tokens_at_once_are_cut_as_if_they_came_one_by_one(
+    engine: LLMEngine, prompt: str, size: int
+) -> None:
+    params = SamplingParams(seed=4, max_tokens=24, logprobs=0)
+    outputs = list(engine.stream(prompt, params))
+    one_by_one = [p for _, new in split_by_token(iter(outputs)) for p in new]
+    some = iter([*outputs[size - 1 :: size], outputs[-1]])
+    assert [p for _, new in split_by_token(some) for p in new] == one_by_one
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "parts"),
+    [
+        ("", [], []),
+        ("held", [], ["held"]),
+        (" a b", [" a", " b"], [" a", " b"]),
+        (" a", [" a", "<end>"], [" a", ""]),  # left out of the text
+        (" a b", ["<think>", " a", " b"], ["", " a", " b"]),
+        ("é x", ["\ufffd", "\ufffd", " x"], ["", "", "é x"]),
+        ("é x y", ["\ufffd", "\ufffd", " x", " y"], ["", "é", " x", " y"]),
+        (" held on", [" on"], [" held on"]),
+        (" held on", [" on", ""], [" held on", ""]),
+        (" cut", [" cut short", " more"], ["", " cut"]),
+    ],
+)
+def test_text_is_cut_at_its_tokens(
+    text: str, tokens: list[str], parts: list[str]
+) -> None:
+    assert cut_text(text, tokens) == parts
+    assert "".join(parts) == text
 
 
 def test_probability_is_told_with_and_without_colour() -> None:

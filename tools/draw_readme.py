@@ -12,23 +12,26 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-from matplotlib import font_manager
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from folo_lib import LLMEngine, SamplingParams  # noqa: E402
 from folo_lib.benchmark import paired_ratios  # noqa: E402
+from folo_lib.course.figures import label_ticks, look_of  # noqa: E402
+from folo_lib.course.widgets.base import STYLE  # noqa: E402
 from folo_lib.course.widgets.generation import (  # noqa: E402
-    SAMPLES,
     Piece,
-    lay_out,
+    draw_generation,
     split_by_token,
     split_words,
 )
@@ -48,13 +51,12 @@ Result = dict[str, Any]
 def tell_story() -> list[Piece]:
     """What the bundled model adds to the prompt, token by token."""
     engine = LLMEngine(device="cpu", dtype="float32", use_tqdm=False)
-    return [piece for _, piece in split_by_token(engine.stream(PROMPT, PARAMS))]
+    stream = split_by_token(engine.stream(PROMPT, PARAMS))
+    return [piece for _, new in stream for piece in new]
 
 
-WIDTH, COLUMNS, SIZE = 1520, 82, 28  # pixels, characters in a line, pixels of a letter
-PITCH, MARGIN, PADDING = 54, 24, 40
+DPI = 200
 TOKEN_MS, FIRST_MS, LAST_MS = 70, 2500, 6000
-GREY = "#555555"
 
 
 def draw_story(pieces: Sequence[Piece]) -> list[Image.Image]:
@@ -62,42 +64,22 @@ def draw_story(pieces: Sequence[Piece]) -> list[Image.Image]:
 
     The whole comes first because it is what stands still where nothing may move.
     """
-    name = font_manager.findfont("DejaVu Sans Mono")
-    font = ImageFont.truetype(name, SIZE)
-    small = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 24)
-    advance = font.getlength("x")
-    words = [Piece(word, 1.0) for word in split_words(PROMPT)]
-    places = list(lay_out([*words, *pieces], COLUMNS))
-    num_lines = places[-1][0] + 1
-    left, top = MARGIN + PADDING, MARGIN + PADDING
-    bottom = top + num_lines * PITCH + 20
-    height = bottom + 90
-    picture = Image.new("RGB", (WIDTH, height), "white")
-    draw = ImageDraw.Draw(picture)
-
-    def put(x: float, y: float, piece: Piece, colour: str = "black") -> float:
-        end = x + advance * len(piece.text)
-        draw.rectangle((x, y, end - 1, y + PITCH - 12), fill=piece.colour)
-        draw.text((x, y + 4), piece.text, font=font, fill=colour)
-        for i in range(piece.num_underlines):
-            low = y + PITCH - 15 + 5 * i
-            draw.rectangle((x, low, end - 3, low + 1), fill="black")
-        return end
-
-    frame = (MARGIN, MARGIN, WIDTH - MARGIN, height - MARGIN)
-    draw.rounded_rectangle(frame, radius=16, outline="#999999", width=2)
-    x: float = left
-    for piece in SAMPLES:
-        x = put(x, bottom, piece) + 2 * advance
-    draw.text((x, bottom + 7), "how likely the token was", font=small, fill=GREY)
-
-    pictures = [picture.copy()]
-    for number, (line, column, piece) in enumerate(places):
-        colour = GREY if number < len(words) else "black"
-        put(left + column * advance, top + line * PITCH, piece, colour)
-        if number >= len(words) - 1:
-            pictures.append(picture.copy())
-    return [pictures[-1], *pictures[1:]]
+    with matplotlib.rc_context(STYLE):
+        figure, drawn = draw_generation(PROMPT, pieces)
+        figure.set_dpi(DPI)
+        canvas = FigureCanvasAgg(figure)
+        for artist in chain.from_iterable(drawn):
+            artist.set_visible(False)
+        canvas.draw()
+        pictures = []
+        for artists in drawn:
+            for artist in artists:
+                artist.set_visible(True)
+                figure.draw_artist(artist)
+            pictures.append(
+                Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+            )
+    return [pictures[-1], *pictures[len(split_words(PROMPT)) - 1 :]]
 
 
 def save_animation(pictures: Sequence[Image.Image], path: Path) -> None:
@@ -123,11 +105,10 @@ def save_animation(pictures: Sequence[Image.Image], path: Path) -> None:
 
 # The benchmark
 
-# Label, colour and hatch of a system; those of page 12.
-LOOKS = {
-    "folo_lib": ("folo_lib", "#0072B2", ""),
-    "huggingface_static": ("Hugging Face,\nstatic cache, compiled", "#009E73", ".."),
-    "huggingface": ("Hugging Face,\ndefault", "#D55E00", "//"),
+SYSTEMS = {
+    "folo_lib": "folo_lib",
+    "huggingface_static": "Hugging Face,\nstatic cache, compiled",
+    "huggingface": "Hugging Face,\ndefault",
 }
 
 
@@ -155,17 +136,15 @@ def draw_benchmark(record: Result) -> Figure:
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
 
     rows = {row["system"]: row for row in read_rows(record, "decode")}
-    names = [name for name in LOOKS if name in rows]
+    names = [name for name in SYSTEMS if name in rows]
     for place, name in enumerate(names):
-        _, colour, hatch = LOOKS[name]
         times = rows[name]["tpot"]
         speed = 1 / times["median"]
-        look = {"facecolor": colour, "hatch": hatch, "edgecolor": "black"}
-        left.barh(place, speed, height=0.6, linewidth=0.8, **look)
+        left.barh(place, speed, height=0.6, **look_of(name)[1].bar)
         slow, fast = 1 / max(times["values"]), 1 / min(times["values"])
         left.plot([slow, fast], [place, place], color="black", linewidth=2.5)
         left.text(fast + 15, place, f"{speed:,.0f}", va="center")
-    left.set_yticks(range(len(names)), [LOOKS[name][0] for name in names])
+    left.set_yticks(range(len(names)), [SYSTEMS[name] for name in names])
     left.invert_yaxis()
     left.set(xlabel="tokens per second", xlim=(0, 880), xticks=range(0, 801, 200))
     left.set_title("Writing: more is better", loc="left")
@@ -173,22 +152,17 @@ def draw_benchmark(record: Result) -> Figure:
     left.tick_params(axis="y", length=0)
 
     prefill = read_rows(record, "prefill")
-    marks = {"folo_lib": ("o", "-"), "huggingface": ("s", "--")}
-    for name, (marker, dash) in marks.items():
+    for name in ("folo_lib", "huggingface"):
         found = [row for row in prefill if row["system"] == name]
         lengths = [row["prompt_tokens"] for row in found]
         times = [1e3 * row["ttft"]["median"] for row in found]
-        line = {"color": LOOKS[name][1], "linestyle": dash, "marker": marker}
-        right.plot(lengths, times, markersize=5, **line)
+        right.plot(lengths, times, markersize=5, **look_of(name)[1].line)
     right.annotate("Hugging Face, default", (32, 76), fontsize=10)
-    right.annotate("folo_lib", (400, 2.5), fontsize=10)
+    right.annotate("folo_lib", (900, 2.7), fontsize=10)
     right.set_xscale("log", base=2)
     right.set_yscale("log")
-    ticks = lengths[::2]
-    right.set_xticks(ticks, [f"{length:,}" for length in ticks])
-    right.set_xticks([], minor=True)
-    right.set_yticks([2, 5, 10, 20, 50, 100], ["2", "5", "10", "20", "50", "100"])
-    right.set_yticks([], minor=True)
+    label_ticks(right.xaxis, lengths[::2])
+    label_ticks(right.yaxis, [2, 5, 10, 20, 50, 100])
     right.set(
         xlabel="tokens in the prompt",
         ylabel="time to the first token, ms",

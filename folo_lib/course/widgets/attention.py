@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
+import copy
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from matplotlib.axes import Axes
@@ -19,22 +19,20 @@ from folo_lib.attention import (
     naive_attention,
     repeat_kv,
 )
+from folo_lib.course.figures import GREY, ORANGE, write_values
 from folo_lib.course.widgets.base import (
-    GREY,
-    ORANGE,
     Explorer,
     encode,
     int_slider,
     text_field,
     token_label,
 )
-from folo_lib.fast_decode import use_backend
 from folo_lib.request import TokenBytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from folo_lib.qwen3 import Qwen3ForCausalLM
+    from folo_lib.qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
 
 
 class RecordingBackend(AttentionBackend):
@@ -62,16 +60,20 @@ def attention_weights(model: Qwen3ForCausalLM, token_ids: Sequence[int]) -> Tens
     """The attention weights of every layer and head over one text.
 
     Args:
-        model: its backend is replaced while the text is read, and put back.
+        model: left as it is; a copy that shares its weights reads the text.
         token_ids: `S` ids.
 
     Returns:
         `[layers, H, S, S]` float32 on the CPU; each row sums to 1, none looks ahead.
     """
     recorder = RecordingBackend()
+    tensors = [*model.parameters(), *model.buffers()]
+    reader = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    for layer in reader.model.layers:
+        cast("Qwen3DecoderLayer", layer).self_attn.backend = recorder
     device = model.model.embed_tokens.weight.device
-    with use_backend(model, recorder), torch.inference_mode():
-        model(torch.tensor(token_ids, device=device))
+    with torch.inference_mode():
+        reader(torch.tensor(token_ids, device=device))
     return torch.stack(recorder.weights)
 
 
@@ -225,11 +227,7 @@ def draw_copying_scores(ax: Axes, scores: Tensor | None, layer: int, head: int) 
     if layers <= 12 and heads <= 4:
         ax.set_xticks(range(heads))
         ax.set_yticks(range(layers))
-        for i, j in itertools.product(range(layers), range(heads)):
-            score = float(scores[i, j])
-            colour = "white" if score > 0.6 else "black"
-            text = f"{score:.2f}".removeprefix("0")
-            ax.text(j, i, text, ha="center", va="center", fontsize=8.5, color=colour)
+        write_values(ax, scores, fontsize=8.5)
     corner = (head - 0.5, layer - 0.5)
     ax.add_patch(Rectangle(corner, 1, 1, fill=False, ec=ORANGE, lw=2.5, clip_on=False))
 

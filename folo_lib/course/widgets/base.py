@@ -17,12 +17,13 @@ from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from folo_lib.course.figures import BLUE as BLUE
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 STYLE: Any = {
     "figure.facecolor": "white",
     "figure.dpi": 110,
@@ -35,7 +36,7 @@ STYLE: Any = {
     "axes.spines.right": False,
     "axes.grid": False,
     "axes.axisbelow": True,
-    "axes.prop_cycle": cycler(color=["#0072B2"]),  # and lines without dashes
+    "axes.prop_cycle": cycler(color=[BLUE]),  # and lines without dashes
     "lines.linewidth": 1.8,
     "grid.color": "#e0e0e0",
     "grid.linewidth": 0.6,

@@ -8,11 +8,14 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import ipywidgets as widgets
 import matplotlib as mpl
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from folo_lib.course.widgets.base import (
     STYLE,
@@ -63,8 +66,8 @@ SAMPLES = Piece("from 50 %", 0.75), Piece("10 to 50 %", 0.3), Piece("below 10 %"
 
 def split_by_token(
     outputs: Iterator[RequestOutput],
-) -> Iterator[tuple[RequestOutput, Piece]]:
-    """Each output of a stream with what is new in it.
+) -> Iterator[tuple[RequestOutput, list[Piece]]]:
+    """Each output of a stream with what is new in it, one piece for each new token.
 
     A token that ends within a character shows nothing; the next has the whole character.
     """
@@ -72,15 +75,39 @@ def split_by_token(
     for output in outputs:
         sample = output.outputs[0]
         new = [
-            logprobs[i].logprob
-            for i, logprobs in zip(
+            entry[token_id]
+            for token_id, entry in zip(
                 sample.token_ids[num_tokens:],
                 (sample.logprobs or [])[num_tokens:],
                 strict=True,
             )
         ]
-        yield output, Piece(sample.text[length:], math.exp(min(new, default=0.0)))
+        texts = cut_text(
+            sample.text[length:], [each.decoded_token or "" for each in new]
+        )
+        chances = [math.exp(each.logprob) for each in new]
+        if len(texts) > len(new):  # text that was held back, and no token with it
+            chances.append(1.0)
+        yield output, [Piece(*pair) for pair in zip(texts, chances, strict=True)]
         length, num_tokens = len(sample.text), len(sample.token_ids)
+
+
+def cut_text(text: str, tokens: Sequence[str]) -> list[str]:
+    """Cuts text into one part for each of the tokens that brought it.
+
+    What is no token's own text (half of a character, what was held back until it could be
+    no stop string) goes to the token before the next one that is found, or to the last.
+    """
+    parts: list[str] = []
+    for token in tokens[:-1]:
+        place = text.find(token) if token else -1
+        if place > 0 and parts:
+            parts[-1] += text[:place]
+            text, place = text[place:], 0
+        end = place + len(token) if place >= 0 else 0
+        parts.append(text[:end])
+        text = text[end:]
+    return [*parts, text] if tokens or text else []
 
 
 def html_text(prompt: str, pieces: Sequence[Piece]) -> str:
@@ -110,9 +137,8 @@ LEGEND = (
 class LiveGeneration(CourseWidget):
     """Text that grows as the engine makes it, with a button that stops the request.
 
-    The engine runs in a thread of its own, so that the click on Stop finds the kernel free; that
-    thread alone touches the engine, and aborts the request between two steps. While it runs,
-    leave the engine to it.
+    The request is followed in a thread of its own, so that the click on Stop finds the kernel
+    free. Other cells may use the engine meanwhile: callers take turns, step by step.
 
     Args:
         engine: with a tokenizer.
@@ -157,11 +183,6 @@ class LiveGeneration(CourseWidget):
         """Starts a generation and returns at once; while one runs, does nothing."""
         if self.is_running:
             return
-        if self.engine.has_unfinished_requests():
-            self.status.value = paragraph(
-                "The engine is busy with other requests: wait for them."
-            )
-            return
         self._stopping.clear()
         self.status.value = paragraph("Generating.")
         self._thread = threading.Thread(
@@ -182,15 +203,11 @@ class LiveGeneration(CourseWidget):
     def picture(self) -> bytes:
         """A generation of the prompt as it was at first, run to its end."""
         if self._example is None:
-            if self.is_running or self.engine.has_unfinished_requests():
-                raise RuntimeError(
-                    "the engine is busy: show the widget when it is free."
-                )
             self._example_prompt = read_control(self.controls["prompt"])
             stream = self.engine.stream(self._example_prompt, self._params())
-            self._example = [piece for _, piece in split_by_token(stream)]
+            self._example = [p for _, new in split_by_token(stream) for p in new]
         with drawing_lock, mpl.rc_context(STYLE):
-            return to_png(generation_figure(self._example_prompt, self._example))
+            return to_png(draw_generation(self._example_prompt, self._example)[0])
 
     def alt_text(self) -> str:
         text = "".join(piece.text for piece in self._example or [])
@@ -211,8 +228,8 @@ class LiveGeneration(CourseWidget):
         self.text.value = html_text(prompt, [])
         pieces: list[Piece] = []
         started, shown = time.perf_counter(), 0.0
-        for output, piece in split_by_token(self.engine.stream(prompt, self._params())):
-            pieces.append(piece)
+        for output, new in split_by_token(self.engine.stream(prompt, self._params())):
+            pieces += new
             now = time.perf_counter()
             if now - shown > 0.1 or output.finished:  # the whole text travels each time
                 self.text.value, shown = html_text(prompt, pieces), now
@@ -247,7 +264,7 @@ def live_generation(engine: LLMEngine, prompt: str) -> LiveGeneration:
     """Streamed text, each token coloured by its probability, with Generate and Stop.
 
     Args:
-        engine: with a tokenizer; leave it alone while the widget generates.
+        engine: with a tokenizer.
         prompt: to begin with.
 
     Raises:
@@ -255,9 +272,6 @@ def live_generation(engine: LLMEngine, prompt: str) -> LiveGeneration:
         ValueError: if it is empty, or the engine has no tokenizer.
     """
     return LiveGeneration(engine, prompt)
-
-
-FONT, FONT_SIZE = "DejaVu Sans Mono", 10
 
 
 def lay_out(pieces: Sequence[Piece], width: int) -> Iterator[tuple[int, int, Piece]]:
@@ -279,46 +293,62 @@ def lay_out(pieces: Sequence[Piece], width: int) -> Iterator[tuple[int, int, Pie
                 column += len(chunk)
 
 
-def generation_figure(prompt: str, pieces: Sequence[Piece]) -> Figure:
-    """The text of a finished generation, as the widget colours it."""
-    advance, pitch, margin = 0.602 * FONT_SIZE / 72, 0.27, 0.15  # inches
-    width = 7.6
-    columns = int((width - 2 * margin) / advance)
+FONT, FONT_SIZE = "DejaVu Sans Mono", 10
+ADVANCE, PITCH = 0.602 * FONT_SIZE / 72, 0.27  # of a character and a line, in inches
+WIDTH, MARGIN = 7.6, 0.3  # inches
+FAINT = "#555555"
+
+
+def draw_generation(
+    prompt: str, pieces: Sequence[Piece]
+) -> tuple[Figure, list[list[Artist]]]:
+    """The text of a finished generation, as the widget colours it.
+
+    Returns:
+        The figure, and what was drawn for each word of the prompt and then for each piece, in
+        the order of the text, so that it can be shown one after the other.
+    """
+    columns = int((WIDTH - 2 * MARGIN) / ADVANCE)
     words = [Piece(word, 1.0) for word in split_words(prompt)]
     places = list(lay_out([*words, *pieces], columns))
     num_prompt = len(list(lay_out(words, columns)))
     num_lines = max((line for line, _, _ in places), default=0) + 1
-    height = (num_lines + 1.6) * pitch + 2 * margin
-    figure = Figure(figsize=(width, height))
+    height = (num_lines + 1.6) * PITCH + 2 * MARGIN
+    figure = Figure(figsize=(WIDTH, height))
     figure.set_layout_engine("none")
     ax = figure.add_axes((0, 0, 1, 1))
-    ax.set(xlim=(0, width), ylim=(height, 0))
+    ax.set(xlim=(0, WIDTH), ylim=(height, 0))
     ax.axis("off")
-
-    def put(x: float, y: float, piece: Piece, colour: str = "black") -> None:
-        span = len(piece.text) * advance
-        ax.add_patch(Rectangle((x, y), span, pitch * 0.8, color=piece.colour, lw=0))
-        ax.text(
-            x,
-            y + pitch * 0.6,
-            drawable(piece.text, FONT),
-            family=FONT,
-            fontsize=FONT_SIZE,
-            color=colour,
-        )
-        for i in range(piece.num_underlines):
-            low = y + pitch * (0.7 + 0.09 * i)
-            ax.plot([x, x + span], [low, low], color="black", linewidth=0.8)
-
-    for number, (line, column, piece) in enumerate(places):
-        colour = "#555555" if number < num_prompt else "black"
-        put(margin + column * advance, margin + line * pitch, piece, colour)
-    x, y = margin, margin + (num_lines + 0.6) * pitch
+    frame = (0.06, 0.06), WIDTH - 0.12, height - 0.12
+    look: dict[str, Any] = {"facecolor": "white", "edgecolor": "0.6", "linewidth": 0.8}
+    ax.add_patch(FancyBboxPatch(*frame, "round,pad=0,rounding_size=0.08", **look))
+    x, y = MARGIN, MARGIN + (num_lines + 0.6) * PITCH
     for piece in SAMPLES:
-        put(x, y, piece)
-        x += (len(piece.text) + 3) * advance
-    ax.text(x, y + pitch * 0.6, "probability that the model gave the token", fontsize=9)
-    return figure
+        draw_piece(ax, x, y, piece)
+        x += (len(piece.text) + 3) * ADVANCE
+    legend = "probability that the model gave the token"
+    ax.text(x, y + PITCH * 0.6, legend, fontsize=9, color=FAINT)
+    drawn = []
+    for number, (line, column, piece) in enumerate(places):
+        corner = MARGIN + column * ADVANCE, MARGIN + line * PITCH
+        ink = FAINT if number < num_prompt else "black"
+        drawn.append(draw_piece(ax, *corner, piece, ink))
+    return figure, drawn
+
+
+def draw_piece(
+    ax: Axes, x: float, y: float, piece: Piece, ink: str = "black"
+) -> list[Artist]:
+    """One piece on its colour and with its underlines, its top left corner at `x`, `y`."""
+    span = len(piece.text) * ADVANCE
+    ground = Rectangle((x, y), span, PITCH * 0.8, color=piece.colour, lw=0)
+    text = drawable(piece.text, FONT)
+    style: dict[str, Any] = {"family": FONT, "fontsize": FONT_SIZE, "color": ink}
+    drawn = [ax.add_patch(ground), ax.text(x, y + PITCH * 0.6, text, **style)]
+    for i in range(piece.num_underlines):
+        low = y + PITCH * (0.7 + 0.09 * i)
+        drawn += ax.plot([x, x + span], [low, low], color="black", linewidth=0.8)
+    return drawn
 
 
 def split_words(text: str) -> list[str]:

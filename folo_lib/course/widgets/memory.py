@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from folo_lib.course.widgets.base import BLUE, Explorer, choice_slider
+from folo_lib.course.figures import CACHE, US
+from folo_lib.course.widgets.base import Explorer, choice_slider
 from folo_lib.kv_cache import kv_bytes_per_token
 
 if TYPE_CHECKING:
@@ -112,15 +113,7 @@ def memory_figure(
     total = weights + batch * one
     figure = Figure(figsize=(7.6, 3.6))
     ax = figure.subplots()
-    parts: tuple[Any, Any] = (
-        {"facecolor": BLUE, "edgecolor": "black", "linewidth": 0.6},
-        {
-            "facecolor": "#F5C7A9",
-            "edgecolor": "black",
-            "linewidth": 0.6,
-            "hatch": "////",
-        },
-    )
+    parts = US.bar, CACHE.bar  # the weights are what we have loaded
     for place, gigabytes in enumerate(GPU_GIGABYTES):
         memory = gigabytes * 10**9
         first, second = min(1.0, weights / memory), min(1.0, total / memory)

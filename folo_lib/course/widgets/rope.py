@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from folo_lib.course.widgets.base import BLUE, GREY, ORANGE, Explorer, int_slider
+from folo_lib.course.figures import BLUE, GREY, ORANGE
+from folo_lib.course.widgets.base import Explorer, int_slider
 from folo_lib.rope import apply_rotary_emb, compute_cos_sin, compute_inv_freq
 
 
