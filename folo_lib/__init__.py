@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         load_model as load_model,
         load_tokenizer as load_tokenizer,
     )
+    from folo_lib.config import EngineConfig as EngineConfig
     from folo_lib.engine import LLMEngine as LLMEngine
     from folo_lib.kv_cache import BlockAllocator as BlockAllocator
     from folo_lib.layers import RMSNorm as RMSNorm, SiLUAndMul as SiLUAndMul
@@ -45,6 +46,7 @@ _MODULE_OF = {
     "load_model": "checkpoint",
     "load_tokenizer": "checkpoint",
     "BlockAllocator": "kv_cache",
+    "EngineConfig": "config",
     "Sampler": "sampler",
     "SamplingParams": "sampling_params",
     "CompletionOutput": "request",

@@ -6,6 +6,7 @@
 __all__ = [
     "logger",
     "Prompt",
+    "Prompts",
     "Conversation",
     "Params",
     "Groups",
@@ -32,7 +33,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from tqdm.auto import tqdm
 
 from folo_lib.inputs import (
     InputProcessor,
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 Prompt = str | Sequence[int]
+Prompts = Prompt | Sequence[Prompt]
 Conversation = Sequence[Mapping[str, Any]]
 Params = SamplingParams | Sequence[SamplingParams] | None
 Groups = list[list[Request]]  # the samples of each prompt
@@ -354,10 +355,7 @@ class LLMEngine:
             return self._table.collect(self._inbox)
 
     def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: Params = None,
-        use_tqdm: bool = True,
+        self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True
     ) -> list[RequestOutput]:
         """Runs prompts to their end; the outputs are in the order of the prompts.
 
@@ -433,6 +431,8 @@ class LLMEngine:
             self.withdraw(groups)
 
     def _wait_for(self, groups: Groups, use_tqdm: bool) -> list[RequestOutput]:
+        from tqdm.auto import tqdm
+
         with closing(self._run(groups, every_token=False)) as ended:
             bar = tqdm(ended, "Processed prompts", len(groups), disable=not use_tqdm)
             outputs = {output.request_id: output for output in bar}
