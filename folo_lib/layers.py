@@ -6,8 +6,7 @@
 __all__ = ["RMSNorm", "SiLUAndMul"]
 
 # %% ../notebooks/03_layers.ipynb #imports
-from collections.abc import Callable
-from typing import Any, Self, overload
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -29,19 +28,7 @@ class RMSNorm(nn.Module):
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
-        # Tensors, because a number becomes one at every call, and that costs as much
-        # as the arithmetic where vectors are short.
-        self.size = torch.tensor(float(hidden_size), device="cpu")
-        self.eps = torch.tensor(eps, device="cpu")
-        self.to(self.weight.device)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        # What `to` calls. The two go where the weight goes, and stay float32.
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if not self.weight.is_meta:
-            self.size = self.size.to(self.weight.device)
-            self.eps = self.eps.to(self.weight.device)
-        return self
+        self.eps = eps
 
     @overload
     def forward(self, x: Tensor) -> Tensor: ...
@@ -65,9 +52,8 @@ class RMSNorm(nn.Module):
         if residual is not None:
             x = residual = x + residual
         x32 = x.float()  # squares overflow in float16 and lose their tail in bfloat16
-        squares = x32.square().sum(dim=-1, keepdim=True)  # [..., 1]
-        # addcdiv(a, b, c) is a + b / c
-        normed = x32 * torch.rsqrt(torch.addcdiv(self.eps, squares, self.size))
+        mean_square = x32.pow(2).mean(dim=-1, keepdim=True)  # [..., 1]
+        normed = x32 * torch.rsqrt(mean_square + self.eps)
         # Hugging Face rounds to the model's dtype before the weight, not after it.
         normed = self.weight * normed.to(x.dtype)
         return normed if residual is None else (normed, residual)

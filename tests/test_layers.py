@@ -13,6 +13,16 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 from folo_lib.layers import RMSNorm, SiLUAndMul
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+        ],
+    ),
+]
 leading_shapes = st.lists(st.integers(1, 4), max_size=3).map(tuple)
 seeds = st.integers(0, 2**16)
 
@@ -46,6 +56,36 @@ class TestRMSNorm:
         for scale in (1e-3, 1, 40):
             x = (scale * random(64, 192)).to(dtype)
             assert torch.equal(ours(x), theirs(x))
+
+    @pytest.mark.parametrize("device", DEVICES)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("size", [64, 128, 192, 896, 1536, 2560, 3584, 5120])
+    def test_equals_hugging_face_at_the_sizes_of_models(
+        self, size: int, dtype: torch.dtype, device: str
+    ) -> None:
+        """Not all are powers of two: there a division and a product with 1/n differ."""
+        ours = random_norm(size, dtype).to(device)
+        theirs = Qwen3RMSNorm(size).to(device, dtype)
+        theirs.load_state_dict(ours.state_dict())
+        for rows in (1, 7, 64):
+            x = (3 * random(rows, size)).to(device, dtype)
+            residual = random(rows, size, seed=1).to(device, dtype)
+            assert torch.equal(ours(x), theirs(x))
+            normed, total = ours(x, residual)
+            assert torch.equal(total, x + residual)
+            assert torch.equal(normed, theirs(total))
+
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_is_nothing_but_a_weight_and_eps(self, device: str) -> None:
+        """Wherever it is made or sent to, on the meta device too."""
+        with torch.device("meta"):
+            norm = RMSNorm(8, 1e-5)
+        norm = norm.to_empty(device=device).half()
+        nn.init.ones_(norm.weight)
+        assert list(norm.state_dict()) == ["weight"]
+        assert norm.eps == 1e-5
+        x = torch.full((1, 8), 6e4, dtype=torch.float16, device=device)
+        assert torch.equal(norm(x), torch.ones_like(x))
 
     def test_a_wide_input_meets_a_narrow_weight_as_in_hugging_face(self) -> None:
         for x_dtype, weight_dtype in [

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
+from fractions import Fraction
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation import logits_process
 
-from folo_lib import sampler
+from folo_lib import bundled_model_path, load_model, load_tokenizer, sampler
 from folo_lib.sampler import (
     Sampler,
     SamplingMetadata,
@@ -24,6 +26,7 @@ from folo_lib.sampler import (
     apply_min_p_filtering,
     apply_penalties,
     apply_top_k_filtering,
+    apply_top_k_top_p,
     apply_top_p_filtering,
     gather_logprobs,
     gumbel_noise,
@@ -217,6 +220,8 @@ class TestAgainstBruteForce:
             ours = apply_filters(scores, metadata)
             assert ours.dtype == torch.float32
             for row, p in enumerate(params):
+                if p.top_k == 1:  # greedy, so that no filter runs
+                    continue
                 expected = Reference.penalties(
                     logits[row].tolist(), p, prompts[row], outputs[row]
                 )
@@ -237,7 +242,7 @@ class TestAgainstBruteForce:
                     atol=1e-6,
                 )
                 compared += 1
-        assert compared >= 800
+        assert compared >= 700
 
     def test_draws_stay_within(self) -> None:
         for logits, params, metadata, *_ in random_batches(2, 150, 0.3):
@@ -249,7 +254,7 @@ class TestAgainstBruteForce:
             assert token_ids.dtype == torch.int64
             for row, token in enumerate(token_ids.tolist()):
                 assert allowed[row, token] > -INF
-                if params[row].temperature == 0:
+                if params[row].temperature == 0 or params[row].top_k == 1:
                     assert token == scores[row].argmax()
 
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -286,8 +291,8 @@ class TestAgainstBruteForce:
         assert compared > 300
 
     @pytest.mark.parametrize("ties", [0, 1, 30])
-    def test_a_hint_changes_nothing(self, ties: int) -> None:
-        """topk of the largest k, and top_p behind it, against full sorts."""
+    def test_the_shortcut_equals_two_filters(self, ties: int) -> None:
+        """topk of the largest k, and top_p after it, against full sorts."""
         rng = random.Random(4)
         for _ in range(100):
             rows = [random_logits(rng, 64) for _ in range(4)]
@@ -296,14 +301,16 @@ class TestAgainstBruteForce:
             logits = torch.tensor(rows)
             top_k = torch.tensor([rng.choice([1, 2, 5, 9]) for _ in rows])
             top_p = torch.tensor(
-                [rng.choice([0.01, 0.3, 0.6, 0.95, 1.0]) for _ in rows]
+                [rng.choice([0.01, 0.3, 0.6, 0.95, 1.0]) for _ in rows],
+                dtype=torch.float64,
             )
+            top_k[0], top_p[0] = rng.choice([0, 9]), 1.0
             full = apply_top_k_filtering(logits, top_k)
-            for hint in (9, 12, 63, 64, 100):
-                assert torch.equal(apply_top_k_filtering(logits, top_k, hint), full)
             expected = apply_top_p_filtering(full, top_p)
-            for hint in (9, 12, 63, 64, 100):
-                assert torch.equal(apply_top_p_filtering(full, top_p, hint), expected)
+            for largest in (9, 12, 63, 64):
+                assert torch.equal(apply_top_k_top_p(logits, top_k, largest), full)
+                short = apply_top_k_top_p(logits, top_k, largest, top_p)
+                assert torch.equal(short, expected)
 
     def test_written_out(self) -> None:
         logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
@@ -329,6 +336,86 @@ class TestAgainstBruteForce:
         logits[0, 77] = math.log(0.5)
         kept = apply_top_p_filtering(logits, 0.75).isfinite().sum().item()
         assert abs(kept - 50_001) < 5
+
+    @pytest.mark.parametrize(
+        ("probs", "p", "count"),
+        [
+            ([0.5, 0.3, 0.2], 0.8, 2),
+            ([0.4, 0.3, 0.2, 0.1], 0.9, 3),
+            ([0.04] * 25, 0.6, 15),
+        ],
+    )
+    def test_a_sum_that_meets_top_p(
+        self, probs: list[float], p: float, count: int
+    ) -> None:
+        logits = torch.tensor([probs]).log()
+        for top_p in (p, torch.tensor([p], dtype=torch.float64), torch.tensor([p])):
+            kept = apply_top_p_filtering(logits, top_p)[0].isfinite()
+            assert kept.nonzero().flatten().tolist() == list(range(count))
+
+    @pytest.mark.parametrize("shift", [0.0, 10.0, -30.0])
+    @pytest.mark.parametrize("parts", [10, 20])
+    def test_every_round_distribution(self, parts: int, shift: float) -> None:
+        """Of 2 to 6 tokens, in tenths and twentieths, against exact fractions."""
+        rng, compared = random.Random(11), 0
+        for size in range(2, 7):
+            tails = itertools.combinations(range(1, parts), size - 1)
+            counts = [
+                [b - a for a, b in itertools.pairwise((0, *cut, parts))]
+                for cut in tails
+            ]
+            shares = {tuple(sorted(c)): c for c in counts}  # one order of each
+            rows = [rng.sample(c, size) for c in shares.values()]
+            logits = (torch.tensor(rows) / parts).double().log().float() + shift
+            for twentieths in range(1, 20):
+                p = Fraction(twentieths, 20)
+                kept = apply_top_p_filtering(logits, twentieths / 20).isfinite()
+                column_p = torch.full((len(rows),), twentieths / 20)
+                top_k = torch.full((len(rows),), size)
+                short = apply_top_k_top_p(logits, top_k, size, column_p)
+                assert torch.equal(short.isfinite(), kept)
+                for row, ours in zip(rows, kept.tolist(), strict=True):
+                    total, expected = Fraction(0), [False] * size
+                    for token in sorted(range(size), key=lambda t: (-row[t], t)):
+                        if total < p:
+                            expected[token] = True
+                        total += Fraction(row[token], parts)
+                    assert ours == expected, (row, p)
+                    compared += 1
+        assert compared >= 600
+
+    @pytest.mark.parametrize("vocab_size", [32_000, 151_936])
+    @pytest.mark.parametrize("deviation", [0.0, 1.0, 5.0, 10.0])
+    def test_large_vocabularies(self, vocab_size: int, deviation: float) -> None:
+        """Against float64, to a thousandth of the count."""
+        values = np.random.default_rng(0).standard_normal(vocab_size) * deviation
+        logits = torch.from_numpy(values.astype(np.float32))[None]
+        ordered = np.sort(logits[0].double().numpy())
+        tail = np.exp(ordered - ordered[-1]).cumsum()  # of the unlikely ones
+        for p in (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999, 1 - 1e-7):
+            expected = vocab_size - int((tail <= (1 - p) * tail[-1]).sum())
+            for top_p in (p, torch.tensor([p], dtype=torch.float64)):
+                kept = int(apply_top_p_filtering(logits, top_p).isfinite().sum())
+                assert abs(kept - expected) <= 1e-3 * expected, p
+
+    def test_the_batch_asks_for_top_p_with_all_its_digits(self) -> None:
+        values = np.random.default_rng(0).standard_normal((1, 151_936)) * 5
+        logits = torch.from_numpy(values.astype(np.float32))
+        expected = apply_top_p_filtering(logits, 0.99999).isfinite()
+        metadata = make_metadata([SamplingParams(top_p=0.99999)], 151_936)
+        assert torch.equal(apply_filters(logits, metadata).isfinite(), expected)
+
+    def test_exactly_min_p_times_as_likely_stays(self) -> None:
+        for best, other in itertools.product(range(1, 20), repeat=2):
+            if other > best or other + best > 20:
+                continue
+            probs = torch.tensor([[best, other, 1e-9]], dtype=torch.float64) / 20
+            for shift in (0, 4):
+                logits = (probs.log() + shift).float()
+                for step, edge in ((1.0, 2), (1.0001, 1 + (best == other))):
+                    min_p = min(1.0, other / best * step)
+                    kept = apply_min_p_filtering(logits, min_p).isfinite().sum()
+                    assert kept == edge, (best, other, shift)
 
     def test_filters_equal_hugging_face(self) -> None:
         logits = 3 * torch.randn(6, 500)
@@ -866,7 +953,7 @@ class TestBatch:
             ):
                 assert torch.equal(few, tokens[rows])
                 for i, row in enumerate(rows):
-                    if params[row].temperature > 0:
+                    if params[row].temperature > 0 and params[row].top_k != 1:
                         assert torch.equal(few_scores[i], scores[row])
                 if few_logprobs is None or logprobs is None:
                     continue
@@ -930,6 +1017,208 @@ class TestBatch:
             token_ids, _ = Sampler().sample(logits, make_metadata(params, 3))
             assert token_ids[0] == 1
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_top_k_1_is_greedy(self, dtype: torch.dtype) -> None:
+        """Whatever the temperature, and the lowest id of equals."""
+        logits = torch.tensor([[1.0, 3.0, 2.0, 3.0, 3.0]] * 64).to(dtype)
+        params = [
+            SamplingParams(top_k=1, temperature=t, top_p=p, min_p=m)
+            for t in (0.01, 0.3, 1, 2)
+            for p in (0.5, 1)
+            for m in (0, 1)
+        ] * 4
+        for company in ([], [SamplingParams(top_k=3)], [GREEDY]):
+            batch = params[: 64 - len(company)] + company
+            metadata = make_metadata(batch, 5)
+            drawn = Sampler().sample(logits[: len(batch)], metadata)[0]
+            assert set(drawn[: len(batch) - len(company)].tolist()) == {1}
+
+    def test_other_ties_stay(self) -> None:
+        logits = torch.tensor([[1.0, 3.0, 2.0, 3.0]] * 200)
+        two = make_metadata([SamplingParams(top_k=2)] * 200, 4)
+        assert set(Sampler().sample(logits, two)[0].tolist()) == {1, 3}
+        best = make_metadata([SamplingParams(min_p=1)] * 200, 4)
+        assert set(Sampler().sample(logits, best)[0].tolist()) == {1, 3}
+
+
+def not_finite(rows: int, vocab_size: int) -> dict[str, Tensor]:
+    """Rows that no token can be drawn from."""
+    nan = torch.full((rows, vocab_size), math.nan)
+    one_nan, infinite = torch.randn(2, rows, vocab_size)
+    one_nan[:, 3] = math.nan
+    infinite[:, 5] = INF
+    return {
+        "all NaN": nan,
+        "one NaN": one_nan,
+        "infinite": infinite,
+        "nothing left": torch.full((rows, vocab_size), -INF),
+    }
+
+
+class TestNotFinite:
+    KINDS = ("all NaN", "one NaN", "infinite", "nothing left")
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_whatever_is_asked_for(self, kind: str) -> None:
+        rng = random.Random(12)
+        for _ in range(60):
+            params = [
+                dataclasses.replace(
+                    random_params(rng, 0.3), logprobs=rng.choice([None, 0, 3])
+                )
+                for _ in range(4)
+            ]
+            bad = not_finite(4, 40)[kind]
+            token_ids, _ = Sampler().sample(bad, make_metadata(params, 40))
+            assert token_ids.tolist() == [-1] * 4, params
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_neighbours_draw_what_they_draw(
+        self, kind: str, dtype: torch.dtype
+    ) -> None:
+        for logits, params, metadata, prompts, outputs in random_batches(13, 40, 0.3):
+            size, vocab_size = logits.shape
+            logits = logits.to(dtype)
+            expected, _ = Sampler().sample(logits, metadata)
+            bad = not_finite(1, max(vocab_size, 6))[kind][:, -vocab_size:].to(dtype)
+            metadata = make_metadata(
+                [*params, SamplingParams(logprobs=2)],
+                vocab_size,
+                [*(100 + i for i in range(size)), 5],
+                [*(5 + i for i in range(size)), 9],
+            )
+            fill_tables(metadata, [*prompts, set()], [*outputs, []])
+            token_ids, logprobs = Sampler().sample(torch.cat([logits, bad]), metadata)
+            assert torch.equal(token_ids[:-1], expected)
+            assert logprobs is not None
+            if not bad.amax().isfinite():
+                assert token_ids[-1] == -1
+
+    def test_a_forbidden_id_does_not_hide_a_nan(self) -> None:
+        for value in (math.nan, INF):
+            logits = torch.tensor([[1.0, value, 2.0]])
+            for temperature in (0, 1):
+                params = SamplingParams(temperature=temperature, min_tokens=3)
+                metadata = make_metadata([params], 3, stop_token_ids=[[1]])
+                assert Sampler().sample(logits, metadata)[0].tolist() == [-1]
+
+    @pytest.mark.parametrize("temperature", [0, 1])
+    def test_every_id_forbidden(self, temperature: float) -> None:
+        params = SamplingParams(temperature=temperature, min_tokens=1, logprobs=2)
+        metadata = make_metadata([params], 3, stop_token_ids=[[0, 1, 2]])
+        assert Sampler().sample(torch.randn(1, 3), metadata)[0].tolist() == [-1]
+
+    def test_large_and_finite_is_no_fault(self) -> None:
+        for scale in (1e4, 1e30, 3e38):
+            logits = scale * torch.tensor([[0.5, 1.0, -1.0]])
+            for params in (GREEDY, SamplingParams(temperature=0.01), SamplingParams()):
+                token_ids, _ = Sampler().sample(logits, make_metadata([params], 3))
+                assert token_ids.tolist() == [1]
+
+
+class TestExtremes:
+    """The ends of every parameter's range, on logits of every size."""
+
+    VALUES: ClassVar[dict[str, list[float]]] = {
+        "temperature": [0, 5e-324, 1e-38, 0.01, 2],
+        "top_p": [5e-324, 1e-12, 1e-7, 1 - 2**-53, 1],
+        "min_p": [0, 5e-324, 1e-45, 1 - 2**-53, 1],
+        "top_k": [-1, 0, 1, 2, 2**62],
+        "repetition_penalty": [5e-324, 1e-38, 1, 3e38, 1.7e308],
+        "presence_penalty": [-2, 5e-324, 2],
+        "frequency_penalty": [-2, 5e-324, 2],
+        "seed": [-(2**63), -1, 0, 2**63, 2**64 - 1],
+    }
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("scale", [1e-40, 1.0, 1e4])
+    def test_draws_a_token_that_may_be_drawn(
+        self, scale: float, dtype: torch.dtype
+    ) -> None:
+        rng = random.Random(14)
+        for _ in range(150):
+            chosen: dict[str, Any] = {
+                name: rng.choice(values)
+                for name, values in self.VALUES.items()
+                if rng.random() < 0.5
+            }
+            params = SamplingParams(**chosen, logprobs=2)
+            logits = (scale * torch.randn(1, 50)).to(dtype)
+            metadata = make_metadata([params], 50, [chosen.get("seed", 1)])
+            fill_tables(metadata, [{1, 2, 3}], [[2, 3, 3, 4, 49] * 50])
+            token_ids, logprobs = Sampler().sample(logits, metadata)
+            assert logprobs is not None
+            assert logprobs.logprobs.isfinite().all()
+            scores = Sampler.apply_penalties(logits, metadata)
+            assert scores.isfinite().all(), chosen
+            allowed = apply_filters(scores, metadata)
+            assert allowed[0, token_ids[0]].isfinite(), chosen
+            least = {"temperature": 0, "top_k": 1}
+            if any(chosen.get(name) == value for name, value in least.items()):
+                assert token_ids[0] == scores.argmax()
+            elif chosen.get("top_p", 1) <= 1e-12 or chosen.get("min_p", 0) == 1:
+                taken = scores[0, token_ids[0]].item()
+                assert taken == pytest.approx(scores.max().item())
+
+    def test_a_tiny_repetition_penalty_does_not_overflow(self) -> None:
+        logits = torch.tensor([[9.0, 3.0, 7.0, 5.0, -1.0]])
+        for penalty in (5e-324, 1e-38, 1e-20):
+            params = SamplingParams(temperature=0, repetition_penalty=penalty)
+            metadata = make_metadata([params], 5)
+            fill_tables(metadata, [{1, 2, 4}], [[3]])
+            assert Sampler().sample(logits, metadata)[0].tolist() == [2]
+
+    def test_a_huge_one_neither(self) -> None:
+        logits = torch.tensor([[9.0, 0.0, 7.0, -1.0, -3.0]])
+        for penalty in (1e20, 3e38, 1.7e308):
+            params = SamplingParams(temperature=0, repetition_penalty=penalty)
+            metadata = make_metadata([params], 5)
+            fill_tables(metadata, [{0, 1, 2, 3}], [[4]])
+            scores = Sampler.apply_penalties(logits, metadata)
+            assert scores.isfinite().all()
+            assert scores[0, 3] > scores[0, 4]
+            assert Sampler().sample(logits, metadata)[0].tolist() == [0]
+
+    def test_the_bundled_model(self) -> None:
+        """Greedy after "Once upon a time": 257 came of an overflow."""
+        path = bundled_model_path()
+        ids = load_tokenizer(path).encode("Once upon a time")
+        with torch.inference_mode():
+            model = load_model(path, "float32", "cpu", use_tqdm=False)
+            logits = model.compute_logits(model(torch.tensor([ids]))[:, -1])
+        params = SamplingParams(temperature=0, repetition_penalty=1e-38)
+        metadata = make_metadata([params], logits.shape[-1])
+        fill_tables(metadata, [set(ids)], [[]])
+        assert Sampler().sample(logits, metadata)[0].tolist() == [1452]
+
+    @pytest.mark.parametrize("temperature", [0.01, 1.0])
+    def test_noise_counts_beside_large_logits(self, temperature: float) -> None:
+        """Two equals far from zero are drawn equally often, not the lower id more."""
+        size = 4000
+        logits = torch.tensor([[-1e4, 1e4, 1e4, 0.0]]).expand(size, 4)
+        params = [SamplingParams(temperature=temperature)] * size
+        metadata = make_metadata(params, 4, lengths=list(range(size)))
+        token_ids, _ = Sampler().sample(logits, metadata)
+        counts = token_ids.bincount(minlength=4)
+        assert p_value(counts, torch.tensor([0, 0.5, 0.5, 0])) > 1e-4
+
+    def test_an_eos_id_of_minus_one_forbids_nothing(self) -> None:
+        params = SamplingParams(temperature=0, min_tokens=3)
+        metadata = make_metadata([params], 4, stop_token_ids=[[-1]])
+        assert metadata.stop_token_mask is None
+        logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+        assert Sampler().sample(logits, metadata)[0].tolist() == [3]
+        metadata = make_metadata([params], 4, stop_token_ids=[[-1, 2, 4]])
+        assert metadata.stop_token_mask is not None
+        assert metadata.stop_token_mask.tolist() == [[False, False, True, False]]
+
+    def test_logprobs_of_no_token_are_those_of_the_first(self) -> None:
+        logits = torch.randn(2, 9)
+        out = gather_logprobs(logits, torch.tensor([-1, 4]), 2)
+        assert out.token_ids[:, 0].tolist() == [0, 4]
+        assert out.logprobs.isfinite().all()
+
 
 class Ops(TorchDispatchMode):
     """Names and output sizes of all operations that run."""
@@ -979,10 +1268,12 @@ WAITING = {
 
 
 class TestCost:
-    def test_greedy_is_one_argmax(self) -> None:
-        assert ops_of([GREEDY] * 3, 500).names == ["argmax"]
+    def test_greedy_looks_at_the_logits_once(self) -> None:
+        once = ["max", "sub", "ne", "masked_fill"]  # the last three on one number a row
+        assert ops_of([GREEDY] * 3, 500).names == once
         filtered = SamplingParams(temperature=0, top_k=5, top_p=0.5, min_p=0.1)
-        assert ops_of([filtered], 500).names == ["argmax"]
+        assert ops_of([filtered], 500).names == once
+        assert ops_of([SamplingParams(temperature=2, top_k=1)], 500).names == once
 
     def test_rows_and_vocabulary_cost_no_operations(self) -> None:
         small = ops_of(EVERYTHING, 40).names
