@@ -47,6 +47,8 @@ ROPE_NUMBERS: dict[str, tuple[type, float, float]] = {
     "mscale": (float, 0, 1e6),
     "mscale_all_dim": (float, 0, 1e6),
 }
+# Of classifiers only; transformers counts through num_labels, however large it is.
+UNUSED = ("num_labels", "id2label", "label2id", "problem_type")
 # These may be null: then Hugging Face takes a default.
 OPTIONAL = {"num_key_value_heads", "head_dim", *list(ROPE_NUMBERS)[3:]}
 
@@ -176,12 +178,10 @@ def build_config(
     Raises:
         ValueError: naming the field that transformers stumbles over, if it is one.
     """
-    cleaned = {
-        name: value.removeprefix("torch.")
-        if name in ("dtype", "torch_dtype") and isinstance(value, str)
-        else value
-        for name, value in fields.items()
-    }
+    cleaned = {name: value for name, value in fields.items() if name not in UNUSED}
+    for name in cleaned.keys() & {"dtype", "torch_dtype"}:
+        if isinstance(cleaned[name], str):
+            cleaned[name] = cleaned[name].removeprefix("torch.")
 
     def build(some: Fields) -> Qwen2Config | Qwen3Config:
         # transformers writes into what it is given, so it is given a copy.
@@ -407,6 +407,31 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
             continue  # it compiles; what it demands of a conversation, chat will tell
 
 
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of transformers, tried out; no code from the folder is run.
+
+    All it needs of `config.json` is the family, so that is all it is shown.
+    """
+    from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+
+    path = folder / "config.json"
+    fields = read_json(path) if path.is_file() else {}
+    config = None if fields else PreTrainedConfig()
+    if fields.get("model_type") in ("qwen2", "qwen3"):
+        config = AutoConfig.for_model(fields["model_type"])
+    elif fields and not isinstance(fields.get("model_type"), str):
+        raise ValueError(
+            f"{path} has model_type {shorten(repr(fields.get('model_type')))}: it must "
+            "be a text, such as 'qwen3'."
+        )
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        folder, config=config, trust_remote_code=False
+    )
+    check_chat_template(tokenizer)
+    tokenizer.decode(tokenizer("a").input_ids)
+    return tokenizer
+
+
 @contextmanager
 def naming_tokenizer_file(folder: Path) -> Iterator[None]:
     """Errors inside become a `ValueError` that names the tokenizer file to blame."""
@@ -415,6 +440,8 @@ def naming_tokenizer_file(folder: Path) -> Iterator[None]:
     except (MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
+        if is_ours(error) and str(folder) in str(error):
+            raise
         with naming(blame_tokenizer_file(folder, error)):
             raise
 
@@ -457,14 +484,10 @@ TOKENIZER_FILES = (
 
 
 def retry(folder: Path, settings: Fields) -> None:
-    """Loads the tokenizer with other settings."""
-    from transformers import AutoTokenizer
-
+    """Opens the tokenizer with other settings."""
     with tempfile.TemporaryDirectory() as name:
         for path in (*TOKENIZER_FILES, "merges.txt", "chat_template.jinja"):
             if (folder / path).is_file():
                 Path(name, path).write_bytes((folder / path).read_bytes())
         Path(name, "tokenizer_config.json").write_text(json.dumps(settings))
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        check_chat_template(tokenizer)
-        tokenizer.decode(tokenizer("a").input_ids)
+        open_tokenizer(Path(name))
