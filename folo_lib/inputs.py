@@ -53,6 +53,9 @@ CHAT_OPTIONS = (
 CHAT_VARIABLES = ("tools", "documents", "enable_thinking")
 """Well-known variables, which many templates read and others do not."""
 
+TOKENIZING = ("tokenize", "padding", "truncation", "return_dict", "return_tensors")
+"""Options of Hugging Face's `apply_chat_template` that have no meaning here."""
+
 SAMPLING_NAMES = tuple(field.name for field in fields(SamplingParams))
 
 OBEYED = {
@@ -281,7 +284,9 @@ class InputProcessor:
                 "'role' and 'content', such as [{'role': 'user', 'content': 'Hello'}]; "
                 "text without roles goes to generate()."
             )
-        if hasattr(messages, "tolist") or isinstance(messages, Iterator):
+        if hasattr(messages, "tolist"):
+            messages = messages.tolist()
+        elif isinstance(messages, Iterator):
             messages = list(messages)
         if not isinstance(messages, Sequence):
             raise TypeError(
@@ -308,7 +313,7 @@ class InputProcessor:
         """Checks all prompts and params, then makes the requests of each prompt."""
         if params is None or isinstance(params, SamplingParams):
             params = [params] * len(prompts)
-        elif isinstance(params, Iterator) or hasattr(params, "tolist"):
+        elif isinstance(params, Iterator):
             params = list(params)
         if isinstance(params, str) or not isinstance(params, Sequence):
             raise TypeError(_not_params(params))
@@ -475,12 +480,12 @@ def _check_templates(tokenizer: PreTrainedTokenizerBase) -> None:
     for name, template in templates.items():
         try:
             if not isinstance(template, str):
-                raise ValueError(f"it is a {type(template).__name__}, and not text.")
+                raise ValueError(f"the chat template is a {type(template).__name__}")
             read_variables(template)
         except ValueError as error:
             raise ValueError(
-                f"the chat template {name!r} of {tokenizer.name_or_path!r} is broken: "
-                f"{error} Mend it (chat_template.jinja or tokenizer_config.json), or set "
+                f"{error}. It is {name!r} of the tokenizer {tokenizer.name_or_path!r}: "
+                "mend it (chat_template.jinja or tokenizer_config.json), or set "
                 "tokenizer.chat_template = None."
             ) from error
 
@@ -508,14 +513,23 @@ def read_variables(template: str) -> frozenset[str]:
         extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
     try:
-        found = meta.find_undeclared_variables(environment.parse(template))
-        environment.compile(template)
+        tree = environment.parse(template)
+        environment.compile(tree)
     except TemplateSyntaxError as error:
-        raise ValueError(f"in line {error.lineno}, {error.message}.") from error
-    except Exception as error:  # not a str, nested too deeply, ...
-        raise ValueError(f"{type(error).__name__}: {error}.") from error
+        raise ValueError(
+            f"the chat template is broken in line {error.lineno}: {error.message}"
+        ) from error
+    except Exception as error:  # nested too deeply, ...
+        raise ValueError(
+            f"the chat template is broken: {type(error).__name__}: {error}"
+        ) from error
+    # A name that the template sets somewhere is its own, unless it first asks for it.
+    own = {name.name for name in tree.find_all(nodes.Name) if name.ctx != "load"}
+    for asks in tree.find_all((nodes.Test, nodes.Filter)):
+        if asks.name in ("defined", "undefined", "default", "d"):
+            own -= {getattr(asks.node, "name", None)}
     given = {"messages", "raise_exception", "strftime_now", *environment.globals}
-    return frozenset(found - given)
+    return frozenset(meta.find_undeclared_variables(tree) - own - given)
 
 
 def apply_chat_template(
@@ -541,13 +555,13 @@ def apply_chat_template(
         ValueError: if there is no template, or it or a message cannot be used.
     """
     options = dict(options or {})
-    extra = options.pop("chat_template_kwargs", None) or {}
-    if not isinstance(extra, Mapping):
-        raise TypeError(f"chat_template_kwargs={extra!r} must be a dict.")
-    options = {**extra, **options}
+    extra = options.pop("chat_template_kwargs", None)
+    if not isinstance(extra, Mapping | None):
+        raise TypeError(f"chat_template_kwargs={reprlib.repr(extra)} must be a dict.")
+    options = {**(extra or {}), **options}
     template = options.pop("chat_template", None)
     if not isinstance(template, str | None):
-        raise TypeError(f"chat_template={template!r} must be a str.")
+        raise TypeError(f"chat_template={reprlib.repr(template)} must be a str.")
     if tokenizer is None or not (template or tokenizer.chat_template):
         raise ValueError(
             "this checkpoint has no chat template, so it may be a base model: use "
@@ -563,33 +577,46 @@ def apply_chat_template(
             "continue_final_message=True goes on with the last message, and "
             "add_generation_prompt=True begins a new one: choose one of them."
         )
-    try:
+    options |= {"add_generation_prompt": adds_prompt, "chat_template": template}
+
+    def write(conversation: list[dict[str, Any]]) -> str:
         text = tokenizer.apply_chat_template(
-            conversation,
-            chat_template=template,
-            add_generation_prompt=adds_prompt,
-            continue_final_message=continues,
-            tokenize=False,
-            **options,
+            conversation, tokenize=False, continue_final_message=continues, **options
         )
+        return str(text)
+
+    try:
+        return write(conversation)
     except Exception as error:  # a template may raise anything
-        raise ValueError(
-            f"{name} cannot be written with this chat template, which says: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    return str(text)
+        said = f"{type(error).__name__}: {error}"
+    for end in range(1, len(conversation)):  # up to which message does it say so?
+        try:
+            write(conversation[:end])
+        except Exception as error:
+            if said == f"{type(error).__name__}: {error}":
+                conversation = conversation[:end]
+                break
+    raise ValueError(
+        f"{name}[{len(conversation) - 1}] cannot be written with the chat template, which "
+        f"says: {said}"
+    )
 
 
 def _check_options(options: dict[str, Any], variables: frozenset[str]) -> None:
     """Raises an error for an option that neither the engine nor the template reads."""
     for name in ("tools", "documents"):
-        if not options.get(name):  # None and [] ask for nothing
-            options.pop(name, None)
-        elif not isinstance(options[name], (list, tuple)):
-            raise TypeError(f"{name}={options[name]!r} must be a list.")
-    for name in ("add_generation_prompt", "continue_final_message"):
-        if not isinstance(options.get(name, False), (bool, str)):
-            raise TypeError(f"{name}={options[name]!r} must be True or False.")
+        wanted = options.pop(name, None)
+        if not isinstance(wanted, list | tuple | None):
+            raise TypeError(f"{name}={reprlib.repr(wanted)} must be a list.")
+        if wanted:  # None and [] ask for nothing
+            options[name] = wanted
+    for name, kinds in [
+        ("add_generation_prompt", bool),
+        ("continue_final_message", bool | str),  # a str names the field to continue
+    ]:
+        if not isinstance(options.get(name, False), kinds):
+            value = reprlib.repr(options[name])
+            raise TypeError(f"{name}={value} must be True or False.")
     real = sorted({*CHAT_OPTIONS, *variables})
     for name, value in options.items():
         if name in real:
@@ -600,10 +627,13 @@ def _check_options(options: dict[str, Any], variables: frozenset[str]) -> None:
         shown = f"{name}={reprlib.repr(value)}"
         if name in CHAT_VARIABLES:
             cure = "the template has no place for it, so it can change nothing."
+        elif name in TOKENIZING:
+            cure = "leave it out, for chat() makes tokens of the text by itself."
         elif near in real:
             cure = f"did you mean {near}?"
         elif near:
-            cure = f"it goes into sampling_params, as SamplingParams({near}=...)."
+            value = reprlib.repr(value)
+            cure = f"it goes into sampling_params, as SamplingParams({near}={value})."
         else:
             cure = "leave it out."
         raise TypeError(
@@ -636,7 +666,8 @@ def _check_messages(messages: Any, name: str) -> list[dict[str, Any]]:
                 f"and 'content', such as {example}. {where} has no role."
             )
         content = message.get("content")
-        if content is None and message.get("tool_calls"):
+        calls = message.get("tool_calls")
+        if content is None and isinstance(calls, list | tuple) and calls:
             content = ""
         if isinstance(content, (list, tuple)):
             content = "".join(_text_of_part(part, where) for part in content)

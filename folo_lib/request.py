@@ -433,9 +433,8 @@ class Request:
         if text is None:
             return ending
         stopped_by_id = ending is not None and ending[0] == "stop"
-        found = None
-        if not stopped_by_id or params.include_stop_str_in_output:
-            found = text.append(self.output_token_ids[-1])
+        shown = not stopped_by_id or params.include_stop_str_in_output
+        found = text.append(self.output_token_ids[-1]) if shown else None
         if ending is not None:
             found = text.flush() or found
         return ("stop", found) if found and not stopped_by_id else ending
