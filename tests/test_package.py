@@ -370,14 +370,6 @@ class TestPages:
         ]
         assert not wide
 
-    def test_exported_cells_are_short(self, page: Path) -> None:
-        """At most 50 lines, blank ones not counted."""
-        for cell in code_cells(page):
-            lines = [line for line in source(cell).split("\n") if line.strip()]
-            assert lines
-            if lines[0].startswith("#| export"):
-                assert len(lines) <= 51, source(cell)
-
     def test_cell_ids_are_unique(self, page: Path) -> None:
         ids = [cell["id"] for cell in cells(page)]
         assert len(set(ids)) == len(ids)

@@ -11,7 +11,7 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nbformat
 from nbclient import NotebookClient
@@ -27,6 +27,31 @@ Notebook = nbformat.NotebookNode
 
 class PageError(Exception):
     """A page that did not run to its end; the message is for the reader."""
+
+
+class Head(NamedTuple):
+    """What a page says of itself under its title."""
+
+    title: str
+    summary: str
+    minutes: int
+
+
+def read_head(notebook: Notebook) -> Head:
+    """Title, summary and reading time, which nothing else may say otherwise.
+
+    Raises:
+        ValueError: if one of them is missing.
+    """
+    text = notebook["cells"][0]["source"]
+    found = [
+        re.search(pattern, text, re.MULTILINE)
+        for pattern in (r"^# (.+)$", r"^> (.+)$", r"\*\*Reading time\*\* (\d+) minutes")
+    ]
+    if not all(found):
+        raise ValueError(f"A page begins without title, summary or minutes:\n{text}")
+    title, summary, minutes = (match[1] for match in found if match)
+    return Head(title, summary, int(minutes))
 
 
 def execute(page: Path, notebook: Notebook, bar: tqdm[Any]) -> None:
