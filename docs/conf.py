@@ -20,10 +20,11 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
-    "course_pages",  # these four lie in _ext/
+    "course_pages",  # these five lie in _ext/
     "course_docstrings",
     "course_tables",
     "course_benchmark",
+    "course_formulas",
 ]
 exclude_patterns = ["_ext", "_static"]
 
@@ -39,7 +40,8 @@ nb_mime_priority_overrides = [
     ("html", "application/vnd.jupyter.widget-view+json", None),
     ("html", "application/javascript", None),
 ]
-myst_enable_extensions = ["attrs_block"]
+myst_enable_extensions = ["attrs_block", "dollarmath"]
+html_math_renderer = "course_formulas"
 myst_heading_anchors = 3
 highlight_language = "none"  # of fences that name no language
 

@@ -126,11 +126,27 @@ def test_copies_of_the_pages_are_not_committed() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_pages_use_no_mathematics_that_the_site_cannot_show(page: Path) -> None:
+def test_the_site_can_show_the_mathematics_of_a_page(page: Path) -> None:
+    draw_formula = extension("course_formulas").draw_formula
     for cell in json.loads(page.read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "markdown":
             text = re.sub(r"`[^`]*`", "", FENCE.sub("", "".join(cell["source"])))
-            assert not re.search(r"\$\$|\\\(|\\\[|\\begin\{|\$[^$\n]+\$", text), text
+            for block, inline in re.findall(
+                r"\$\$(.+?)\$\$|\$([^$\n]+)\$", text, re.DOTALL
+            ):
+                draw_formula(block or inline, 12)
+            assert not re.search(r"\\\(|\\\[|\\begin\{", text), text
+
+
+def test_a_formula_becomes_a_drawing_in_the_colour_of_the_text() -> None:
+    draw_formula = extension("course_formulas").draw_formula
+    svg = draw_formula("\\frac{a}{b} < 1", 12)
+    assert svg.startswith("<svg ") and svg.rstrip().endswith("</svg>")
+    assert 'aria-label="\\frac{a}{b} &lt; 1"' in svg
+    assert "currentColor" in svg and "#" not in re.sub(r'"#[\w-]+"', "", svg)
+    assert svg == draw_formula("\\frac{a}{b} < 1", 12)
+    with pytest.raises(ValueError):
+        draw_formula("\\begin{cases}", 12)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

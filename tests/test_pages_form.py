@@ -1,12 +1,15 @@
-"""How a page is laid out: install cell, links, captions, exercises, what a student writes."""
+"""How a page is laid out: install cell, links, captions, exercises, what a student writes,
+how much of it is code, and the map on page 00."""
 
 from __future__ import annotations
 
 import ast
 import base64
+import io
 import re
 import struct
 import sys
+import tokenize
 from itertools import pairwise
 from pathlib import Path
 from unittest.mock import Mock
@@ -39,6 +42,14 @@ REPOSITORY = "https://github.com/folovllm/FoloVLLM"
 COLAB = "https://colab.research.google.com/github/folovllm/FoloVLLM/blob/main/notebooks"
 BINDER = "https://mybinder.org/v2/gh/folovllm/FoloVLLM/main?urlpath=lab/tree/notebooks"
 
+MAX_CELL, MAX_CLASS, MAX_PAGE = 30, 80, 450  # lines of code, the first about 25
+LONG_PAGES = {"11_fast_decode"}  # to be cut when it is rebuilt
+# Where exported cells still follow one another with no output between them.
+UNBROKEN_PAGES = {
+    *("02_rope", "04_qwen3", "05_checkpoint", "06_kv_cache", "07_sampler", "08_runner"),
+    *("09_request", "10_engine", "11_fast_decode", "12_benchmark"),
+}
+
 MAX_WIDTH = 900  # pixels: 8 inches at 110 dpi, and the margin that a tight box adds
 
 
@@ -49,6 +60,34 @@ def cells_of(page: Path) -> list[Notebook]:
 
 def has_tag(cell: Notebook, tag: str) -> bool:
     return tag in cell.metadata.get("tags", [])
+
+
+def is_exported(cell: Notebook) -> bool:
+    return cell.cell_type == "code" and cell.source.startswith("#| export")
+
+
+def count_code_lines(source: str) -> int:
+    """Lines with code on them: no comments, no blank ones, no docstrings."""
+    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT}
+    layout |= {tokenize.DEDENT, tokenize.ENDMARKER}
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in layout:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        value = node.value if isinstance(node, ast.Expr) else None
+        if isinstance(value, ast.Constant) and isinstance(value.value, str):
+            end = value.end_lineno or value.lineno
+            lines.difference_update(range(value.lineno, end + 1))
+    return len(lines)
+
+
+def holds_class_or_kernel(source: str) -> bool:
+    nodes = list(ast.walk(ast.parse(source)))
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    marks = [ast.unparse(mark) for each in functions for mark in each.decorator_list]
+    kernels = any(mark.startswith("triton.") for mark in marks)
+    return kernels or any(isinstance(node, ast.ClassDef) for node in nodes)
 
 
 def pictures(cell: Notebook) -> list[Notebook]:
@@ -97,6 +136,32 @@ def test_install_cell_fetches_the_course_on_colab_and_kaggle_alone(
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 class TestPages:
+    def test_exported_cells_are_short(self, page: Path) -> None:
+        for cell in filter(is_exported, cells_of(page)):
+            most = MAX_CLASS if holds_class_or_kernel(cell.source) else MAX_CELL
+            lines = count_code_lines(cell.source)
+            assert lines <= most, f"cell {cell.id}: {lines} lines of code, not {most}"
+
+    def test_exports_no_more_than_can_be_read(self, page: Path) -> None:
+        exported = filter(is_exported, cells_of(page))
+        lines = sum(count_code_lines(cell.source) for cell in exported)
+        assert lines <= MAX_PAGE or page.stem in LONG_PAGES, lines
+
+    def test_a_word_and_an_output_stand_between_exported_cells(
+        self, page: Path
+    ) -> None:
+        if page.stem in UNBROKEN_PAGES:
+            return
+        found = {"word", "output"}
+        for cell in cells_of(page):
+            if is_exported(cell) and cell.id != "imports":
+                assert found == {"word", "output"}, f"before {cell.id}: only {found}"
+                found = set()
+            elif cell.cell_type == "markdown":
+                found.add("word")
+            elif cell.cell_type == "code" and cell.outputs:
+                found.add("output")
+
     def test_begins_with_the_install_cell(self, page: Path) -> None:
         first = next(cell for cell in cells_of(page) if cell.cell_type == "code")
         assert first.id == "install"
@@ -183,6 +248,61 @@ def stub_name(source: str) -> str:
         arguments = [*function.args.args, *function.args.kwonlyargs]
         assert all(a.annotation for a in arguments if a.arg != "self"), source
     return top.name
+
+
+@pytest.mark.parametrize(
+    ("source", "lines"),
+    [
+        ("x = 1", 1),
+        ("# a comment\n\nx = 1  # another\n", 1),
+        ("x = [\n    1,\n\n    2,\n]", 4),
+        ('def f():\n    """One.\n\n    Two.\n    """\n    return 1', 2),
+        ('class A:\n    """Text."""\n\n    x: int\n    """What x is."""', 2),
+        ('text = """One\n\nThree"""', 3),
+    ],
+)
+def test_lines_of_code_are_counted(source: str, lines: int) -> None:
+    assert count_code_lines(source) == lines
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("def f():\n    pass", False),
+        ("class A:\n    pass", True),
+        ("@triton.jit\ndef f():\n    pass", True),
+        ("@triton.autotune(configs=[], key=[])\n@triton.jit\ndef f():\n    pass", True),
+        ("@torch.compile\ndef f():\n    pass", False),
+    ],
+)
+def test_classes_and_kernels_are_known(source: str, found: bool) -> None:
+    assert holds_class_or_kernel(source) is found
+
+
+# The heads of the pages say how long they take. Whatever repeats it is compared with them.
+
+
+def read_map() -> list[tuple[str, str, str, str]]:
+    """Title, file, what is built and minutes, as the table of page 00 has them."""
+    text = "\n".join(cell.source for cell in cells_of(ROOT / "notebooks/00_tour.ipynb"))
+    row = r"^\| \[(.+?)\]\(([\w.]+)\) \| (.+?) \| (\d+) \|$"
+    return re.findall(row, text, re.MULTILINE)
+
+
+def test_the_map_of_page_00_has_every_page_and_its_minutes() -> None:
+    pages = [page for page in PAGES if page.stem != "00_tour"]
+    heads = [run_pages.read_head(nbformat.read(page, as_version=4)) for page in pages]
+    assert [(title, name, int(minutes)) for title, name, _, minutes in read_map()] == [
+        (head.title, page.name, head.minutes)
+        for head, page in zip(heads, pages, strict=True)
+    ]
+
+
+def test_page_00_and_the_readme_say_the_same_is_built() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for _, name, built, _ in read_map():
+        if not name.startswith("appendix"):  # "of this page" there
+            assert f"(notebooks/{name}) | {built} |" in readme
 
 
 class TestAltText:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import nbformat
 import pytest
 import yaml
 
@@ -31,6 +32,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)\)")
 
 sys.path.insert(0, str(ROOT / "tools"))
+import run_pages  # noqa: E402  tools/ is not a package
 
 each_language = pytest.mark.parametrize("name", NAMES)
 
@@ -181,14 +183,10 @@ def test_the_table_has_every_page_and_its_minutes(name: str) -> None:
     total = 0
     expected = []
     for page in PAGES:
-        book = json.loads(page.read_text(encoding="utf-8"))
-        text = "".join(book["cells"][0]["source"])
-        title = re.search(r"^# (.+)$", text, re.MULTILINE)
-        minutes = re.search(r"\*\*Reading time\*\* (\d+) minutes", text)
-        assert title and minutes, page.name
+        head = run_pages.read_head(nbformat.read(page, as_version=4))
         copies = f"{COLAB}/{page.name}", f"{BINDER}/{page.name}"
-        expected.append((title[1], page.name, minutes[1], *copies))
-        total += int(minutes[1])
+        expected.append((head.title, page.name, str(head.minutes), *copies))
+        total += head.minutes
     assert rows == expected
     words = {6: ("six hours", "六个小时"), 7: ("seven hours", "七个小时")}
     assert words[round(total / 60)][NAMES.index(name)] in TEXTS[name], total

@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 from nbdev.export import nb_export
+from run_pages import find_pages
 
 ROOT = Path(__file__).resolve().parent.parent
 LIB = ROOT / "folo_lib"
@@ -31,11 +32,7 @@ def export_pages(folder: Path) -> dict[str, str]:
     pages.mkdir()
     lib.mkdir()
     made_from: dict[str, str] = {}
-    sources = [
-        *ROOT.glob("notebooks/[0-9][0-9]_*.ipynb"),
-        *ROOT.glob("notebooks/appendix_*.ipynb"),
-    ]
-    for source in sorted(sources):
+    for source in find_pages():
         # Copied, because nbdev writes the path from module to page into the module.
         page = Path(shutil.copy(source, pages))
         before = {path.name: path.stat().st_mtime_ns for path in lib.iterdir()}

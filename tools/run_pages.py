@@ -11,7 +11,7 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nbformat
 from nbclient import NotebookClient
@@ -19,6 +19,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = ROOT / "notebooks"
 COPIES = ROOT / "build" / "pages"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 CAPTION = re.compile(r"\*\*Figure \d+\.\*\* (.+?)(?:\n\n|\Z)", re.DOTALL)
@@ -27,6 +28,37 @@ Notebook = nbformat.NotebookNode
 
 class PageError(Exception):
     """A page that did not run to its end; the message is for the reader."""
+
+
+def find_pages() -> list[Path]:
+    """The pages in the order of the course; notebooks with other names are no pages."""
+    patterns = ("[0-9][0-9]_*.ipynb", "appendix_*.ipynb")
+    return [p for pattern in patterns for p in sorted(PAGES.glob(pattern))]
+
+
+class Head(NamedTuple):
+    """What a page says of itself under its title."""
+
+    title: str
+    summary: str
+    minutes: int
+
+
+def read_head(notebook: Notebook) -> Head:
+    """Title, summary and reading time, which nothing else may say otherwise.
+
+    Raises:
+        ValueError: if one of them is missing.
+    """
+    text = notebook["cells"][0]["source"]
+    found = [
+        re.search(pattern, text, re.MULTILINE)
+        for pattern in (r"^# (.+)$", r"^> (.+)$", r"\*\*Reading time\*\* (\d+) minutes")
+    ]
+    if not all(found):
+        raise ValueError(f"A page begins without title, summary or minutes:\n{text}")
+    title, summary, minutes = (match[1] for match in found if match)
+    return Head(title, summary, int(minutes))
 
 
 def execute(page: Path, notebook: Notebook, bar: tqdm[Any]) -> None:
@@ -146,11 +178,7 @@ def main() -> None:
         "pages", nargs="*", type=Path, metavar="PAGE", help="default: all"
     )
     options = parser.parse_args()
-    folder = ROOT / "notebooks"
-    pages = [page.resolve() for page in options.pages] or [
-        *sorted(folder.glob("[0-9][0-9]_*.ipynb")),
-        *sorted(folder.glob("appendix_*.ipynb")),
-    ]
+    pages = [page.resolve() for page in options.pages] or find_pages()
     notebooks = [nbformat.read(page, as_version=4) for page in pages]
     code = [
         cell for book in notebooks for cell in book.cells if cell.cell_type == "code"

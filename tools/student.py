@@ -18,9 +18,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import nbformat
+from run_pages import PAGES, ROOT, find_pages
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = ROOT / "notebooks"
 PYTHON = ".venv/bin/python"
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Notebook = nbformat.NotebookNode
@@ -70,15 +69,19 @@ def is_taught(cell: Notebook) -> bool:
     return "student" in cell.metadata.get("tags", [])
 
 
+def names_to_write(notebook: Notebook) -> list[str]:
+    cells = filter(is_taught, notebook.cells)
+    return [name for cell in cells for name in taught_functions(cell.source)]
+
+
 def make_student_page(notebook: Notebook, name: str) -> Notebook:
     """The page `name` with stubs, without outputs, and with a note under its title."""
     page = copy.deepcopy(notebook)
-    names: list[str] = []
+    names = names_to_write(page)
     for cell in page.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
         if is_taught(cell):
-            names += taught_functions(cell.source)
             cell.source = stub(cell.source)
     if names:
         listed = ", ".join(f"`{name}`" for name in names)
@@ -107,19 +110,14 @@ def main() -> None:
         dirs_exist_ok=True,
         ignore=shutil.ignore_patterns("*.ipynb", "__pycache__", ".*"),
     )
-    for page in options.pages or sorted(PAGES.glob("*.ipynb")):
+    for page in options.pages or find_pages():
         target = folder / page.name
         if target.exists() and not options.fresh:
             print(f"{page.name:28} is there already and was left alone")
             continue
         notebook = nbformat.read(page, as_version=4)
         nbformat.write(make_student_page(notebook, page.name), target)
-        taught = [
-            name
-            for cell in filter(is_taught, notebook.cells)
-            for name in taught_functions(cell.source)
-        ]
-        print(f"{page.name:28} {len(taught):2} functions to write")
+        print(f"{page.name:28} {len(names_to_write(notebook)):2} functions to write")
 
     print(f"\nThe pages are in {folder}; open them with")
     print(f"  {PYTHON} -m jupyterlab {folder}")

@@ -10,29 +10,28 @@ import importlib
 import inspect
 import pkgutil
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import course_benchmark
-from course_pages import find_pages, read_page
+from course_pages import ROOT, find_pages, read_page
 from sphinx.application import Sphinx
 
 import folo_lib
 import folo_lib.course.exercises
+
+sys.path.insert(0, str(ROOT / "tools"))
+import run_pages  # tools/ is not a package
 
 
 def pages_table() -> str:
     """The pages in order, what each is about, and the minutes that it takes."""
     rows = ["| page | what it is about | minutes |", "|---|---|---|"]
     for page in find_pages():
-        text = "\n".join(cell["source"] for cell in read_page(page)["cells"][:2])
-        title = re.search(r"^# (.+)$", text, re.MULTILINE)
-        summary = re.search(r"^> (.+)$", text, re.MULTILINE)
-        minutes = re.search(r"(\d+) minutes", text)
-        if not (title and summary and minutes):
-            raise ValueError(f"{page.name} begins without title, summary or minutes")
-        link = f"[{title[1]}](pages/{page.name})"
-        rows.append(f"| {link} | {summary[1]} | {minutes[1]} |")
+        head = run_pages.read_head(read_page(page))
+        link = f"[{head.title}](pages/{page.name})"
+        rows.append(f"| {link} | {head.summary} | {head.minutes} |")
     return "\n".join(rows)
 
 

@@ -241,6 +241,24 @@ def write_values(ax: Axes, values: Tensor, **style: Any) -> None:
 # Page 01: attention
 
 
+def draw_lookup(ax: Axes, query: Tensor, keys: Tensor) -> None:
+    """A query of two numbers, as a broad band, among keys in the plane.
+
+    Args:
+        ax: where to draw.
+        query: `[2]`.
+        keys: `[T, 2]`.
+    """
+    x, y = query.tolist()
+    band: dict[str, Any] = {"linewidth": 14, "solid_capstyle": "butt", "zorder": 0}
+    ax.plot([0, x], [0, y], color=QUERIES.colour, linestyle="-", **band)
+    for i, key in enumerate(keys):
+        draw_vector(ax, key.tolist(), f"key {i}", KEYS.colour)
+    ax.text(x / 2, y / 2 - 0.35, "query", ha="center")
+    ax.set(xlim=(-1.7, 1.7), ylim=(-0.5, 1.5), aspect="equal")
+    ax.axis("off")
+
+
 def draw_mask(ax: Axes, visible: Tensor, title: str) -> None:
     """Who may see whom: the square of all positions, of which a step computes the last rows.
 
@@ -384,7 +402,12 @@ def draw_map(
         ax: of a figure that is about 8 by 4.9 inches.
         here: the number of a page, such as "01", which is then framed.
         travels: what to write at an arrow in place of "text", "ids", "scores" and so on.
+
+    Raises:
+        ValueError: if the map has no page of that number.
     """
+    if here and here not in PARTS:
+        raise ValueError(f"no page {here!r} on the map: choose one of {sorted(PARTS)}")
     style: dict[str, Any] = {"ha": "center", "va": "center", "size": 9}
     for page, (left, bottom, width, height, text) in PARTS.items():
         look: dict[str, Any] = {"facecolor": "0.93" if page == "04" else "white"}
