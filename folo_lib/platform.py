@@ -53,8 +53,8 @@ def get_kv_cache_memory(device: torch.device | str) -> int:
 class FairLock:
     """A lock that threads get in the order in which they asked; who has it may enter again.
 
-    `threading.Lock` promises no order. A loop that lets it go and asks again at once gets it
-    before a thread that has to wake up first, so one busy loop would keep all others waiting.
+    `threading.Lock` promises no order. A loop that lets it go and asks again at once may get it
+    before a thread that has to wake up first, again and again.
     """
 
     def __init__(self) -> None:
