@@ -124,7 +124,7 @@ def find_weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         names = read_json(index).get("weight_map")
         names = list(names.values()) if isinstance(names, dict) else []
-        wanted = r"[^/\\\0]{1,200}\.safetensors"  # files beside the index
+        wanted = r"[^/]{1,200}[.]safetensors"  # files beside the index
         if not names or not all(re.fullmatch(wanted, str(name)) for name in names):
             raise ValueError(f"{index} is damaged (weight_map): fetch it again.")
         files = sorted({folder / name for name in names})

@@ -38,7 +38,7 @@ CONFIG_NUMBERS: dict[str, tuple[type, float, float]] = {
     "initializer_range": (float, 0, 1e30),
 }
 ROPE_NUMBERS: dict[str, tuple[type, float, float]] = {
-    "rope_theta": (float, 1e-30, 1e30),
+    "rope_theta": (float, 1e-30, 1e15),
     "factor": (float, 1e-6, 1e6),
     "original_max_position_embeddings": (float, 1, MOST_POSITIONS),
     "attention_factor": (float, 0, 1e6),
@@ -355,17 +355,17 @@ def warn_of_untied_head() -> None:
     )
 
 
-@torch.no_grad()
 def warn_of_non_finite(weights: Mapping[str, Tensor], where: Path) -> None:
     """Warns if a weight is NaN or infinite, naming up to five of the tensors.
 
-    A sum is NaN or infinite if one of its terms is; all sums are read in one go, so that
-    a GPU is waited for once. Only what is suspicious is then looked at number by number.
+    The least and the largest number of a tensor tell (NaN is handed on); all of them are
+    read in one go, so that a GPU is waited for once. It is the cheapest exact way: in
+    bfloat16 on a CPU, `isfinite().all()` takes 40 times as long.
     """
-    sums = torch.stack([weight.sum(dtype=torch.float32) for weight in weights.values()])
-    flags = zip(weights.items(), sums.isfinite().tolist(), strict=True)
-    suspects = {name: weight for (name, weight), finite in flags if not finite}
-    bad = {name: w.dtype for name, w in suspects.items() if not w.isfinite().all()}
+    extremes = [torch.stack(weight.aminmax()).float() for weight in weights.values()]
+    flags = torch.stack(extremes).isfinite().all(-1).tolist()  # [tensors, 2]
+    pairs = zip(weights.items(), flags, strict=True)
+    bad = {name: weight.dtype for (name, weight), finite in pairs if not finite}
     if bad:
         shown = ", ".join(list(bad)[:5]) + (", ..." if len(bad) > 5 else "")
         dtype = str(next(iter(bad.values()))).removeprefix("torch.")
