@@ -222,8 +222,7 @@ def filter_columns(
     params: Sequence[SamplingParams], vocab_size: int, device: torch.device
 ) -> dict[str, Any]:
     """Temperature and filters; a greedy row needs none, as its best token survives."""
-    drawn = [p.temperature > 0 and p.top_k != 1 for p in params]  # the others: greedy
-    rows = list(zip(params, drawn, strict=True))
+    rows = [(p, p.temperature > 0 and p.top_k != 1) for p in params]  # drawn or greedy
     temperature = [p.temperature if d else 0.0 for p, d in rows]
     min_p = [p.min_p if d else 0.0 for p, d in rows]
     top_k = [p.top_k if d and 0 < p.top_k < vocab_size else 0 for p, d in rows]
@@ -277,10 +276,7 @@ def stop_columns(
     mask = torch.zeros(len(params), vocab_size, dtype=torch.bool, device=device)
     rows, token_ids = move(places, torch.int64, device).T
     mask[rows, token_ids] = True
-    first = [
-        length + p.min_tokens
-        for length, p in zip(num_prompt_tokens, params, strict=True)
-    ]
+    first = [n + p.min_tokens for n, p in zip(num_prompt_tokens, params, strict=True)]
     return {"stop_token_mask": mask, "min_positions": move(first, torch.int64, device)}
 
 
@@ -428,7 +424,7 @@ def check_stop_conditions(
 def apply_top_k_top_p(
     logits: Tensor, top_k: Tensor, max_top_k: int, top_p: Tensor | None = None
 ) -> Tensor:
-    """`apply_top_k_filtering`, then `apply_top_p_filtering`, without sorting `V` tokens.
+    """`apply_top_k_filtering`, then `apply_top_p_filtering`, without a sort of `V`.
 
     Args:
         logits: `[B, V]`.
@@ -458,9 +454,8 @@ def apply_top_k_top_p(
     count = count.clamp(max=max_top_k) + (lacking + tie - 1) // tie  # rounded up
     above, tied = logits > threshold, logits == threshold
     room = count - above.sum(dim=-1, keepdim=True)  # for equals at the cut
-    return logits.masked_fill(
-        ~(above | tied & (tied.cumsum(-1) <= room)), float("-inf")
-    )
+    kept = above | tied & (tied.cumsum(dim=-1) <= room)
+    return logits.masked_fill(~kept, float("-inf"))
 
 
 # %% ../notebooks/07_sampler.ipynb #draw
@@ -468,8 +463,8 @@ def mask_early_stops(logits: Tensor, metadata: SamplingMetadata) -> Tensor:
     """`-inf` for stop ids that would come before `min_tokens`."""
     if metadata.stop_token_mask is None or metadata.min_positions is None:
         return logits
-    early = (metadata.positions < metadata.min_positions)[:, None]  # [B, 1]
-    mask = metadata.stop_token_mask & early
+    early = metadata.positions < metadata.min_positions
+    mask = metadata.stop_token_mask & early[:, None]
     return logits + torch.zeros_like(logits).masked_fill(mask, float("-inf"))
 
 
@@ -494,11 +489,10 @@ def draw_tokens(logits: Tensor, metadata: SamplingMetadata) -> Tensor:
 
     -1 where the best is not finite: a NaN came in, or nothing is left to draw.
     """
-    m = metadata
+    m, size = metadata, logits.shape[-1]
     if m.temperature is not None:
-        seeds = m.seeds, m.sample_indices, m.positions
+        noise = gumbel_noise(m.seeds, m.sample_indices, m.positions, size)
         is_random = m.temperature.sign()[:, None]  # [B, 1], 0 or 1
-        noise = gumbel_noise(*seeds, logits.shape[-1])
         logits = torch.addcmul(logits, noise, is_random)
     best, token_ids = logits.max(dim=-1)
     return token_ids.masked_fill(best - best != 0, -1)
@@ -514,18 +508,10 @@ class Sampler:
     def apply_penalties(logits: Tensor, metadata: SamplingMetadata) -> Tensor:
         """Repetition, frequency and presence penalty, if any row has one."""
         m = metadata
-        if m.repetition_penalty is None:
-            return logits
-        assert m.prompt_mask is not None and m.output_counts is not None
-        assert m.frequency_penalty is not None and m.presence_penalty is not None
-        return apply_penalties(
-            logits,
-            m.prompt_mask,
-            m.output_counts,
-            m.repetition_penalty,
-            m.frequency_penalty,
-            m.presence_penalty,
-        )
+        penalties = m.repetition_penalty, m.frequency_penalty, m.presence_penalty
+        all_or_none = m.prompt_mask, m.output_counts, *penalties
+        columns = [column for column in all_or_none if column is not None]
+        return apply_penalties(logits, *columns) if columns else logits
 
     def sample(
         self, logits: Tensor, metadata: SamplingMetadata

@@ -1387,3 +1387,53 @@ class TestMetadata:
         metadata = make_metadata([GREEDY] * 7, 9, seeds=seeds)
         expected = [0, 2**63 - 1, -(2**63), -1, -1, -(2**63), 5]
         assert metadata.seeds.tolist() == expected
+
+
+NO_GPU = "compares a GPU with the CPU, and there is no CUDA device"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
+class TestOnAGPU:
+    def on(
+        self, device: str, vocab_size: int
+    ) -> tuple[list[SamplingParams], SamplingMetadata]:
+        params = [*EVERYTHING, SamplingParams(top_k=1, temperature=2)]
+        params += [SamplingParams(temperature=0.6, top_k=50)] * 3
+        rows = range(len(params))
+        metadata = SamplingMetadata.from_params(
+            params,
+            seeds=list(rows),
+            sample_indices=[0 for _ in rows],
+            num_prompt_tokens=[5 for _ in rows],
+            stop_token_ids=[[1, 2] for _ in rows],
+            vocab_size=vocab_size,
+            device=device,
+        )
+        return params, metadata
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_draws_what_the_cpu_draws_and_does_not_wait(
+        self, dtype: torch.dtype
+    ) -> None:
+        vocab_size = 151_936
+        params, ours = self.on("cuda", vocab_size)
+        _, expected = self.on("cpu", vocab_size)
+        logits = (3 * torch.randn(len(params), vocab_size)).to(dtype)
+        logits[:, 7::5000] = logits.amax(dim=-1, keepdim=True)  # many equals
+        logits[4, 9] = math.nan
+        on_gpu = logits.cuda()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            token_ids, _ = Sampler().sample(on_gpu, ours)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert token_ids.tolist() == Sampler().sample(logits, expected)[0].tolist()
+        assert token_ids[4] == -1
+
+    def test_sums_that_meet_top_p(self) -> None:
+        logits = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.25] * 4]).log()
+        for p in (0.4, 0.5, 0.7, 0.75, 0.9):
+            on_gpu = apply_top_p_filtering(logits.cuda(), p)
+            assert torch.equal(on_gpu.cpu(), apply_top_p_filtering(logits, p))

@@ -45,7 +45,7 @@ def next_token_distributions(
 
     Args:
         logits: `[V]`, of the place behind the output so far.
-        params: penalties, temperature and filters; temperature 0 leaves one token.
+        params: penalties, temperature and filters; temperature 0 or `top_k` 1 leave one token.
         prompt_token_ids: the prompt.
         output_token_ids: the output so far.
 
@@ -62,7 +62,7 @@ def next_token_distributions(
         for token_id in output_token_ids:
             metadata.output_counts[0, token_id] += 1
     scores = Sampler.apply_penalties(raw, metadata)
-    if params.temperature == 0:
+    if metadata.temperature is None:  # greedy, also by top_k=1
         after = torch.zeros(vocab_size)
         after[scores.argmax()] = 1.0
     else:
