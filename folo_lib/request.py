@@ -102,9 +102,10 @@ class TokenBytes(dict[int, bytes]):
                 "is streamed from bytes: use the tokenizer that belongs to the model, "
                 "or tokenizer=None for token ids without text."
             )
-        model = tokenizer.backend_tokenizer.model
+        backend = getattr(tokenizer, "backend_tokenizer", None)
         for i, token in added.items():
-            if [part.id for part in model.tokenize(token.content)] != [i]:
+            parts = backend.model.tokenize(token.content) if backend else []
+            if [part.id for part in parts] != [i]:
                 self[i] = token.content.encode()  # not a token of ordinary text too
 
     def __missing__(self, token_id: int) -> bytes:
@@ -401,43 +402,37 @@ class Request:
             self.metrics.first_scheduled_time = now
 
     def append_token(self, sampled: SampledToken, now: float | None = None) -> None:
-        """Takes the token of a step, and ends if the token ends it."""
+        """Takes the token of a step, and ends if the token ends it.
+
+        The stop reason is the id or string that stopped it; None for the tokenizer's
+        EOS and for length.
+        """
         if self.status.is_finished:
             raise RuntimeError(f"{self.sample_id} got a token when {self.status.name}.")
         now = time.perf_counter() if now is None else now
         self.output_token_ids.append(sampled.token_id)
+        self.metrics.record_token(now)
         if sampled.logprobs is not None:
             self.logprobs.append(label_logprobs(sampled.logprobs, self.detokenizer))
             self.cumulative_logprob += sampled.logprobs[0][1]
-        self.metrics.record_token(now)
-        if ending := self.take_last_token():
-            finish_reason, self.stop_reason = ending
-            self.status = RequestStatus(finish_reason)
-            self.metrics.finished_time = now
-
-    def take_last_token(self) -> tuple[str, int | str | None] | None:
-        """Adds the text of the last token and says whether the request ends there.
-
-        Returns:
-            Finish reason and stop reason; None to go on. The stop reason is None for
-            the tokenizer's EOS and for length, else the id or string that stopped.
-        """
-        params, text = self.params, self.detokenizer
-        ending = Sampler.check_stop_conditions(
+        ending: tuple[str, int | str | None] | None = Sampler.check_stop_conditions(
             self.output_token_ids,
-            params,
+            self.params,
             self.eos_token_id,
             self.eos_token_ids,
             self.max_tokens,
         )
-        if text is None:
-            return ending
-        stopped_by_id = ending is not None and ending[0] == "stop"
-        shown = not stopped_by_id or params.include_stop_str_in_output
-        found = text.append(self.output_token_ids[-1]) if shown else None
+        if self.detokenizer is not None:
+            stopped_by_id = ending is not None and ending[0] == "stop"
+            shown = not stopped_by_id or self.params.include_stop_str_in_output
+            found = self.detokenizer.append(sampled.token_id) if shown else None
+            if ending is not None:
+                found = self.detokenizer.flush() or found
+            if found and not stopped_by_id:
+                ending = "stop", found
         if ending is not None:
-            found = text.flush() or found
-        return ("stop", found) if found and not stopped_by_id else ending
+            self.status, self.stop_reason = RequestStatus(ending[0]), ending[1]
+            self.metrics.finished_time = now
 
     def finish(
         self, status: RequestStatus, error: str | None = None, now: float | None = None
