@@ -178,7 +178,7 @@ def test_every_column_of_a_line_comes_back_as_it_went_in(
         [answer] = [answer for answer in answers if answer.startswith(kept + ", ")]
         row, before = json.loads(answer), json.loads(line)
         assert list(row) == [*before, *batch_ray.ANSWER]
-        assert row["error"] is None and row["num_tokens"] == 8
+        assert row["error"] is None and 0 < row["num_tokens"] <= 8
         [text] = expected(batch_ray, [before]).values()
         assert row["text"] == text
 
