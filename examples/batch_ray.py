@@ -155,7 +155,7 @@ def extend_line(line: bytes, row: Row | Exception, answer: Row) -> bytes:
             {k: row[k] for k in row if k not in ANSWER}, ensure_ascii=False
         )
     added = json.dumps(answer, ensure_ascii=False)
-    columns = [kept[1:-1].strip(), added[1:-1]]
+    columns = [kept[1:-1].rstrip(), added[1:-1]]
     return f"{{{', '.join(filter(None, columns))}}}".encode(errors="surrogatepass")
 
 
