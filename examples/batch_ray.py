@@ -155,7 +155,7 @@ def extend_line(line: bytes, row: Row | Exception, answer: Row) -> bytes:
             {k: row[k] for k in row if k not in ANSWER}, ensure_ascii=False
         )
     added = json.dumps(answer, ensure_ascii=False)
-    columns = [kept[1:-1].strip(), added[1:-1]]
+    columns = [kept[1:-1].rstrip(), added[1:-1]]
     return f"{{{', '.join(filter(None, columns))}}}".encode(errors="surrogatepass")
 
 
@@ -191,7 +191,7 @@ class LineReader(FileBasedDatasource):
     """The lines of files, as bytes: `read_text` would cut them at U+2028 too."""
 
     def _read_stream(self, f: pa.NativeFile, path: str) -> Iterator[pa.Table]:
-        lines = (line for line in io.BufferedReader(f) if line.strip())
+        lines = filter(None, map(bytes.strip, io.BufferedReader(f)))
         while some := list(islice(lines, 1000)):
             yield pa.table({"line": pa.array(some, pa.binary())})
 

@@ -147,7 +147,7 @@ def processes() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize("page", TAUGHT, ids=lambda page: page.stem)
 def test_fails_without_each_body_and_passes_with_all(
     page: Path, edition: Path, processes: ProcessPoolExecutor
@@ -346,6 +346,7 @@ class TestStub:
         assert student.stub(STUBBED) == STUBBED
 
 
+@pytest.mark.more
 class TestAttempt:
     """The judge itself, on small pages."""
 

@@ -164,6 +164,7 @@ class TestCheckpoint:
                     ours.append(int(logits.argmax()))
             assert ours == theirs, prompt
 
+    @pytest.mark.more
     def test_padding_on_the_left_changes_no_answer(
         self, writer: evaluate.Writer
     ) -> None:
@@ -173,6 +174,7 @@ class TestCheckpoint:
         alone = [writer.continue_texts([q], max_new_tokens=30)[0] for q in questions]
         assert together == alone
 
+    @pytest.mark.more
     def test_writes_words(self, writer: evaluate.Writer) -> None:
         [(text, _)] = writer.continue_texts(["Once upon a time"])
         words = re.findall(r"\b[a-z]{2,}\b", text)
@@ -467,6 +469,7 @@ class TestGlossary:
 
 
 class TestCorpus:
+    @pytest.mark.more
     def test_held_out_questions_are_never_written(self) -> None:
         """Not even with a polite word before them: looked for inside each question."""
         held_out = [f" {corpus.normalize(entry.held_out)} " for entry in GLOSSARY]
@@ -599,10 +602,12 @@ def stories() -> list[Story]:
 
 
 class TestStories:
+    @pytest.mark.more
     def test_the_checker_finds_nothing_in_them(self, stories: list[Story]) -> None:
         for story in stories:
             assert find_problems(story.text, story.opening) == [], story.text
 
+    @pytest.mark.more
     @pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda mutate: mutate.__name__)
     def test_the_checker_finds_mutations(
         self, stories: list[Story], mutate: Callable[[Story], str]
@@ -725,6 +730,7 @@ class TestTraining:
         assert len(muons) == (4 * config.num_hidden_layers if bfloat16 else 0)
         assert all(p.dim() == 2 and len(p) != config.vocab_size for p in muons)
 
+    @pytest.mark.more
     @pytest.mark.parametrize("bfloat16", [False, True])
     def test_learns(self, bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         """One narrow layer, in bfloat16 with Muon and in float32 without, to long rows."""
@@ -756,6 +762,7 @@ class TestTraining:
         assert len(losses) == 4
         assert losses[0] > losses[1] > losses[2]
 
+    @pytest.mark.more
     def test_a_saved_model_loads(self, tmp_path: Path) -> None:
         """Trained for three steps from the bundled one, saved, loaded: bfloat16 exact."""
         losses: list[float] = []

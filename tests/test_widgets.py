@@ -170,6 +170,7 @@ def test_the_same_widget_draws_the_same_picture() -> None:
     assert rope_explorer().picture() == rope_explorer().picture()
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("name", [*MAKERS, "live_generation"])
 def test_the_style_of_a_page_changes_no_picture(
     name: str, model: Qwen3ForCausalLM, tokenizer: Any, engine: LLMEngine

@@ -178,7 +178,7 @@ def test_every_column_of_a_line_comes_back_as_it_went_in(
         [answer] = [answer for answer in answers if answer.startswith(kept + ", ")]
         row, before = json.loads(answer), json.loads(line)
         assert list(row) == [*before, *batch_ray.ANSWER]
-        assert row["error"] is None and row["num_tokens"] == 8
+        assert row["error"] is None and 0 < row["num_tokens"] <= 8
         [text] = expected(batch_ray, [before]).values()
         assert row["text"] == text
 
@@ -217,9 +217,9 @@ def test_lines_that_are_no_rows_say_so_and_harm_nobody(
         "42": "TypeError: the line is no JSON object",
         None: "TypeError: prompt is None, and text is expected.",
         '{"prompt": "\ufffd"}': "ValueError: the line is no JSON ('utf-8' codec",
-        2**64: "ValueError: seed is 18446744073709551616",
-        1.5: "TypeError: seed is 1.5",
-        "7": "TypeError: seed is '7'",
+        2**64: "ValueError: seed=18446744073709551616",
+        1.5: "TypeError: seed=1.5",
+        "7": "TypeError: seed='7'",
         20240131: "TypeError: prompt is 20240131, and text is expected.",
         "[" * 100_000: "ValueError: the line is no JSON (",
     }.items():
