@@ -128,7 +128,7 @@ class AttentionMetadata:
         seq_lens: `[num_seqs]`, on the CPU: the length of each sequence after this
             step, cached tokens and new ones together.
         block_table: `[num_seqs, max_blocks]`, the blocks of each sequence in the order
-            of its tokens; entries behind its last block are ignored.
+            of its tokens; entries after its last block are ignored.
         first_slots: where each sequence begins, if the blocks of every sequence follow
             one another: then reading the cache copies nothing. None: they may not.
     """
