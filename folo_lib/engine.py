@@ -11,10 +11,10 @@ __all__ = [
     "Params",
     "Groups",
     "Outputs",
+    "NOT_FINITE",
     "schedule_request",
     "Scheduler",
     "FCFSScheduler",
-    "take_token",
     "fail",
     "run_plans",
     "Inbox",
@@ -139,32 +139,19 @@ class FCFSScheduler:
         return self.running is not None or bool(self.waiting)
 
 
-# %% ../notebooks/10_engine.ipynb #take-token
-def take_token(
-    request: Request, plan: ScheduledRequest, sampled: SampledToken, dtype: torch.dtype
-) -> None:
-    """Notes what a step computed; its token counts once the prompt has been read.
-
-    Raises:
-        FloatingPointError: if no token could be drawn.
-    """
-    request.num_computed_tokens += len(plan.token_ids)
-    if request.next_token_ids:  # a chunk of the prompt, and others follow
-        return
-    if sampled.token_id < 0:
-        raise FloatingPointError(
-            f"the logits are NaN or infinite, computed in {str(dtype)[6:]}: take "
-            "dtype='bfloat16' or 'float32', which hold larger numbers than float16."
-        )
-    request.append_token(sampled)
-
-
-# %% ../notebooks/10_engine.ipynb #run-plans
+# %% ../notebooks/10_engine.ipynb #fail
 def fail(request: Request, error: Exception) -> None:
     """Ends a request with an error, of which the log has the details."""
     logger.error("Request %s failed.", request.request_id, exc_info=error)
     message = f"{type(error).__name__}: {error}"
     request.finish(RequestStatus.FINISHED_ERROR, message)
+
+
+# %% ../notebooks/10_engine.ipynb #run-plans
+NOT_FINITE = (
+    "the logits are NaN or infinite, computed in {}: take dtype='bfloat16' or "
+    "'float32', which hold larger numbers than float16."
+)
 
 
 def run_plans(
@@ -183,8 +170,12 @@ def run_plans(
         raise
     for request, plan, token in zip(requests, plans, tokens, strict=True):
         try:
-            if not request.status.is_finished:  # it may have been aborted meanwhile
-                take_token(request, plan, token, executor.dtype)
+            request.num_computed_tokens += len(plan.token_ids)
+            if request.next_token_ids or request.status.is_finished:
+                continue  # its prompt is longer; or it was aborted during the step
+            if token.token_id < 0:
+                raise FloatingPointError(NOT_FINITE.format(executor.dtype))
+            request.append_token(token)
         except Exception as error:
             fail(request, error)
         if request.status.is_finished:
@@ -203,11 +194,6 @@ class Inbox:
 
     every_token: bool
     updated: dict[str, list[Request]] = field(default_factory=dict)
-
-    def put(self, group: list[Request]) -> None:
-        """Notes that something happened to one of these samples."""
-        if self.every_token or all(request.status.is_finished for request in group):
-            self.updated[group[0].request_id] = group
 
 
 # %% ../notebooks/10_engine.ipynb #request-table
@@ -238,12 +224,15 @@ class RequestTable:
 
     def update(self, request: Request) -> None:
         """Puts news where the caller looks; who has ended gives the blocks back."""
-        if request.sample_id in self.unfinished:  # not aborted in the meantime
-            if request.status.is_finished:
-                del self.unfinished[request.sample_id]
-                self.scheduler.finish(request)
-            group, inbox = self.groups[request.request_id]
-            inbox.put(group)
+        if request.sample_id not in self.unfinished:
+            return  # it was aborted in the meantime
+        has_ended = request.status.is_finished
+        if has_ended:
+            del self.unfinished[request.sample_id]
+            self.scheduler.finish(request)
+        group, inbox = self.groups[request.request_id]
+        if inbox.every_token or has_ended and all(r.status.is_finished for r in group):
+            inbox.updated[request.request_id] = group
 
     def abort(self, request_id: str) -> None:
         """Ends what is unfinished of a prompt, if there is such a prompt."""
@@ -411,7 +400,7 @@ class LLMEngine:
         with self._lock:
             if not inbox.updated:
                 self._run_step()
-            return self._table.collect(inbox)
+            return self._table.collect(inbox) if inbox.updated else []
 
     def withdraw(self, groups: Groups) -> None:
         """Aborts what is unfinished of these requests, and forgets them."""

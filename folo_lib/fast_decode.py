@@ -894,7 +894,7 @@ class CUDAGraphRunner(RecordingRunner):
                 if step is None:
                     return to_host(scheduled, *self.draw_tokens(batch))
             else:
-                running.advance(scheduled)
+                running.last = scheduled
             assert self.running is not None
             sizes = self.num_places, self.block_size
             limit = find_limit(scheduled[0], self.running, *sizes)

@@ -27,6 +27,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 from .runner import SampledToken
@@ -39,7 +40,12 @@ if TYPE_CHECKING:
 
 # %% ../notebooks/09_request.ipynb #request-status
 class RequestStatus(enum.Enum):
-    """Where a request is in its life. The value of an ending is its finish reason."""
+    """Where a request is in its life.
+
+    Attributes:
+        is_finished: whether no token will follow.
+        finish_reason: `"stop"`, `"length"`, `"abort"` or `"error"`; None before the end.
+    """
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -49,15 +55,9 @@ class RequestStatus(enum.Enum):
     FINISHED_ABORTED = "abort"
     FINISHED_ERROR = "error"
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether no token will follow."""
-        return self.name.startswith("FINISHED")
-
-    @property
-    def finish_reason(self) -> str | None:
-        """`"stop"`, `"length"`, `"abort"` or `"error"`; None before the end."""
-        return self.value if self.is_finished else None
+    def __init__(self, value: str) -> None:
+        self.is_finished = value not in ("waiting", "running", "preempted")
+        self.finish_reason = value if self.is_finished else None
 
 
 # %% ../notebooks/09_request.ipynb #byte-of-character
@@ -187,7 +187,11 @@ class IncrementalDetokenizer:
         """Takes the next token; returns the stop string that it completed, if any."""
         self.num_tokens_to_ignore_stop -= 1
         raw = b"" if token_id in self.skipped else self.token_bytes[token_id]
-        return self._show(self._decoder.decode(raw))
+        new = self._decoder.decode(raw)
+        if self.stop:
+            return self._show(new)
+        self._shown.append(new)  # nothing to look for, nothing to hold back
+        return None
 
     def flush(self) -> str | None:
         """Ends the text; returns the stop string that its last � completed, if any."""
@@ -370,12 +374,12 @@ class Request:
     block_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
 
-    @property
+    @cached_property
     def sample_id(self) -> str:
         """Unique, where the samples of a prompt share `request_id`."""
         return f"{self.request_id}-{self.index}"
 
-    @property
+    @cached_property
     def stop_token_ids(self) -> tuple[int, ...]:
         """The ids that end it, and that `min_tokens` forbids at first."""
         eos = () if self.params.ignore_eos else self.eos_token_ids

@@ -156,13 +156,14 @@ class RunningBatch:
     """What stays the same while the same requests go on, and their token counts.
 
     Attributes:
-        expected: for each request its id, where its next step starts, and its blocks.
-        block_table, first_slots: see `make_block_table`.
+        last: what their last step ran.
+        block_ids, block_table, first_slots: see `make_block_table`.
         sampling: one row for each request; `positions` are set at each step.
         num_prompt_tokens: `[num_seqs]`.
     """
 
-    expected: list[tuple[str, int, list[int]]]
+    last: Sequence[ScheduledRequest]
+    block_ids: list[list[int]]
     block_table: Tensor
     first_slots: list[int] | None
     sampling: SamplingMetadata
@@ -170,18 +171,13 @@ class RunningBatch:
 
     def goes_on(self, scheduled: Sequence[ScheduledRequest]) -> bool:
         """Whether these are the same requests, where they left off."""
-        return self.expected == [
+        left_off = [
+            (one.request_id, one.num_computed_tokens + len(one.token_ids), block_ids)
+            for one, block_ids in zip(self.last, self.block_ids, strict=True)
+        ]
+        return left_off == [
             (one.request_id, one.num_computed_tokens, list(one.block_ids))
             for one in scheduled
-        ]
-
-    def advance(self, scheduled: Sequence[ScheduledRequest]) -> None:
-        """Notes where the step after this one will start."""
-        self.expected = [
-            (request_id, start + len(one.token_ids), block_ids)
-            for (request_id, start, block_ids), one in zip(
-                self.expected, scheduled, strict=True
-            )
         ]
 
     def count_output(
@@ -189,12 +185,12 @@ class RunningBatch:
     ) -> None:
         """Counts the tokens of a step that were written, not read; both `[N]`."""
         counts = self.sampling.output_counts
-        if counts is not None:
-            lengths = query_start_loc.diff()
-            rows = torch.arange(len(lengths)).repeat_interleave(lengths)  # [N]
-            rows = rows.to(counts.device)
-            written = (positions >= self.num_prompt_tokens[rows]).to(counts.dtype)
-            counts.index_put_((rows, input_ids), written, accumulate=True)
+        assert counts is not None
+        lengths = query_start_loc.diff()
+        rows = torch.arange(len(lengths)).repeat_interleave(lengths)  # [N]
+        rows = rows.to(counts.device)
+        written = (positions >= self.num_prompt_tokens[rows]).to(counts.dtype)
+        counts.index_put_((rows, input_ids), written, accumulate=True)
 
 
 # %% ../notebooks/08_runner.ipynb #start-counts
@@ -234,10 +230,8 @@ def start_batch(
     )
     fill_tables(scheduled, sampling)
     return RunningBatch(
-        [
-            (one.request_id, one.num_computed_tokens, ids)
-            for one, ids in zip(scheduled, block_ids, strict=True)
-        ],
+        scheduled,
+        block_ids,
         block_table.to(device),
         first_slots,
         sampling,
@@ -258,8 +252,9 @@ def make_input_batch(
     sizes = [len(ids), len(ids), len(ids), len(last)]
     input_ids, position_ids, slot_mapping, logits_indices = torch.split(packed, sizes)
     query_start_loc = torch.tensor(starts)
-    running.count_output(input_ids, position_ids, query_start_loc)
-    running.advance(scheduled)
+    if running.sampling.output_counts is not None:
+        running.count_output(input_ids, position_ids, query_start_loc)
+    running.last = scheduled
     # The token to draw takes the place behind the last one.
     next_positions = position_ids[logits_indices] + 1
     return InputBatch(
@@ -416,11 +411,6 @@ class GPUWorker:
         with torch.inference_mode():
             self.runner.warm_up()
 
-    @torch.inference_mode()
-    def run_step(self, scheduled: Sequence[ScheduledRequest]) -> list[SampledToken]:
-        """The next token of each request; no gradients are kept."""
-        return self.runner.run_step(scheduled)
-
 
 # %% ../notebooks/08_runner.ipynb #gpu-executor
 class GPUExecutor:
@@ -446,6 +436,7 @@ class GPUExecutor:
         self.num_blocks, self.block_size = self.worker.num_blocks, config.block_size
         self.max_model_len = self.worker.max_model_len
 
+    @torch.inference_mode()
     def execute_model(
         self, scheduled: Sequence[ScheduledRequest]
     ) -> list[SampledToken]:
@@ -453,7 +444,7 @@ class GPUExecutor:
 
         While a prompt is read in chunks, only the token after the last chunk counts.
         """
-        return self.worker.run_step(scheduled)
+        return self.worker.runner.run_step(scheduled)
 
     def get_peak_memory(self) -> int | None:
         """Most bytes ever allocated on the GPU; None on other devices."""

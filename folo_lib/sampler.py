@@ -461,8 +461,7 @@ def apply_top_k_top_p(
 # %% ../notebooks/07_sampler.ipynb #draw
 def mask_early_stops(logits: Tensor, metadata: SamplingMetadata) -> Tensor:
     """`-inf` for stop ids that would come before `min_tokens`."""
-    if metadata.stop_token_mask is None or metadata.min_positions is None:
-        return logits
+    assert metadata.stop_token_mask is not None and metadata.min_positions is not None
     early = metadata.positions < metadata.min_positions
     mask = metadata.stop_token_mask & early[:, None]
     return logits + torch.zeros_like(logits).masked_fill(mask, float("-inf"))
@@ -528,8 +527,11 @@ class Sampler:
         Returns:
             Token ids, `[B]` int64, and log-probabilities if any row wants them.
         """
-        scores = self.apply_penalties(logits, metadata)
-        scores = mask_early_stops(scores, metadata)
+        scores = logits
+        if metadata.output_counts is not None:
+            scores = self.apply_penalties(scores, metadata)
+        if metadata.stop_token_mask is not None:
+            scores = mask_early_stops(scores, metadata)
         if metadata.temperature is not None:  # greedy needs no filter
             scores = apply_filters(scores, metadata)
         token_ids = draw_tokens(scores, metadata)
