@@ -37,7 +37,7 @@ TABLE = (
     "fast_decode",
     "benchmark",
 )
-BY_HAND = ("sampling_params",)
+BY_HAND = ("sampling_params", "checkpoint_checks")
 
 FORBIDDEN = (
     "transformers",
