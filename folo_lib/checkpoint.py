@@ -43,6 +43,7 @@ from folo_lib.checkpoint_checks import (
 
 from .attention import get_attention_backend
 from .qwen3 import Qwen3ForCausalLM
+from .rope import ROPE_FIELDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen3Config
@@ -104,7 +105,7 @@ def read_config(folder: Path) -> "Qwen2Config | Qwen3Config":
     from transformers import Qwen2Config, Qwen3Config
 
     with naming(path):
-        check_config_fields(fields)
+        check_config_fields(fields, ROPE_FIELDS)
         is_qwen3 = fields["model_type"] == "qwen3"
         return build_config(Qwen3Config if is_qwen3 else Qwen2Config, fields)
 

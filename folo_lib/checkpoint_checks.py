@@ -129,14 +129,14 @@ def check_rope_parameters(
             )
 
 
-def check_config_fields(fields: Fields) -> None:
+def check_config_fields(
+    fields: Fields, rope_needed: Mapping[str, Sequence[str]]
+) -> None:
     """Judges a `config.json` before transformers reads it.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
     """
-    from folo_lib.rope import ROPE_FIELDS
-
     check_numbers(fields, CONFIG_NUMBERS, "{}")
     if fields.get("quantization_config") is not None:
         raise ValueError(
@@ -166,7 +166,7 @@ def check_config_fields(fields: Fields) -> None:
                     "max_position_embeddings", 32_768
                 ),
             } | dict(rope)
-        check_rope_parameters(rope, ROPE_FIELDS, field)
+        check_rope_parameters(rope, rope_needed, field)
     check_numbers(fields, {"rope_theta": ROPE_NUMBERS["rope_theta"]}, "{}")
 
 

@@ -592,6 +592,17 @@ class TestLoading:
         )
         load_model(small, device="cpu", use_tqdm=False)
 
+    @pytest.mark.parametrize("config", [None, {"torch_dtype": "torch.bfloat16"}])
+    def test_a_tokenizer_needs_little_of_the_config(
+        self, tmp_path: Path, config: Config | None
+    ) -> None:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(bundled_model_path() / name, tmp_path)
+        if config:
+            (tmp_path / "config.json").write_text(json.dumps(SMALL | config))
+        expected = load_tokenizer(bundled_model_path()).encode("Once upon a time")
+        assert load_tokenizer(tmp_path).encode("Once upon a time") == expected
+
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     def test_weights_that_are_not_finite(
         self, small: Path, value: float, recwarn: pytest.WarningsRecorder
