@@ -32,8 +32,6 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
 from folo_lib.inputs import (
     InputProcessor,
     default_sampling_params,
@@ -48,7 +46,7 @@ from .kv_cache import BlockAllocator
 from .platform import FairLock
 from .qwen3 import Qwen3ForCausalLM
 from .request import Request, RequestOutput, RequestStatus
-from .runner import GPUExecutor, SampledToken, ScheduledRequest, Source
+from .runner import GPUExecutor, ScheduledRequest, Source
 from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -226,12 +224,12 @@ class RequestTable:
         """Puts news where the caller looks; who has ended gives the blocks back."""
         if request.sample_id not in self.unfinished:
             return  # it was aborted in the meantime
-        has_ended = request.status.is_finished
-        if has_ended:
+        if has_ended := request.status.is_finished:
             del self.unfinished[request.sample_id]
             self.scheduler.finish(request)
         group, inbox = self.groups[request.request_id]
-        if inbox.every_token or has_ended and all(r.status.is_finished for r in group):
+        ended = has_ended and all(one.status.is_finished for one in group)
+        if ended or inbox.every_token:
             inbox.updated[request.request_id] = group
 
     def abort(self, request_id: str) -> None:
@@ -338,10 +336,8 @@ class LLMEngine:
         return bool(self._table.unfinished or self._inbox.updated)
 
     def step(self) -> list[RequestOutput]:
-        """Runs one step; an output for each request of `add_request` that has news."""
-        with self._lock:
-            self._run_step()
-            return self._table.collect(self._inbox)
+        """`advance` for the requests of `add_request`."""
+        return self.advance(self._inbox)
 
     def generate(
         self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True
@@ -399,7 +395,11 @@ class LLMEngine:
         """An output for each prompt with news; if there are none, runs a step first."""
         with self._lock:
             if not inbox.updated:
-                self._run_step()
+                plans = self.scheduler.schedule()
+                requests = [self._table.unfinished[plan.request_id] for plan in plans]
+                run_plans(self.executor, plans, requests)
+                for request in requests:
+                    self._table.update(request)
             return self._table.collect(inbox) if inbox.updated else []
 
     def withdraw(self, groups: Groups) -> None:
@@ -426,10 +426,3 @@ class LLMEngine:
             bar = tqdm(ended, "Processed prompts", len(groups), disable=not use_tqdm)
             outputs = {output.request_id: output for output in bar}
         return [outputs[group[0].request_id] for group in groups]
-
-    def _run_step(self) -> None:
-        plans = self.scheduler.schedule()
-        requests = [self._table.unfinished[plan.request_id] for plan in plans]
-        run_plans(self.executor, plans, requests)
-        for request in requests:
-            self._table.update(request)

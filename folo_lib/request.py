@@ -44,7 +44,7 @@ class RequestStatus(enum.Enum):
 
     Attributes:
         is_finished: whether no token will follow.
-        finish_reason: `"stop"`, `"length"`, `"abort"` or `"error"`; None before the end.
+        finish_reason: `"stop"`, `"length"`, `"abort"`, `"error"`; None before the end.
     """
 
     WAITING = "waiting"
