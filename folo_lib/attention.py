@@ -218,7 +218,7 @@ class AttentionBackend(ABC):
             queries = queries.transpose(0, 1)[None]  # [1, H, S, D]
             output = self.attend(queries, keys, values)  # [1, H, S, D]
             outputs.append(output[0].transpose(0, 1))  # [S, H, D]
-        return torch.cat(outputs)
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
 # %% ../notebooks/01_attention.ipynb #torch-naive-backend

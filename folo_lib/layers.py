@@ -53,7 +53,7 @@ class RMSNorm(nn.Module):
             x = residual = x + residual
         x32 = x.float()  # squares overflow in float16 and lose their tail in bfloat16
         mean_square = x32.pow(2).mean(dim=-1, keepdim=True)  # [..., 1]
-        normed = x32 * torch.rsqrt(mean_square + self.eps)
+        normed = x32 * mean_square.add_(self.eps).rsqrt_()  # nobody else needs it
         # Hugging Face rounds to the model's dtype before the weight, not after it.
         normed = self.weight * normed.to(x.dtype)
         return normed if residual is None else (normed, residual)

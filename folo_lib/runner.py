@@ -246,21 +246,21 @@ def make_input_batch(
     """The tensors of one step, on the device of `running`."""
     ids, positions, slots, starts = lay_end_to_end(scheduled, block_size)
     last = [start - 1 for start in starts[1:]]
-    numbers = array("q", ids + positions + slots + last)  # 64 bits each
+    lengths = [positions[i] + 1 for i in last]  # where the next token will stand
+    numbers = array("q", ids + positions + slots + last + lengths)  # 64 bits each
     packed = torch.frombuffer(numbers, dtype=torch.int64)  # quick, however long
     packed = packed.to(running.block_table.device)
-    sizes = [len(ids), len(ids), len(ids), len(last)]
-    input_ids, position_ids, slot_mapping, logits_indices = torch.split(packed, sizes)
+    sizes = [len(ids), len(ids), len(ids), len(last), len(last)]
+    input_ids, position_ids, slot_mapping, *ends = torch.split(packed, sizes)
+    logits_indices, next_positions = ends
     query_start_loc = torch.tensor(starts)
     if running.sampling.output_counts is not None:
         running.count_output(input_ids, position_ids, query_start_loc)
     running.last = scheduled
-    # The token to draw takes the place behind the last one.
-    next_positions = position_ids[logits_indices] + 1
     return InputBatch(
         slot_mapping=slot_mapping,
         query_start_loc=query_start_loc,
-        seq_lens=torch.tensor([positions[i] + 1 for i in last]),
+        seq_lens=torch.tensor(lengths),
         block_table=running.block_table,
         first_slots=running.first_slots,
         input_ids=input_ids,

@@ -493,7 +493,8 @@ def draw_tokens(logits: Tensor, metadata: SamplingMetadata) -> Tensor:
         noise = gumbel_noise(m.seeds, m.sample_indices, m.positions, size)
         is_random = m.temperature.sign()[:, None]  # [B, 1], 0 or 1
         logits = torch.addcmul(logits, noise, is_random)
-    best, token_ids = logits.max(dim=-1)
+    token_ids = logits.argmax(dim=-1)  # the place of a NaN, if there is one
+    best = logits.gather(-1, token_ids[:, None])[:, 0]
     return token_ids.masked_fill(best - best != 0, -1)
 
 
