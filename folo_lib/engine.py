@@ -10,7 +10,6 @@ __all__ = [
     "Conversation",
     "Params",
     "Groups",
-    "Outputs",
     "NOT_FINITE",
     "schedule_request",
     "Scheduler",
@@ -58,7 +57,6 @@ Prompts = Prompt | Sequence[Prompt]
 Conversation = Sequence[Mapping[str, Any]]
 Params = SamplingParams | Sequence[SamplingParams] | None
 Groups = list[list[Request]]  # the samples of each prompt
-Outputs = Generator[RequestOutput, None, None]
 
 
 # %% ../notebooks/10_engine.ipynb #schedule-request
@@ -375,7 +373,7 @@ class LLMEngine:
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
-    ) -> Outputs:
+    ) -> Generator[RequestOutput, None, None]:
         """An output after every token; texts only grow. To stop listening aborts it."""
         group = self.processor.process_request(prompt, sampling_params)
         return self._run([group], every_token=True)
@@ -408,7 +406,9 @@ class LLMEngine:
             for group in groups:
                 self._table.remove(group)
 
-    def _run(self, groups: Groups, every_token: bool) -> Outputs:
+    def _run(
+        self, groups: Groups, every_token: bool
+    ) -> Generator[RequestOutput, None, None]:
         inbox, num_left = Inbox(every_token), len(groups)
         try:
             self.submit(groups, inbox)

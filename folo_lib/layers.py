@@ -51,12 +51,15 @@ class RMSNorm(nn.Module):
         """
         if residual is not None:
             x = residual = x + residual
+        # Hugging Face rounds to the model's dtype before the weight, not after it.
+        normed = self.weight * self.normalize(x)
+        return normed if residual is None else (normed, residual)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """`x` divided by the root mean square of its last dimension, not yet scaled."""
         x32 = x.float()  # squares overflow in float16 and lose their tail in bfloat16
         mean_square = x32.pow(2).mean(dim=-1, keepdim=True)  # [..., 1]
-        normed = x32 * mean_square.add_(self.eps).rsqrt_()  # nobody else needs it
-        # Hugging Face rounds to the model's dtype before the weight, not after it.
-        normed = self.weight * normed.to(x.dtype)
-        return normed if residual is None else (normed, residual)
+        return (x32 * mean_square.add_(self.eps).rsqrt_()).to(x.dtype)
 
 
 # %% ../notebooks/03_layers.ipynb #silu-and-mul

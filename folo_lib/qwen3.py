@@ -113,8 +113,7 @@ class Attention(nn.Module):
         self.heads = [num_attention_heads, num_key_value_heads, num_key_value_heads]
         self.qkv_proj = nn.Linear(hidden_size, sum(self.heads) * head_dim, qkv_bias)
         self.o_proj = nn.Linear(num_attention_heads * head_dim, hidden_size, o_bias)
-        self.q_norm: nn.Module = nn.Identity()
-        self.k_norm: nn.Module = nn.Identity()
+        self.q_norm = self.k_norm = None
         if qk_norm_eps is not None:
             self.q_norm = RMSNorm(head_dim, qk_norm_eps)
             self.k_norm = RMSNorm(head_dim, qk_norm_eps)
@@ -131,10 +130,17 @@ class Attention(nn.Module):
         """`[..., E] -> [..., E]`; see `Qwen3Model.forward` for the arguments."""
         qkv = self.qkv_proj(hidden_states)
         qkv = qkv.unflatten(-1, (-1, self.head_dim))  # [..., H + 2 * H_kv, D]
-        query, key, value = qkv.split(self.heads, dim=-2)
-        normed = torch.cat((self.q_norm(query), self.k_norm(key)), dim=-2)
-        rotated = apply_rotary_emb(normed, cos, sin)  # [..., H + H_kv, D]
-        query, key = torch.split(rotated, self.heads[:2], dim=-2)
+        num_heads, num_kv_heads, _ = self.heads
+        value = qkv[..., -num_kv_heads:, :]
+        query_key = qkv[..., :-num_kv_heads, :]  # [..., H + H_kv, D]
+        if self.q_norm is not None and self.k_norm is not None:
+            # One root mean square per head, whosever it is; only the weights differ.
+            q_weight = self.q_norm.weight.expand(num_heads, -1)
+            k_weight = self.k_norm.weight.expand(num_kv_heads, -1)
+            weight = torch.cat((q_weight, k_weight))  # [H + H_kv, D]
+            query_key = weight * self.q_norm.normalize(query_key)
+        rotated = apply_rotary_emb(query_key, cos, sin)
+        query, key = rotated[..., :num_heads, :], rotated[..., num_heads:, :]
         if kv_cache is not None and metadata is not None:
             output = self.backend.forward(query, key, value, kv_cache, metadata)
         else:  # [..., S, H, D] -> [..., H, S, D] and back

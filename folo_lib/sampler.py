@@ -257,6 +257,7 @@ def penalty_columns(
     return tables | {n: move(values[n], torch.float32, device) for n in off}
 
 
+# %% ../notebooks/07_sampler.ipynb #stop-columns
 def stop_columns(
     params: Sequence[SamplingParams],
     num_prompt_tokens: Sequence[int],
@@ -493,8 +494,7 @@ def draw_tokens(logits: Tensor, metadata: SamplingMetadata) -> Tensor:
         noise = gumbel_noise(m.seeds, m.sample_indices, m.positions, size)
         is_random = m.temperature.sign()[:, None]  # [B, 1], 0 or 1
         logits = torch.addcmul(logits, noise, is_random)
-    token_ids = logits.argmax(dim=-1)  # the place of a NaN, if there is one
-    best = logits.gather(-1, token_ids[:, None])[:, 0]
+    best, token_ids = logits.max(dim=-1)
     return token_ids.masked_fill(best - best != 0, -1)
 
 

@@ -45,10 +45,7 @@ BINDER = "https://mybinder.org/v2/gh/folovllm/FoloVLLM/main?urlpath=lab/tree/not
 MAX_CELL, MAX_CLASS, MAX_PAGE = 30, 80, 450  # lines of code, the first about 25
 LONG_PAGES = {"11_fast_decode"}  # to be cut when it is rebuilt
 # Where exported cells still follow one another with no output between them.
-UNBROKEN_PAGES = {
-    *("02_rope", "04_qwen3", "05_checkpoint", "06_kv_cache", "07_sampler", "08_runner"),
-    *("09_request", "10_engine", "11_fast_decode", "12_benchmark"),
-}
+UNBROKEN_PAGES = {"11_fast_decode"}  # likewise
 
 MAX_WIDTH = 900  # pixels: 8 inches at 110 dpi, and the margin that a tight box adds
 
