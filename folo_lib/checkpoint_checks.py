@@ -47,7 +47,7 @@ ROPE_NUMBERS: dict[str, tuple[type, float, float]] = {
     "mscale": (float, 0, 1e6),
     "mscale_all_dim": (float, 0, 1e6),
 }
-# Of classifiers only; transformers counts through num_labels, however large it is.
+# Of classifiers only, so they are left out before transformers reads the rest.
 UNUSED = ("num_labels", "id2label", "label2id", "problem_type")
 # These may be null: then Hugging Face takes a default.
 OPTIONAL = {"num_key_value_heads", "head_dim", *list(ROPE_NUMBERS)[3:]}

@@ -58,7 +58,6 @@ CONFIG_FIELDS = [
     "rope_scaling",
     "id2label",
     "label2id",
-    "num_labels",
     "auto_map",
     "tokenizer_class",
     "output_attentions",

@@ -483,7 +483,7 @@ def test_stop_aborts_and_frees_the_blocks(
     assert live.wait(5)
     assert "abort" in live.status.value
     assert free_blocks(engine) == free
-    assert not engine.has_unfinished_requests() and not engine.groups
+    assert not engine.has_unfinished_requests() and not engine._table.groups
     assert not live.controls["stop"].click()  # does nothing
 
 
@@ -510,7 +510,7 @@ def test_live_generation_shows_a_finished_one(
 ) -> None:
     check_bundle(live)
     assert live.picture() == live.picture()
-    assert not engine.groups
+    assert not engine._table.groups
     data, _ = live._repr_mimebundle_()
     live.controls["prompt"].value = "Another"
     assert live._repr_mimebundle_()[0] == data
