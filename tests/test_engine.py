@@ -1071,6 +1071,23 @@ class TestMaking:
         with pytest.raises(ValueError, match=rf"max_model_len={length} .*{message}"):
             LLMEngine(FOLDER, max_model_len=length, use_tqdm=False)
 
+    def test_yarn_reaches_original_times_factor(self) -> None:
+        """Qwen's recipe: `max_position_embeddings` stays what it was."""
+        rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+        rope["original_max_position_embeddings"] = 64
+        config = make_config("qwen3 4/1")
+        config.max_position_embeddings, config.rope_parameters = 64, rope
+        model = make_reference(config)
+        engine = LLMEngine(load(config, model, "torch_sdpa"), max_model_len=256)
+        prompt = [random.Random(0).randrange(config.vocab_size) for _ in range(226)]
+        params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+        [ours] = ids_of(engine, [prompt], params)
+        options = {"max_new_tokens": 30, "eos_token_id": None}
+        assert_equals_generate(ours, model, prompt, **options)
+        assert LLMEngine(load(config, model, "torch_sdpa")).max_model_len == 256
+        with pytest.raises(ValueError, match=r"max_model_len=257.*256"):
+            LLMEngine(load(config, model, "torch_sdpa"), max_model_len=257)
+
     def test_bfloat16(self) -> None:
         engine = LLMEngine(FOLDER, dtype="bfloat16", device="cpu", use_tqdm=False)
         assert engine.executor.worker.runner.kv_caches[0][0].dtype == torch.bfloat16
