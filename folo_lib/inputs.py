@@ -234,11 +234,7 @@ class InputProcessor:
         now = time.perf_counter() if arrival_time is None else arrival_time
         if not isinstance(request_id, str | None):
             raise TypeError(f"request_id={request_id!r} must be a str, or None.")
-        [group] = self._make_requests([prompt], params, now)
-        for request in group:
-            request.request_id = (
-                request.request_id if request_id is None else request_id
-            )
+        [group] = self._make_requests([prompt], params, now, request_id=request_id)
         return group
 
     def process_requests(
@@ -309,8 +305,13 @@ class InputProcessor:
         params: SamplingParams | Sequence[SamplingParams | None] | None,
         now: float,
         is_chat: bool = False,
+        request_id: str | None = None,
     ) -> list[list[Request]]:
-        """Checks all prompts and params, then makes the requests of each prompt."""
+        """Checks all prompts and params, then makes the requests of each prompt.
+
+        Args:
+            request_id: of a single prompt; None: a UUID for each.
+        """
         if params is None or isinstance(params, SamplingParams):
             params = [params] * len(prompts)
         elif isinstance(params, Iterator):
@@ -343,11 +344,11 @@ class InputProcessor:
         for prompt, ids, own, max_tokens, seed in zip(
             prompts, token_ids, each, limits, seeds, strict=True
         ):
-            request_id = str(uuid.uuid4())
+            group_id = str(uuid.uuid4()) if request_id is None else request_id
             groups.append(
                 [
                     Request(
-                        request_id=request_id,
+                        request_id=group_id,
                         index=index,
                         prompt=prompt if isinstance(prompt, str) else None,
                         prompt_token_ids=ids,
