@@ -37,8 +37,8 @@ __version__ = "0.2.0"
 
 _MODULE_OF = {
     "AttentionBackend": "attention",
-    "AttentionMetadata": "attention",
-    "get_attention_backend": "attention",
+    "AttentionMetadata": "kv_cache",
+    "get_attention_backend": "qwen3",
     "RotaryEmbedding": "rope",
     "RMSNorm": "layers",
     "SiLUAndMul": "layers",

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from folo_lib.attention import get_attention_backend
 from folo_lib.checkpoint import resolve_device, resolve_dtype
-from folo_lib.kv_cache import DEFAULT_BLOCK_SIZE, BlockAllocator
+from folo_lib.kv_cache import DEFAULT_BLOCK_SIZE
+from folo_lib.qwen3 import get_attention_backend
 
 if TYPE_CHECKING:
     from folo_lib.engine import Scheduler
@@ -26,7 +26,10 @@ MODEL_RUNNERS = {
     "cuda_graph": "folo_lib.fast_decode:CUDAGraphRunner",
     "plain_cuda_graph": "folo_lib.fast_decode:PlainCUDAGraphRunner",
 }
-SCHEDULERS = {"fcfs": "folo_lib.engine:FCFSScheduler"}
+SCHEDULERS = {
+    "continuous": "folo_lib.scheduler:ContinuousScheduler",
+    "fcfs": "folo_lib.engine:FCFSScheduler",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,10 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None
     decode: str = "auto"
     enforce_eager: bool = False
-    scheduler: str | Callable[[BlockAllocator], Scheduler] = "fcfs"
+    scheduler: str | Callable[[EngineConfig, int], Scheduler] = "continuous"
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    enable_prefix_caching: bool = True
     seed: int = 0
     use_tqdm: bool = True
 
@@ -70,6 +76,7 @@ class EngineConfig:
             ("attention_backend", str),
             ("decode", str),
             ("enforce_eager", bool),
+            ("enable_prefix_caching", bool),
             ("use_tqdm", bool),
         ):
             value = getattr(self, name)
@@ -86,6 +93,8 @@ class EngineConfig:
             )
         self.get_model_runner(device)
         self._check_int("block_size", 1)
+        self._check_int("max_num_seqs", 1)
+        self._check_int("max_num_batched_tokens", 1)
         self._check_int("seed", 0, 2**64 - 1)
         for name in ("max_model_len", "kv_cache_memory_bytes"):
             if getattr(self, name) is not None:
@@ -141,9 +150,9 @@ class EngineConfig:
         """
         name = "eager" if self.enforce_eager else self.decode
         if name == "auto":
-            name = "cuda_graph" if device.type == "cuda" else "eager"
+            name = "eager"
         runner: type[ModelRunner] = _find("decode", name, MODEL_RUNNERS, "auto")
-        if runner.needs_cuda and device.type != "cuda":
+        if getattr(runner, "needs_cuda", False) and device.type != "cuda":
             raise ValueError(
                 f"decode={name!r} needs a CUDA device, and this one is {device.type!r}: "
                 "choose decode='auto' or 'eager'."
@@ -155,7 +164,7 @@ class EngineConfig:
         make = self.scheduler
         if isinstance(make, str):
             make = _find("scheduler", make, SCHEDULERS)
-        scheduler: Scheduler = make(BlockAllocator(num_blocks, self.block_size))
+        scheduler: Scheduler = make(self, num_blocks)
         return scheduler
 
 

@@ -45,7 +45,7 @@ from .kv_cache import BlockAllocator
 from .platform import FairLock
 from .qwen3 import Qwen3ForCausalLM
 from .request import Request, RequestOutput, RequestStatus
-from .runner import GPUExecutor, ScheduledRequest, Source
+from .runner import GPUExecutor, NewRequest, ScheduledRequest, Source, StepPlan
 from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -59,21 +59,49 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 Groups = list[list[Request]]  # the samples of each prompt
 
 
-# %% ../notebooks/10_engine.ipynb #schedule-request
-def schedule_request(request: Request) -> ScheduledRequest:
-    """What runs next for a request: every token of it that is not yet in the cache."""
-    return ScheduledRequest(
+# %% ../notebooks/10_engine.ipynb #describe-request
+def describe_request(request: Request) -> NewRequest:
+    """What the runner is told of a request when it starts, or starts again."""
+    return NewRequest(
         request_id=request.sample_id,
-        token_ids=request.next_token_ids,
+        token_ids=request.get_token_ids(),
+        num_prompt_tokens=len(request.prompt_token_ids),
         num_computed_tokens=request.num_computed_tokens,
-        block_ids=request.block_ids,
-        prompt_token_ids=request.prompt_token_ids,
         params=request.params,
         seed=request.seed,
         sample_index=request.index,
         stop_token_ids=request.stop_token_ids,
-        output_token_ids=request.output_token_ids,
+        bad_words_ids=request.bad_words_ids,
     )
+
+
+# %% ../notebooks/10_engine.ipynb #engine-stats
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """How full an engine is at this moment, and what it has done so far.
+
+    Attributes:
+        num_running, num_waiting: requests.
+        num_blocks, num_used_blocks: of the cache, and those that requests have.
+        num_cached_blocks: blocks that nobody has, and whose contents may serve again.
+        num_preemptions: how often a request lost its blocks to another.
+        num_prefix_tokens, num_prefix_hits: tokens of requests that started, and those of
+            them that were found in the cache.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_used_blocks: int
+    num_cached_blocks: int = 0
+    num_preemptions: int = 0
+    num_prefix_tokens: int = 0
+    num_prefix_hits: int = 0
+
+    @property
+    def prefix_hit_rate(self) -> float:
+        """Hits by tokens, from 0 to 1; 0 before the first request."""
+        return self.num_prefix_hits / max(1, self.num_prefix_tokens)
 
 
 # %% ../notebooks/10_engine.ipynb #scheduler
@@ -83,15 +111,18 @@ class Scheduler(Protocol):
     def add(self, request: Request) -> None:
         """Takes a request into the queue."""
 
-    def schedule(self) -> list[ScheduledRequest]:
-        """What the next step runs; empty only if nobody waits."""
+    def schedule(self) -> StepPlan:
+        """What the next step runs, which counts as computed from now on."""
         ...
 
     def finish(self, request: Request) -> None:
         """Forgets a request and frees its blocks; again does nothing."""
 
-    def has_unfinished(self) -> bool:
-        """Whether anybody waits or runs."""
+    def reset(self, requests: Sequence[Request]) -> None:
+        """Begins anew with these, whose keys and values are lost."""
+
+    def get_stats(self) -> EngineStats:
+        """How full it is now, and what has happened so far."""
         ...
 
 
@@ -100,39 +131,67 @@ class FCFSScheduler:
     """First come, first served, one request at a time.
 
     A request gets, when it starts, the blocks for all that it may ever write.
+
+    Args:
+        config: its `block_size`.
+        num_blocks: in the cache.
     """
 
-    def __init__(self, allocator: BlockAllocator) -> None:
-        self.allocator = allocator
+    def __init__(self, config: EngineConfig, num_blocks: int) -> None:
+        self.config = config
+        self.allocator = BlockAllocator(num_blocks, config.block_size)
         self.waiting: deque[Request] = deque()
         self.running: Request | None = None
+        self.finished_ids: list[str] = []
 
     def add(self, request: Request) -> None:
         """Puts a request at the end of the queue."""
         self.waiting.append(request)
 
-    def schedule(self) -> list[ScheduledRequest]:
-        """The running request, or the first that waits; empty if there is none."""
+    def schedule(self) -> StepPlan:
+        """The running request, or the first that waits, with all that is not cached."""
+        finished_ids, self.finished_ids = self.finished_ids, []
+        new_requests, new_block_ids = [], []
         if self.running is None and self.waiting:
-            request = self.waiting[0]
+            request = self.running = self.waiting.popleft()
             length = len(request.prompt_token_ids) + request.max_tokens
-            request.block_ids = self.allocator.allocate(length)
+            request.block_ids = new_block_ids = self.allocator.allocate(length)
+            new_requests = [describe_request(request)]
             request.start()
-            self.running = self.waiting.popleft()
-        return [] if self.running is None else [schedule_request(self.running)]
+        if self.running is None:
+            return StepPlan([], [], finished_ids)
+        request = self.running
+        num_tokens = request.num_tokens - request.num_computed_tokens
+        request.num_computed_tokens += num_tokens
+        scheduled = ScheduledRequest(request.sample_id, num_tokens, new_block_ids)
+        return StepPlan([scheduled], new_requests, finished_ids)
 
     def finish(self, request: Request) -> None:
         """Takes a request out, wherever it is, and frees its blocks."""
         if request is self.running:
             self.running = None
+            self.finished_ids.append(request.sample_id)
         elif request in self.waiting:
             self.waiting.remove(request)
         self.allocator.free(request.block_ids)
         request.block_ids = []
 
-    def has_unfinished(self) -> bool:
-        """Whether a request waits or runs."""
-        return self.running is not None or bool(self.waiting)
+    def reset(self, requests: Sequence[Request]) -> None:
+        """Begins anew with these requests, after a step of which nothing is certain."""
+        self.__init__(self.config, self.allocator.num_blocks)
+        for request in requests:
+            request.block_ids, request.num_computed_tokens = [], 0
+            self.add(request)
+
+    def get_stats(self) -> EngineStats:
+        """How full it is now."""
+        num_blocks = self.allocator.num_blocks
+        return EngineStats(
+            num_running=int(self.running is not None),
+            num_waiting=len(self.waiting),
+            num_blocks=num_blocks,
+            num_used_blocks=num_blocks - self.allocator.num_free_blocks,
+        )
 
 
 # %% ../notebooks/10_engine.ipynb #fail
@@ -143,39 +202,11 @@ def fail(request: Request, error: Exception) -> None:
     request.finish(RequestStatus.FINISHED_ERROR, message)
 
 
-# %% ../notebooks/10_engine.ipynb #run-plans
+# %% ../notebooks/10_engine.ipynb #take-output
 NOT_FINITE = (
     "the logits are NaN or infinite, computed in {}: take dtype='bfloat16' or "
     "'float32', which hold larger numbers than float16."
 )
-
-
-def run_plans(
-    executor: GPUExecutor, plans: list[ScheduledRequest], requests: list[Request]
-) -> None:
-    """Runs a step and hands each request its token, or the error that was its own."""
-    try:
-        tokens = executor.execute_model(plans) if plans else []
-    except Exception as error:
-        for request in requests:
-            fail(request, error)
-        return
-    except BaseException:  # Ctrl-C: what the cache holds of them is uncertain
-        for request in requests:
-            request.num_computed_tokens = 0
-        raise
-    for request, plan, token in zip(requests, plans, tokens, strict=True):
-        try:
-            request.num_computed_tokens += len(plan.token_ids)
-            if request.next_token_ids or request.status.is_finished:
-                continue  # its prompt is longer; or it was aborted during the step
-            if token.token_id < 0:
-                raise FloatingPointError(NOT_FINITE.format(executor.dtype))
-            request.append_token(token)
-        except Exception as error:
-            fail(request, error)
-        if request.status.is_finished:
-            request.metrics.peak_memory = executor.get_peak_memory()
 
 
 # %% ../notebooks/10_engine.ipynb #inbox
@@ -392,13 +423,44 @@ class LLMEngine:
     def advance(self, inbox: Inbox) -> list[RequestOutput]:
         """An output for each prompt with news; if there are none, runs a step first."""
         with self._lock:
-            if not inbox.updated:
-                plans = self.scheduler.schedule()
-                requests = [self._table.unfinished[plan.request_id] for plan in plans]
-                run_plans(self.executor, plans, requests)
-                for request in requests:
-                    self._table.update(request)
+            if not inbox.updated and self._table.unfinished:
+                self._run_step()
             return self._table.collect(inbox) if inbox.updated else []
+
+    def _run_step(self) -> None:
+        """Schedules, launches, reads, and hands each request its token or its error."""
+        plan = None
+        try:
+            plan = self.scheduler.schedule()
+            output = self.executor.launch(plan).read()
+        except BaseException as error:  # what the cache holds now is uncertain
+            running = [] if plan is None else plan.scheduled
+            if isinstance(error, Exception):
+                for one in running:
+                    request = self._table.unfinished[one.request_id]
+                    fail(request, error)
+                    self._table.update(request)
+            self.executor.reset()
+            self.scheduler.reset(list(self._table.unfinished.values()))
+            if plan is None or not isinstance(error, Exception):
+                raise
+            return
+        for one in plan.scheduled:
+            request = self._table.unfinished.get(one.request_id)
+            if request is None: continue
+            try:
+                scores = output.prompt_logprobs.get(one.request_id)
+                token = output.tokens.get(one.request_id)
+                if token is None:
+                    continue  # its prompt goes on
+                if token.token_id < 0:
+                    raise FloatingPointError(NOT_FINITE.format(self.executor.dtype))
+                request.append_token(token)
+            except Exception as error:
+                fail(request, error)
+            if request.status.is_finished:
+                request.metrics.peak_memory = self.executor.get_peak_memory()
+            self._table.update(request)
 
     def withdraw(self, groups: Groups) -> None:
         """Aborts what is unfinished of these requests, and forgets them."""

@@ -9,6 +9,18 @@ __all__ = [
     "reshape_and_cache_kv",
     "kv_bytes_per_token",
     "allocate_kv_caches",
+    "write_cache",
+    "read_cache",
+    "AttentionMetadata",
+    "SequenceRead",
+    "PaddedRead",
+    "find_first_slot",
+    "pad_sequences",
+    "plan_reads",
+    "AttentionBackend",
+    "PerSequenceBackend",
+    "TorchNaiveBackend",
+    "TorchSDPABackend",
     "compute_slot_mapping",
     "BlockAllocator",
     "resolve_max_model_len",
@@ -16,12 +28,18 @@ __all__ = [
 
 # %% ../notebooks/06_kv_cache.ipynb #imports
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from .attention import create_causal_mask, naive_attention
 from .qwen3 import get_head_dim
 from .rope import longest_context
 
@@ -107,6 +125,318 @@ def allocate_kv_caches(
         return torch.zeros(shape, dtype=dtype, device=device)
 
     return [(zeros(), zeros()) for _ in range(config.num_hidden_layers)]
+
+
+# %% ../notebooks/06_kv_cache.ipynb #write-cache
+def write_cache(cache: Tensor, slot_mapping: Tensor, new: Tensor) -> None:
+    """Stores `new` at its slots.
+
+    Args:
+        cache: `[num_blocks, block_size, H_kv, D]`, changed in place. Slot `s` is place
+            `s % block_size` of block `s // block_size`.
+        slot_mapping: `[N]`, all different.
+        new: `[N, H_kv, D]`.
+    """
+    cache.flatten(0, 1).index_copy_(0, slot_mapping, new.to(cache.dtype))
+
+
+# %% ../notebooks/06_kv_cache.ipynb #read-cache
+def read_cache(
+    cache: Tensor, blocks: Tensor, seq_len: int, first_slot: int | None = None
+) -> Tensor:
+    """The first `seq_len` entries of one sequence, in order: `[H_kv, T, D]`.
+
+    Args:
+        cache: `[num_blocks, block_size, H_kv, D]`.
+        blocks: the sequence's row of the block table.
+        seq_len: `T`.
+        first_slot: where the sequence begins, if its blocks follow one another: the
+            result is then a view. None: it is gathered, a copy.
+    """
+    if first_slot is None:
+        num_blocks = -(-seq_len // cache.shape[1])  # rounded up
+        tokens = cache[blocks[:num_blocks]].flatten(0, 1)[:seq_len]  # [T, H_kv, D]
+    else:
+        tokens = cache.flatten(0, 1)[first_slot : first_slot + seq_len]
+    return tokens.transpose(0, 1)
+
+
+# %% ../notebooks/06_kv_cache.ipynb #attention-metadata
+@dataclass(frozen=True, kw_only=True)
+class AttentionMetadata:
+    """Which sequence each token of a step belongs to, and where its keys live.
+
+    Plain numbers, made once per step and handed to every layer. The names are vLLM's.
+
+    Attributes:
+        block_size: slots per block.
+        slot_mapping: `[N]` int64, the slot that takes each token's key and value.
+        block_table: `[B, max_blocks]` int64, the blocks of each sequence in the order of
+            its tokens; entries after its last block are ignored.
+        query_start_loc: `[B + 1]`, sequence `i` owns the tokens `query_start_loc[i]` to
+            `query_start_loc[i + 1] - 1` of the step.
+        seq_lens: `[B]`, the length of each sequence after this step, cached tokens and
+            new ones together.
+        query_lens_list, seq_lens_list: how many tokens of each sequence run, and
+            `seq_lens`, both known to the host without asking the device.
+    """
+
+    block_size: int
+    slot_mapping: Tensor
+    block_table: Tensor
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    query_lens_list: list[int]
+    seq_lens_list: list[int]
+
+    @property
+    def max_query_len(self) -> int:
+        """The most tokens that one sequence runs."""
+        return max(self.query_lens_list)
+
+    @property
+    def max_seq_len(self) -> int:
+        """The longest context."""
+        return max(self.seq_lens_list)
+
+    @cached_property
+    def reads(self) -> "list[SequenceRead | PaddedRead]":
+        """How a backend that goes through the sequences reads the cache."""
+        return plan_reads(self)
+
+
+# %% ../notebooks/06_kv_cache.ipynb #sequence-read
+@dataclass(frozen=True)
+class SequenceRead:
+    """One sequence: which tokens of the step are its queries, and where its keys are.
+
+    Attributes:
+        start, stop: its tokens in the step.
+        blocks, seq_len, first_slot: see `read_cache`.
+    """
+
+    start: int
+    stop: int
+    blocks: Tensor
+    seq_len: int
+    first_slot: int | None
+
+
+@dataclass(frozen=True)
+class PaddedRead:
+    """Sequences of similar lengths with one token each, padded to the longest, `T`.
+
+    Attributes:
+        tokens: `[b]`, their tokens in the step.
+        slots: `[b, T]`, of their keys; after its end a sequence repeats its last, so
+            that no slot of another is ever read.
+        mask: `[b, 1, 1, T]`, `-inf` for what is repeated.
+    """
+
+    tokens: Tensor
+    slots: Tensor
+    mask: Tensor
+
+
+# %% ../notebooks/06_kv_cache.ipynb #find-first-slot
+def find_first_slot(blocks: Tensor, num_blocks: int, block_size: int) -> int | None:
+    """The first slot of a sequence whose blocks follow one another, else None.
+
+    Blocks on another device are not looked at: that would wait for it.
+    """
+    if blocks.device.type != "cpu":
+        return None
+    ids = blocks[:num_blocks].tolist()
+    if ids != list(range(ids[0], ids[0] + num_blocks)):
+        return None
+    first: int = ids[0] * block_size
+    return first
+
+
+# %% ../notebooks/06_kv_cache.ipynb #pad
+def pad_sequences(
+    metadata: AttentionMetadata, members: list[int], tokens: list[int]
+) -> PaddedRead:
+    """The padded read of those sequences, and the tokens with which they ask."""
+    device, size = metadata.block_table.device, metadata.block_size
+    rows = torch.tensor(members, device=device)
+    seq_lens = metadata.seq_lens[rows, None]  # [b, 1]
+    places = torch.arange(max(metadata.seq_lens_list[i] for i in members), device=device)
+    clamped = places.minimum(seq_lens - 1)  # [b, T]
+    blocks = metadata.block_table[rows].gather(1, clamped // size)
+    mask = torch.zeros(clamped.shape, device=device)
+    mask = mask.masked_fill(places >= seq_lens, float("-inf"))
+    slots = blocks * size + clamped % size
+    return PaddedRead(torch.tensor(tokens, device=device), slots, mask[:, None, None])
+
+
+# %% ../notebooks/06_kv_cache.ipynb #plan-reads
+def plan_reads(metadata: AttentionMetadata) -> list[SequenceRead | PaddedRead]:
+    """Single tokens are padded together, by the number of digits of their block count.
+
+    So no group pads a sequence to more than twice its length. What runs several tokens,
+    or has nobody to share with, reads alone.
+    """
+    starts = [0, *accumulate(metadata.query_lens_list)]
+    size = metadata.block_size
+    num_blocks = [-(-length // size) for length in metadata.seq_lens_list]
+    groups: dict[int, list[int]] = {}
+    for i, (length, count) in enumerate(
+        zip(metadata.query_lens_list, num_blocks, strict=True)
+    ):
+        groups.setdefault(count.bit_length() if length == 1 else -i, []).append(i)
+    reads: list[SequenceRead | PaddedRead] = []
+    for members in groups.values():
+        if len(members) > 1:
+            tokens = [starts[i] for i in members]
+            reads.append(pad_sequences(metadata, members, tokens))
+            continue
+        [i] = members
+        blocks = metadata.block_table[i]
+        first_slot = find_first_slot(blocks, num_blocks[i], size)
+        seq_len = metadata.seq_lens_list[i]
+        reads.append(
+            SequenceRead(starts[i], starts[i + 1], blocks, seq_len, first_slot)
+        )
+    return reads
+
+
+# %% ../notebooks/06_kv_cache.ipynb #attention-backend
+class AttentionBackend(ABC):
+    """How a step attends over the cache.
+
+    Args:
+        scale: factor on the scores; None means `D ** -0.5`.
+    """
+
+    def __init__(self, scale: float | None = None) -> None:
+        self.scale = scale
+
+    @staticmethod
+    @abstractmethod
+    def get_name() -> str:
+        """The name under which `get_attention_backend` finds it."""
+
+    @abstractmethod
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: tuple[Tensor, Tensor],
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        """Stores a step's keys and values, then attends for each sequence over its own.
+
+        Takes `query` `[N, H, D]`, `key` and `value` `[N, H_kv, D]`, and the two caches
+        `[num_blocks, block_size, H_kv, D]`; returns `[N, H, D]`.
+        """
+
+
+# %% ../notebooks/06_kv_cache.ipynb #per-sequence-backend
+class PerSequenceBackend(AttentionBackend):
+    """Attends sequence by sequence; single tokens of similar contexts go together."""
+
+    @abstractmethod
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """Queries `[..., H, S, D]` over keys and values `[..., H_kv, T, D]`.
+
+        `mask` is added to the scores; None: causal, the queries are the last `S` of `T`.
+        Returns `[..., H, S, D]`.
+        """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: tuple[Tensor, Tensor],
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        for cache, new in zip(kv_cache, (key, value), strict=True):
+            write_cache(cache, metadata.slot_mapping, new)
+        reads = metadata.reads
+        if len(reads) == 1 and isinstance(reads[0], SequenceRead):
+            return self.attend_alone(query, kv_cache, reads[0])
+        output = torch.empty_like(query)
+        for read in reads:
+            if isinstance(read, SequenceRead):
+                own = slice(read.start, read.stop)
+                output[own] = self.attend_alone(query[own], kv_cache, read)
+            else:
+                output[read.tokens] = self.attend_padded(
+                    query[read.tokens], kv_cache, read
+                )
+        return output
+
+    def attend_alone(
+        self, query: Tensor, kv_cache: tuple[Tensor, Tensor], read: SequenceRead
+    ) -> Tensor:
+        """`[S, H, D] -> [S, H, D]`, over one sequence."""
+        where = read.blocks, read.seq_len, read.first_slot
+        keys, values = (read_cache(cache, *where)[None] for cache in kv_cache)
+        output = self.attend(query.transpose(0, 1)[None], keys, values)  # [1, H, S, D]
+        return output[0].transpose(0, 1)
+
+    def attend_padded(
+        self, query: Tensor, kv_cache: tuple[Tensor, Tensor], read: PaddedRead
+    ) -> Tensor:
+        """`[b, H, D] -> [b, H, D]`, each over its own sequence."""
+        flat = read.slots.flatten()
+        keys, values = (
+            cache.flatten(0, 1)[flat].unflatten(0, read.slots.shape).transpose(1, 2)
+            for cache in kv_cache
+        )  # [b, H_kv, T, D]
+        # The query heads that share a key head ask together, as if they were tokens.
+        queries = query.unflatten(1, (keys.shape[1], -1))  # [b, H_kv, H / H_kv, D]
+        mask = read.mask.to(query.dtype)
+        return self.attend(queries, keys, values, mask).flatten(1, 2)
+
+
+# %% ../notebooks/06_kv_cache.ipynb #torch-naive-backend
+class TorchNaiveBackend(PerSequenceBackend):
+    """`naive_attention`: slow, clear, and what the others are compared with."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "torch_naive"
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
+        if mask is None and query.shape[-2] > 1:
+            shape = query.shape[-2], key.shape[-2]
+            mask = create_causal_mask(*shape, query.dtype, query.device)
+        return naive_attention(query, key, value, scale, mask)
+
+
+# %% ../notebooks/06_kv_cache.ipynb #torch-sdpa-backend
+class TorchSDPABackend(PerSequenceBackend):
+    """`F.scaled_dot_product_attention`, whose fused kernels never store the scores."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "torch_sdpa"
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        query_len, key_len = query.shape[-2], key.shape[-2]
+        is_causal = mask is None and query_len == key_len
+        if mask is None and 1 < query_len < key_len:
+            mask = create_causal_mask(query_len, key_len, query.dtype, query.device)
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=is_causal,
+            scale=self.scale,
+            enable_gqa=query.shape[-3] != key.shape[-3],
+        )
 
 
 # %% ../notebooks/06_kv_cache.ipynb #compute-slot-mapping

@@ -6,6 +6,8 @@
 __all__ = [
     "check_config",
     "get_head_dim",
+    "ATTENTION_BACKENDS",
+    "get_attention_backend",
     "Attention",
     "Qwen3Attention",
     "Qwen3MLP",
@@ -20,6 +22,7 @@ __all__ = [
 ]
 
 # %% ../notebooks/04_qwen3.ipynb #imports
+import pkgutil
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -27,11 +30,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from folo_lib.attention import (
-    AttentionBackend,
-    AttentionMetadata,
-    get_attention_backend,
-)
 from folo_lib.checkpoint_checks import (
     CONFIG_NUMBERS,
     check_numbers,
@@ -44,6 +42,8 @@ from .rope import RotaryEmbedding, apply_rotary_emb
 
 if TYPE_CHECKING:
     from transformers import Qwen2Config, Qwen3Config
+
+    from .kv_cache import AttentionBackend, AttentionMetadata
 
 
 # %% ../notebooks/04_qwen3.ipynb #check-config
@@ -89,6 +89,30 @@ def get_head_dim(config: "Qwen2Config | Qwen3Config") -> int:
     return head_dim or config.hidden_size // config.num_attention_heads
 
 
+# %% ../notebooks/04_qwen3.ipynb #get-attention-backend
+ATTENTION_BACKENDS = {
+    "torch_naive": "folo_lib.kv_cache:TorchNaiveBackend",
+    "torch_sdpa": "folo_lib.kv_cache:TorchSDPABackend",
+}
+"""Where each backend is found; page 06 writes the first two."""
+
+
+def get_attention_backend(name: str = "auto") -> "type[AttentionBackend]":
+    """The backend class of that name; `"auto"` takes the fastest that runs everywhere.
+
+    Raises:
+        ValueError: if no backend has that name.
+    """
+    path = ATTENTION_BACKENDS.get("torch_sdpa" if name == "auto" else name)
+    if path is None:
+        raise ValueError(
+            f"unknown attention backend {name!r}: choose one of 'auto', "
+            + ", ".join(map(repr, ATTENTION_BACKENDS))
+        )
+    backend: type[AttentionBackend] = pkgutil.resolve_name(path)
+    return backend
+
+
 # %% ../notebooks/04_qwen3.ipynb #attention
 class Attention(nn.Module):
     """QKV projection, optional q/k norm, RoPE, a backend, output projection.
@@ -103,7 +127,7 @@ class Attention(nn.Module):
         num_attention_heads: int,
         num_key_value_heads: int,
         head_dim: int,
-        backend: AttentionBackend,
+        backend: "AttentionBackend",
         qkv_bias: bool = False,
         o_bias: bool = False,
         qk_norm_eps: float | None = None,
@@ -125,7 +149,7 @@ class Attention(nn.Module):
         cos: Tensor,
         sin: Tensor,
         kv_cache: tuple[Tensor, Tensor] | None = None,
-        metadata: AttentionMetadata | None = None,
+        metadata: "AttentionMetadata | None" = None,
     ) -> Tensor:
         """`[..., E] -> [..., E]`; see `Qwen3Model.forward` for the arguments."""
         qkv = self.qkv_proj(hidden_states)
@@ -145,7 +169,9 @@ class Attention(nn.Module):
             output = self.backend.forward(query, key, value, kv_cache, metadata)
         else:  # [..., S, H, D] -> [..., H, S, D] and back
             query, key, value = (x.transpose(-3, -2) for x in (query, key, value))
-            output = self.backend.attend(query, key, value).transpose(-3, -2)
+            output = F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, enable_gqa=True
+            ).transpose(-3, -2)
         projected: Tensor = self.o_proj(output.flatten(-2))  # [..., H * D] -> [..., E]
         return projected
 
@@ -155,7 +181,7 @@ class Qwen3Attention(Attention):
     """`Attention` with the settings of a Qwen3 or Qwen2 config."""
 
     def __init__(
-        self, config: "Qwen2Config | Qwen3Config", backend: AttentionBackend
+        self, config: "Qwen2Config | Qwen3Config", backend: "AttentionBackend"
     ) -> None:
         is_qwen3 = config.model_type == "qwen3"
         bias = bool(getattr(config, "attention_bias", False))
@@ -193,7 +219,7 @@ class Qwen3DecoderLayer(nn.Module):
     """Norm, attention, norm, MLP, around a residual stream."""
 
     def __init__(
-        self, config: "Qwen2Config | Qwen3Config", backend: AttentionBackend
+        self, config: "Qwen2Config | Qwen3Config", backend: "AttentionBackend"
     ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -208,7 +234,7 @@ class Qwen3DecoderLayer(nn.Module):
         cos: Tensor,
         sin: Tensor,
         kv_cache: tuple[Tensor, Tensor] | None = None,
-        metadata: AttentionMetadata | None = None,
+        metadata: "AttentionMetadata | None" = None,
     ) -> tuple[Tensor, Tensor]:
         """What the layer adds, and the stream to add it to, both `[..., E]`."""
         if residual is None:
@@ -239,7 +265,7 @@ class Qwen3Model(nn.Module):
     """Token ids to final hidden states."""
 
     def __init__(
-        self, config: "Qwen2Config | Qwen3Config", backend: AttentionBackend
+        self, config: "Qwen2Config | Qwen3Config", backend: "AttentionBackend"
     ) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -258,7 +284,7 @@ class Qwen3Model(nn.Module):
         input_ids: Tensor,
         positions: Tensor | None = None,
         kv_caches: list[tuple[Tensor, Tensor]] | None = None,
-        metadata: AttentionMetadata | None = None,
+        metadata: "AttentionMetadata | None" = None,
     ) -> Tensor:
         """Final hidden states, `[..., S, E]` or `[N, E]`.
 
@@ -387,7 +413,7 @@ class Qwen3ForCausalLM(nn.Module):
         input_ids: Tensor,
         positions: Tensor | None = None,
         kv_caches: list[tuple[Tensor, Tensor]] | None = None,
-        metadata: AttentionMetadata | None = None,
+        metadata: "AttentionMetadata | None" = None,
     ) -> Tensor:
         """Final hidden states, for `compute_logits`; see `Qwen3Model.forward`."""
         hidden_states: Tensor = self.model(input_ids, positions, kv_caches, metadata)

@@ -373,6 +373,8 @@ class Request:
     error: str | None = None
     block_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
+    block_hashes: list[bytes] = field(default_factory=list)
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
 
     @cached_property
     def sample_id(self) -> str:
@@ -391,12 +393,15 @@ class Request:
         return "" if self.detokenizer is None else self.detokenizer.text
 
     @property
-    def next_token_ids(self) -> list[int]:
-        """The tokens that the model has not read: first the prompt, then one by one."""
-        num_read = self.num_computed_tokens - len(self.prompt_token_ids)
-        if num_read >= 0:
-            return self.output_token_ids[num_read:]
-        return self.prompt_token_ids[self.num_computed_tokens :] + self.output_token_ids
+    def num_tokens(self) -> int:
+        """Of prompt and output together."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    def get_token_ids(self, start: int = 0, stop: int | None = None) -> list[int]:
+        """The tokens at places `start` to `stop - 1` of prompt and output together."""
+        stop, num_prompt = stop or self.num_tokens, len(self.prompt_token_ids)
+        written = self.output_token_ids[max(0, start - num_prompt) : max(0, stop - num_prompt)]
+        return self.prompt_token_ids[start:stop] + written
 
     def start(self, now: float | None = None) -> None:
         """It goes on the device, for the first time or again."""

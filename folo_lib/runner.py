@@ -25,7 +25,8 @@ __all__ = [
 import sys
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import accumulate, chain
 from os import PathLike
 
 import torch
@@ -38,63 +39,136 @@ from folo_lib.checkpoint import (
     resolve_device,
 )
 from folo_lib.kv_cache import (
+    AttentionMetadata,
     allocate_kv_caches,
     compute_slot_mapping,
+    kv_bytes_per_token,
     resolve_max_model_len,
 )
 
-from .attention import AttentionMetadata
 from .config import EngineConfig
 from .platform import get_kv_cache_memory
 from .qwen3 import Qwen3ForCausalLM
-from .sampler import LogprobsTensors, Sampler, SamplingMetadata
+from .sampler import (
+    LogprobsTensors,
+    Sampler,
+    SamplingMetadata,
+    SamplingRows,
+    gather_logprobs,
+    move,
+)
 from .sampling_params import SamplingParams
 
 
-# %% ../notebooks/08_runner.ipynb #scheduled-request
-@dataclass(frozen=True)
-class ScheduledRequest:
-    """What a step shall do for one request: plain data, nothing lives on a device.
+# %% ../notebooks/08_runner.ipynb #plan
+@dataclass(frozen=True, kw_only=True)
+class NewRequest:
+    """What a runner is told once of a request: when it starts, or starts again.
+
+    Plain data, as all that goes to a runner: nothing here lives on a device.
 
     Attributes:
         request_id: names the request for as long as it runs.
-        token_ids: the tokens to run in this step: a whole prompt, a chunk of one, or
-            the token that was drawn last.
-        num_computed_tokens: how many came before them and are in the cache.
-        block_ids: the request's blocks, in the order of its tokens.
-        prompt_token_ids: the whole prompt, which the repetition penalty looks at.
-        params: how the next token is drawn.
+        token_ids: its prompt and, after a preemption, what it has written.
+        num_prompt_tokens: how many of them are the prompt.
+        num_computed_tokens: how many are in the cache already, written by others.
+        params: how its tokens are drawn.
         seed: of this request's noise.
         sample_index: which of the `n` samples of its prompt it is.
         stop_token_ids: EOS and stop ids, which `min_tokens` forbids at first.
-        output_token_ids: all that it has written, which the penalties count.
+        bad_words_ids: see `SamplingRows.set_row`.
     """
 
     request_id: str
     token_ids: Sequence[int]
-    num_computed_tokens: int
-    block_ids: Sequence[int]
-    prompt_token_ids: Sequence[int]
+    num_prompt_tokens: int
+    num_computed_tokens: int = 0
     params: SamplingParams
     seed: int = 0
     sample_index: int = 0
     stop_token_ids: Sequence[int] = ()
-    output_token_ids: Sequence[int] = ()
+    bad_words_ids: Sequence[Sequence[int]] = ()
 
 
-# %% ../notebooks/08_runner.ipynb #sampled-token
+@dataclass(frozen=True)
+class ScheduledRequest:
+    """What a step runs of a request.
+
+    Attributes:
+        request_id: of a request that the runner knows.
+        num_tokens: how many tokens run, beginning with the first that is not cached.
+        new_block_ids: blocks that it has got since its last step.
+    """
+
+    request_id: str
+    num_tokens: int
+    new_block_ids: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """A step, and what has changed since the last one; the rest the runner remembers.
+
+    Attributes:
+        scheduled: what runs, in the order of the batch.
+        new_requests: those that the runner does not know yet.
+        finished_ids: those that it may forget, before it looks at the new ones.
+    """
+
+    scheduled: Sequence[ScheduledRequest]
+    new_requests: Sequence[NewRequest] = ()
+    finished_ids: Sequence[str] = ()
+
+
+# %% ../notebooks/08_runner.ipynb #step-output
+TokenLogprobs = list[tuple[int, float, int]]
+"""Of one place: `(token id, log-probability, rank)`, first the token that stands there."""
+
+
 @dataclass(frozen=True)
 class SampledToken:
     """The token that a request drew in a step.
 
     Attributes:
         token_id: the token; -1 if the logits were not finite, and none could be drawn.
-        logprobs: `(token id, log-probability, rank)` of the drawn token, then of the
-            most likely ones; None unless the request asked.
+        logprobs: of the drawn token, then of the most likely ones; None unless asked.
     """
 
     token_id: int
-    logprobs: list[tuple[int, float, int]] | None = None
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What has come of a step, as plain data.
+
+    Attributes:
+        tokens: by request id; none for a request whose prompt is not yet read to its end.
+        prompt_logprobs: by request id, of the prompt tokens that the step predicted: the
+            place of the first of them, and one entry for each.
+    """
+
+    tokens: dict[str, SampledToken]
+    prompt_logprobs: dict[str, tuple[int, list[TokenLogprobs]]]
+
+
+# %% ../notebooks/08_runner.ipynb #prompt-chunk
+@dataclass(frozen=True)
+class PromptChunk:
+    """Prompt tokens that a step predicts, and that a request wants to be told of.
+
+    Attributes:
+        request: whose prompt it is.
+        start: the place in the step of the token that predicts the first of them.
+        first: the place in the prompt of the first; the prompt's own first is 0, and
+            nothing predicts it.
+        stop: one after the last.
+    """
+
+    request: NewRequest
+    start: int
+    first: int
+    stop: int
 
 
 # %% ../notebooks/08_runner.ipynb #input-batch
@@ -105,195 +179,241 @@ class InputBatch(AttentionMetadata):
     Attributes:
         input_ids: `[N]`, the tokens of all requests end to end.
         positions: `[N]`, the place of each in its own sequence.
-        logits_indices: `[num_seqs]`, the last token of each request in the step.
-        sampling: how each request draws, one row each.
+        drawing: the requests that draw a token: those whose last known token runs.
+        logits_indices: `[num_drawing]`, that token in the step.
+        sampling: how they draw, one row each.
+        scoring: the parts of prompts whose log-probabilities are wanted.
     """
 
     input_ids: Tensor
     positions: Tensor
+    drawing: "list[RequestRow]"
     logits_indices: Tensor
     sampling: SamplingMetadata
+    scoring: "list[PromptChunk]"
 
 
-# %% ../notebooks/08_runner.ipynb #make-block-table
-def make_block_table(
-    block_ids: Sequence[Sequence[int]], block_size: int
-) -> tuple[Tensor, list[int] | None]:
-    """The block table `[num_seqs, max_blocks]`, padded with 0, and the first slots.
-
-    The second is None unless the blocks of every request follow one another.
-    """
-    width = max(map(len, block_ids))
-    table = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in block_ids])
-    for ids in block_ids:
-        if list(ids) != list(range(ids[0], ids[0] + len(ids))):
-            return table, None
-    return table, [ids[0] * block_size for ids in block_ids]
-
-
-# %% ../notebooks/08_runner.ipynb #lay-end-to-end
-def lay_end_to_end(
-    scheduled: Sequence[ScheduledRequest], block_size: int
-) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Tokens, positions and slots, `N` of each, and the starts `[num_seqs + 1]`."""
-    ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    starts = [0]
-    for request in scheduled:
-        begin = request.num_computed_tokens
-        end = begin + len(request.token_ids)
-        ids += request.token_ids
-        positions += range(begin, end)
-        slots += compute_slot_mapping(request.block_ids, begin, end, block_size)
-        starts.append(len(ids))
-    return ids, positions, slots, starts
-
-
-# %% ../notebooks/08_runner.ipynb #running-batch
+# %% ../notebooks/08_runner.ipynb #request-row
 @dataclass
-class RunningBatch:
-    """What stays the same while the same requests go on, and their token counts.
+class RequestRow:
+    """What the host remembers of a request that runs.
 
     Attributes:
-        last: what their last step ran.
-        block_ids, block_table, first_slots: see `make_block_table`.
-        sampling: one row for each request; `positions` are set at each step.
-        num_prompt_tokens: `[num_seqs]`.
+        row: its row in the tensors of `RequestRows`.
+        request: what was told of it.
+        block_ids: its blocks, in the order of its tokens.
+        num_computed_tokens: how many of its tokens are in the cache.
     """
 
-    last: Sequence[ScheduledRequest]
-    block_ids: list[list[int]]
-    block_table: Tensor
-    first_slots: list[int] | None
-    sampling: SamplingMetadata
-    num_prompt_tokens: Tensor
+    row: int
+    request: NewRequest
+    block_ids: list[int]
+    num_computed_tokens: int
 
-    def goes_on(self, scheduled: Sequence[ScheduledRequest]) -> bool:
-        """Whether these are the same requests, where they left off."""
-        left_off = [
-            (one.request_id, one.num_computed_tokens + len(one.token_ids), block_ids)
-            for one, block_ids in zip(self.last, self.block_ids, strict=True)
-        ]
-        return left_off == [
-            (one.request_id, one.num_computed_tokens, list(one.block_ids))
-            for one in scheduled
-        ]
+    @property
+    def draws(self) -> bool:
+        """Whether all tokens that were known when it started have run."""
+        return self.num_computed_tokens >= len(self.request.token_ids)
 
-    def count_output(
-        self, input_ids: Tensor, positions: Tensor, query_start_loc: Tensor
+
+# %% ../notebooks/08_runner.ipynb #request-rows
+class RequestRows:
+    """The requests that run, one row each, which stays while others come and go.
+
+    Args:
+        num_rows: `R`, the most requests at a time.
+        max_blocks: the most blocks of a request.
+        vocab_size: `V`.
+        device: of the tensors.
+
+    Attributes:
+        by_id: the requests, by their ids.
+        block_table: `[R, max_blocks]`.
+        last_token_ids: `[R]`, what each drew last, which no host has to know.
+        sampling: how each draws.
+    """
+
+    def __init__(
+        self, num_rows: int, max_blocks: int, vocab_size: int, device: torch.device
     ) -> None:
-        """Counts the tokens of a step that were written, not read; both `[N]`."""
-        counts = self.sampling.output_counts
-        assert counts is not None
-        lengths = query_start_loc.diff()
-        rows = torch.arange(len(lengths)).repeat_interleave(lengths)  # [N]
-        rows = rows.to(counts.device)
-        written = (positions >= self.num_prompt_tokens[rows]).to(counts.dtype)
-        counts.index_put_((rows, input_ids), written, accumulate=True)
+        self.by_id: dict[str, RequestRow] = {}
+        self.free_rows = list(range(num_rows))[::-1]
+        self.block_table = torch.zeros(
+            num_rows, max_blocks, dtype=torch.int64, device=device
+        )
+        self.last_token_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.sampling = SamplingRows(num_rows, vocab_size, device)
 
+    def reset(self) -> None:
+        """Forgets all requests."""
+        self.by_id.clear()
+        self.free_rows = list(range(len(self.block_table)))[::-1]
 
-# %% ../notebooks/08_runner.ipynb #start-counts
-def fill_tables(
-    scheduled: Sequence[ScheduledRequest], sampling: SamplingMetadata
-) -> None:
-    """Fills the sampler's tables of prompt tokens and of tokens written so far."""
-    mask, counts = sampling.prompt_mask, sampling.output_counts
-    if mask is None or counts is None:
-        return
-    for row, one in enumerate(scheduled):
-        mask[row, torch.tensor(one.prompt_token_ids, device=mask.device)] = True
-        num_cached = max(0, one.num_computed_tokens - len(one.prompt_token_ids))
-        written = torch.tensor(one.output_token_ids[:num_cached], dtype=torch.int64)
-        counts[row] = written.bincount(minlength=counts.shape[1]).to(counts.device)
+    def update(self, plan: StepPlan) -> None:
+        """Forgets, learns, and gives blocks, as the plan says."""
+        for request_id in plan.finished_ids:
+            if request_id in self.by_id:
+                self.free_rows.append(self.by_id.pop(request_id).row)
+        for request in plan.new_requests:
+            self.add(request)
+        places, block_ids = [], []
+        for one in plan.scheduled:
+            if one.new_block_ids:
+                state = self.by_id[one.request_id]
+                first = len(state.block_ids)
+                state.block_ids += one.new_block_ids
+                block_ids += one.new_block_ids
+                places += [(state.row, i) for i in range(first, len(state.block_ids))]
+        if block_ids:
+            rows, columns = move(places, torch.int64, self.block_table.device).T
+            values = move(block_ids, torch.int64, self.block_table.device)
+            self.block_table[rows, columns] = values
 
-
-# %% ../notebooks/08_runner.ipynb #start-batch
-def start_batch(
-    scheduled: Sequence[ScheduledRequest],
-    block_size: int,
-    vocab_size: int,
-    device: torch.device,
-) -> RunningBatch:
-    """Tensors for requests that run together from now on."""
-    block_ids = [list(one.block_ids) for one in scheduled]
-    block_table, first_slots = make_block_table(block_ids, block_size)
-    num_prompt_tokens = [len(one.prompt_token_ids) for one in scheduled]
-    sampling = SamplingMetadata.from_params(
-        [one.params for one in scheduled],
-        [one.seed for one in scheduled],
-        [one.sample_index for one in scheduled],
-        num_prompt_tokens,
-        [one.stop_token_ids for one in scheduled],
-        vocab_size,
-        device,
-    )
-    fill_tables(scheduled, sampling)
-    return RunningBatch(
-        scheduled,
-        block_ids,
-        block_table.to(device),
-        first_slots,
-        sampling,
-        torch.tensor(num_prompt_tokens, device=device),
-    )
+    def add(self, request: NewRequest) -> None:
+        """Gives a request a row of its own."""
+        row, num_prompt = self.free_rows[-1], request.num_prompt_tokens
+        self.sampling.set_row(
+            row,
+            request.params,
+            request.seed,
+            request.sample_index,
+            request.token_ids[:num_prompt],
+            request.stop_token_ids,
+            request.token_ids[num_prompt:],
+            request.bad_words_ids,
+        )
+        state = RequestRow(row, request, [], request.num_computed_tokens)
+        self.by_id[request.request_id] = state
+        self.free_rows.pop()
 
 
 # %% ../notebooks/08_runner.ipynb #make-input-batch
-def make_input_batch(
-    scheduled: Sequence[ScheduledRequest], running: RunningBatch, block_size: int
-) -> InputBatch:
-    """The tensors of one step, on the device of `running`."""
-    ids, positions, slots, starts = lay_end_to_end(scheduled, block_size)
-    last = [start - 1 for start in starts[1:]]
-    lengths = [positions[i] + 1 for i in last]  # where the next token will stand
-    numbers = array("q", ids + positions + slots + last + lengths)  # 64 bits each
-    packed = torch.frombuffer(numbers, dtype=torch.int64)  # quick, however long
-    packed = packed.to(running.block_table.device)
-    sizes = [len(ids), len(ids), len(ids), len(last), len(last)]
-    input_ids, position_ids, slot_mapping, *ends = torch.split(packed, sizes)
-    logits_indices, next_positions = ends
-    query_start_loc = torch.tensor(starts)
-    if running.sampling.output_counts is not None:
-        running.count_output(input_ids, position_ids, query_start_loc)
-    running.last = scheduled
+def make_input_batch(rows: RequestRows, plan: StepPlan, block_size: int) -> InputBatch:
+    """The tensors of a step, in one copy to the device; `rows` move on by its tokens."""
+    ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    ends, drawing, query_lens, seq_lens = [], [], [], []
+    scoring: list[PromptChunk] = []
+    later: list[tuple[int, int]] = []  # tokens that only the device knows, and their rows
+    states = [rows.by_id[one.request_id] for one in plan.scheduled]
+    for one, state in zip(plan.scheduled, states, strict=True):
+        begin, end = state.num_computed_tokens, state.num_computed_tokens + one.num_tokens
+        known = state.request.token_ids[begin:end]
+        if not known:
+            known = [0]
+            later.append((len(ids), state.row))
+        ids += known
+        positions += range(begin, end)
+        slots += compute_slot_mapping(state.block_ids, begin, end, block_size)
+        query_lens.append(one.num_tokens)
+        seq_lens.append(end)
+        state.num_computed_tokens = end
+        if state.request.params.prompt_logprobs is not None:
+            stop = min(end + 1, state.request.num_prompt_tokens)
+            start = len(ids) - one.num_tokens
+            if begin + 1 < stop:
+                scoring.append(PromptChunk(state.request, start, begin + 1, stop))
+        if state.draws:
+            drawing.append(state)
+            ends.append(len(ids) - 1)
+    columns = [
+        ids,
+        positions,
+        slots,
+        [0, *accumulate(query_lens)],
+        seq_lens,
+        [state.row for state in states],
+        ends,
+        [positions[end] + 1 for end in ends],
+        draw_rows := [state.row for state in drawing],
+        [place for place, _ in later],
+        [row for _, row in later],
+    ]
+    numbers = array("q", chain.from_iterable(columns))
+    packed = torch.frombuffer(numbers, dtype=torch.int64).to(rows.block_table.device)
+    (
+        input_ids,
+        position_ids,
+        slot_mapping,
+        query_start_loc,
+        seq_lens_tensor,
+        row_index,
+        logits_indices,
+        next_positions,
+        draw_index,
+        later_places,
+        later_rows,
+    ) = torch.split(packed, [len(column) for column in columns])
+    if later:
+        input_ids.index_copy_(0, later_places, rows.last_token_ids[later_rows])
+    width = -(-max(seq_lens) // block_size)
     return InputBatch(
+        block_size=block_size,
         slot_mapping=slot_mapping,
+        block_table=rows.block_table[:, :width].index_select(0, row_index),
         query_start_loc=query_start_loc,
-        seq_lens=torch.tensor(lengths),
-        block_table=running.block_table,
-        first_slots=running.first_slots,
+        seq_lens=seq_lens_tensor,
+        query_lens_list=query_lens,
+        seq_lens_list=seq_lens,
         input_ids=input_ids,
         positions=position_ids,
+        drawing=drawing,
         logits_indices=logits_indices,
-        sampling=replace(running.sampling, positions=next_positions),
+        sampling=rows.sampling.gather(draw_rows, draw_index, next_positions),
+        scoring=scoring,
     )
 
 
 # %% ../notebooks/08_runner.ipynb #to-host
-def to_host(
-    scheduled: Sequence[ScheduledRequest],
-    token_ids: Tensor,
-    logprobs: LogprobsTensors | None,
-) -> list[SampledToken]:
-    """What each request drew, with as many log-probabilities as it asked for."""
-    tokens = token_ids.tolist()
-    if logprobs is None:
-        return [SampledToken(token) for token in tokens]
-    sampled = []
-    ids, values = logprobs.token_ids.tolist(), logprobs.logprobs.tolist()
-    for i, (request, rank) in enumerate(
-        zip(scheduled, logprobs.ranks.tolist(), strict=True)
-    ):
-        wanted = request.params.logprobs
-        if wanted is None:
-            sampled.append(SampledToken(tokens[i]))
-            continue
-        size = len(ids[i]) if wanted == -1 else 1 + wanted
+def to_entries(logprobs: LogprobsTensors, wanted: Sequence[int | None]) -> list[TokenLogprobs | None]:
+    """Log-probabilities as plain data; of each row as many as it asked for."""
+    rows = zip(
+        logprobs.token_ids.tolist(),
+        logprobs.logprobs.tolist(),
+        logprobs.ranks.tolist(),
+        wanted,
+        strict=True,
+    )
+    entries: list[TokenLogprobs | None] = []
+    for ids, values, rank, count in rows:
+        size = len(ids) if count == -1 else 1 + (count or 0)
         ranks = [rank, *range(1, size)]
-        entries = list(zip(ids[i][:size], values[i][:size], ranks, strict=True))
-        sampled.append(SampledToken(tokens[i], entries))
-    return sampled
+        own = list(zip(ids[:size], values[:size], ranks, strict=True))
+        entries.append(None if count is None else own)
+    return entries
+
+
+@dataclass(frozen=True)
+class InFlightStep:
+    """A step that was launched; its results are still on the device.
+
+    Attributes:
+        drawing: the requests that draw.
+        token_ids: `[num_drawing]`.
+        logprobs: of them, if any request asked.
+        prompt_logprobs: of each part of a prompt that was asked for.
+    """
+
+    drawing: list[RequestRow]
+    token_ids: Tensor
+    logprobs: LogprobsTensors | None
+    prompt_logprobs: list[tuple[PromptChunk, LogprobsTensors]]
+
+    def read(self) -> StepOutput:
+        """Waits for the device, and brings the results to the host."""
+        requests = [state.request for state in self.drawing]
+        entries: list[TokenLogprobs | None] = [None] * len(requests)
+        if self.logprobs is not None:
+            wanted = [request.params.logprobs for request in requests]
+            entries = to_entries(self.logprobs, wanted)
+        drawn = zip(requests, self.token_ids.tolist(), entries, strict=True)
+        tokens = {one.request_id: SampledToken(token, own) for one, token, own in drawn}
+        prompts = {}
+        for chunk, tensors in self.prompt_logprobs:
+            wanted = [chunk.request.params.prompt_logprobs] * len(tensors.ranks)
+            prompts[chunk.request.request_id] = chunk.first, to_entries(tensors, wanted)
+        return StepOutput(tokens, prompts)
 
 
 # %% ../notebooks/08_runner.ipynb #model-runner
@@ -302,56 +422,65 @@ class ModelRunner:
 
     Args:
         model: ready for inference.
-        config: says the size of a block, and whether progress is shown.
+        config: says the size of a block, and how many requests run at a time.
     """
-
-    needs_cuda = False
 
     def __init__(
         self, model: Qwen3ForCausalLM, config: EngineConfig | None = None
     ) -> None:
-        config = EngineConfig() if config is None else config
         self.model = model
-        self.block_size, self.use_tqdm = config.block_size, config.use_tqdm
+        self.config = EngineConfig() if config is None else config
         weight = model.model.embed_tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.sampler = Sampler()
-        self.kv_caches: list[tuple[Tensor, Tensor]] = []
-        self.running: RunningBatch | None = None
 
-    def initialize_kv_caches(self, num_blocks: int) -> None:
-        """Allocates keys and values for `num_blocks` blocks in every layer."""
+    def initialize_kv_caches(self, num_blocks: int, max_model_len: int) -> None:
+        """Allocates the cache, and rows for the requests that share it."""
+        block_size, num_rows = self.config.block_size, self.config.max_num_seqs
         self.kv_caches = allocate_kv_caches(
-            self.model.config, num_blocks, self.block_size, self.dtype, self.device
+            self.model.config, num_blocks, block_size, self.dtype, self.device
         )
+        max_blocks = -(-max_model_len // block_size)  # rounded up
+        vocab_size = self.model.config.vocab_size
+        self.rows = RequestRows(num_rows, max_blocks, vocab_size, self.device)
 
-    def warm_up(self) -> None:
-        """What is to be done once, before the first step; nothing here."""
+    def prepare_inputs(self, plan: StepPlan) -> InputBatch:
+        """Brings the rows up to date, and lays the step's tokens end to end."""
+        self.rows.update(plan)
+        return make_input_batch(self.rows, plan, self.config.block_size)
 
-    def prepare_inputs(self, scheduled: Sequence[ScheduledRequest]) -> InputBatch:
-        """Lays the requests' tokens end to end, on the device."""
-        if self.running is None or not self.running.goes_on(scheduled):
-            vocab_size = self.model.config.vocab_size
-            self.running = start_batch(
-                scheduled, self.block_size, vocab_size, self.device
-            )
-        return make_input_batch(scheduled, self.running, self.block_size)
-
-    def get_next_token_logits(self, hidden_states: Tensor, batch: InputBatch) -> Tensor:
-        """Logits of each request's last token: `[N, E] -> [num_seqs, V]`."""
-        return self.model.compute_logits(hidden_states[batch.logits_indices])
-
-    def draw_tokens(self, batch: InputBatch) -> tuple[Tensor, LogprobsTensors | None]:
-        """Runs the model and samples: `[num_seqs]` tokens, still on the device."""
+    def launch(self, plan: StepPlan) -> InFlightStep:
+        """Starts a step: the model, then the sampler; nothing waits for the device."""
+        batch = self.prepare_inputs(plan)
         hidden_states = self.model(
             batch.input_ids, batch.positions, self.kv_caches, batch
         )
-        logits = self.get_next_token_logits(hidden_states, batch)
-        return self.sampler.sample(logits, batch.sampling)
+        scores = [(one, self.score_prompt(hidden_states, one)) for one in batch.scoring]
+        if not batch.drawing:
+            return InFlightStep([], batch.logits_indices, None, scores)
+        last = hidden_states[batch.logits_indices]  # [N, E] -> [num_drawing, E]
+        logits = self.model.compute_logits(last)
+        token_ids, logprobs = self.sampler.sample(logits, batch.sampling)
+        self.rows.sampling.record(batch.sampling, token_ids)
+        self.rows.last_token_ids.index_copy_(0, batch.sampling.rows, token_ids)
+        return InFlightStep(batch.drawing, token_ids, logprobs, scores)
 
-    def run_step(self, scheduled: Sequence[ScheduledRequest]) -> list[SampledToken]:
-        """A whole step, from plain requests to plain tokens."""
-        return to_host(scheduled, *self.draw_tokens(self.prepare_inputs(scheduled)))
+    def score_prompt(self, hidden_states: Tensor, chunk: PromptChunk) -> LogprobsTensors:
+        """Log-probabilities of prompt tokens, some at a time, as each has `V` logits."""
+        wanted = chunk.request.params.prompt_logprobs or 0
+        count = self.model.config.vocab_size if wanted < 0 else wanted
+        targets = chunk.request.token_ids[chunk.first : chunk.stop]
+        predicted = move(targets, torch.int64, self.device)
+        states = hidden_states[chunk.start : chunk.start + len(targets)]
+        parts = [
+            gather_logprobs(self.model.compute_logits(some), own, count)
+            for some, own in zip(states.split(256), predicted.split(256), strict=True)
+        ]
+        return LogprobsTensors(
+            torch.cat([part.token_ids for part in parts]),
+            torch.cat([part.logprobs for part in parts]),
+            torch.cat([part.ranks for part in parts]),
+        )
 
 
 # %% ../notebooks/08_runner.ipynb #get-model
@@ -406,10 +535,12 @@ class GPUWorker:
             config.max_model_len,
             config.block_size,
         )
-        self.num_blocks = -(-self.max_model_len // config.block_size)  # rounded up
-        self.runner.initialize_kv_caches(self.num_blocks)
-        with torch.inference_mode():
-            self.runner.warm_up()
+        block_bytes = config.block_size * kv_bytes_per_token(
+            loaded.config, self.runner.dtype
+        )
+        usable = config.max_num_seqs * -(-self.max_model_len // config.block_size)
+        self.num_blocks = min(memory // block_bytes, usable)
+        self.runner.initialize_kv_caches(self.num_blocks, self.max_model_len)
 
 
 # %% ../notebooks/08_runner.ipynb #gpu-executor
@@ -437,14 +568,13 @@ class GPUExecutor:
         self.max_model_len = self.worker.max_model_len
 
     @torch.inference_mode()
-    def execute_model(
-        self, scheduled: Sequence[ScheduledRequest]
-    ) -> list[SampledToken]:
-        """Runs a step: the next token of each request, in their order.
+    def launch(self, plan: StepPlan) -> InFlightStep:
+        """Starts a step; `read` of what comes back gives the tokens."""
+        return self.worker.runner.launch(plan)
 
-        While a prompt is read in chunks, only the token after the last chunk counts.
-        """
-        return self.worker.runner.run_step(scheduled)
+    def reset(self) -> None:
+        """Forgets all requests; their rows are free."""
+        self.worker.runner.rows.reset()
 
     def get_peak_memory(self) -> int | None:
         """Most bytes ever allocated on the GPU; None on other devices."""

@@ -323,6 +323,7 @@ class SamplingMetadata:
     stop_token_mask: Tensor | None = None
     min_positions: Tensor | None = None
     num_logprobs: int | None = None
+    rows: Tensor | None = None
 
     @classmethod
     def from_params(
@@ -539,3 +540,37 @@ class Sampler:
         if metadata.num_logprobs is None:
             return token_ids, None
         return token_ids, gather_logprobs(logits, token_ids, metadata.num_logprobs)
+
+
+class SamplingRows:  # draft, replaced by the sampler branch
+    def __init__(self, num_rows, vocab_size, device):
+        self.vocab_size, self.device = vocab_size, torch.device(device)
+        self.host = [None] * num_rows
+        self.prompt_mask = torch.zeros(num_rows, vocab_size, dtype=torch.bool, device=device)
+        self.counts = torch.zeros(num_rows, vocab_size, dtype=torch.int32, device=device)
+        self.cached = None
+
+    def set_row(self, row, params, seed, sample_index, prompt_token_ids, stop_token_ids, output_token_ids=(), bad_words_ids=()):
+        self.host[row] = (params, seed, sample_index, len(prompt_token_ids), stop_token_ids)
+        self.cached = None
+        self.prompt_mask[row] = False
+        if row is None: return
+        self.prompt_mask[row, torch.tensor(prompt_token_ids, device=self.device)] = True
+        self.counts[row] = torch.tensor(list(output_token_ids), dtype=torch.int64, device=self.device).bincount(minlength=self.vocab_size)
+
+    def gather(self, rows, index, positions):
+        if not rows:
+            return None
+        if self.cached is None or self.cached[0] != rows:
+            own = [self.host[row] for row in rows]
+            self.cached = rows, SamplingMetadata.from_params(*map(list, zip(*own)), self.vocab_size, self.device)
+        from dataclasses import replace
+        m = replace(self.cached[1], positions=positions)
+        m.rows = index
+        if m.output_counts is not None:
+            m.prompt_mask, m.output_counts = self.prompt_mask[index], self.counts[index]
+        return m
+
+    def record(self, metadata, token_ids):
+        if metadata.output_counts is not None:
+            self.counts.index_put_((metadata.rows, token_ids.clamp(min=0)), (token_ids >= 0).to(torch.int32), accumulate=True)
