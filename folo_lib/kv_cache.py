@@ -155,7 +155,7 @@ def read_cache(
     """
     if first_slot is None:
         num_blocks = -(-seq_len // cache.shape[1])  # rounded up
-        tokens = cache[blocks[:num_blocks]].flatten(0, 1)[:seq_len]  # [T, H_kv, D]
+        tokens = cache.index_select(0, blocks[:num_blocks]).flatten(0, 1)[:seq_len]
     else:
         tokens = cache.flatten(0, 1)[first_slot : first_slot + seq_len]
     return tokens.transpose(0, 1)
@@ -366,9 +366,10 @@ class PerSequenceBackend(AttentionBackend):
                 own = slice(read.start, read.stop)
                 output[own] = self.attend_alone(query[own], kv_cache, read)
             else:
-                output[read.tokens] = self.attend_padded(
-                    query[read.tokens], kv_cache, read
+                padded = self.attend_padded(
+                    query.index_select(0, read.tokens), kv_cache, read
                 )
+                output.index_copy_(0, read.tokens, padded)
         return output
 
     def attend_alone(
@@ -386,7 +387,10 @@ class PerSequenceBackend(AttentionBackend):
         """`[b, H, D] -> [b, H, D]`, each over its own sequence."""
         flat = read.slots.flatten()
         keys, values = (
-            cache.flatten(0, 1)[flat].unflatten(0, read.slots.shape).transpose(1, 2)
+            cache.flatten(0, 1)
+            .index_select(0, flat)
+            .unflatten(0, read.slots.shape)
+            .transpose(1, 2)
             for cache in kv_cache
         )  # [b, H_kv, T, D]
         # The query heads that share a key head ask together, as if they were tokens.
