@@ -11,11 +11,12 @@ __all__ = [
     "Params",
     "Groups",
     "NOT_FINITE",
-    "schedule_request",
+    "describe_request",
+    "EngineStats",
     "Scheduler",
     "FCFSScheduler",
     "fail",
-    "run_plans",
+    "take_output",
     "Inbox",
     "RequestTable",
     "load_parts",
@@ -25,6 +26,7 @@ __all__ = [
 # %% ../notebooks/10_engine.ipynb #imports
 import logging
 import os
+import time
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
@@ -45,7 +47,14 @@ from .kv_cache import BlockAllocator
 from .platform import FairLock
 from .qwen3 import Qwen3ForCausalLM
 from .request import Request, RequestOutput, RequestStatus
-from .runner import GPUExecutor, NewRequest, ScheduledRequest, Source, StepPlan
+from .runner import (
+    GPUExecutor,
+    NewRequest,
+    ScheduledRequest,
+    Source,
+    StepOutput,
+    StepPlan,
+)
 from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -178,7 +187,10 @@ class FCFSScheduler:
 
     def reset(self, requests: Sequence[Request]) -> None:
         """Begins anew with these requests, after a step of which nothing is certain."""
-        self.__init__(self.config, self.allocator.num_blocks)
+        self.allocator = BlockAllocator(
+            self.allocator.num_blocks, self.config.block_size
+        )
+        self.running, self.waiting, self.finished_ids = None, deque(), []
         for request in requests:
             request.block_ids, request.num_computed_tokens = [], 0
             self.add(request)
@@ -207,6 +219,21 @@ NOT_FINITE = (
     "the logits are NaN or infinite, computed in {}: take dtype='bfloat16' or "
     "'float32', which hold larger numbers than float16."
 )
+
+
+def take_output(request: Request, output: StepOutput, executor: GPUExecutor) -> None:
+    """Gives a request what a step brought it, or ends it with the error of that."""
+    try:
+        if scores := output.prompt_logprobs.get(request.sample_id):
+            request.take_prompt_logprobs(*scores)
+        if token := output.tokens.get(request.sample_id):
+            if token.token_id < 0:
+                raise FloatingPointError(NOT_FINITE.format(executor.dtype))
+            request.append_token(token)
+    except Exception as error:
+        fail(request, error)
+    if request.status.is_finished:
+        request.metrics.peak_memory = executor.get_peak_memory()
 
 
 # %% ../notebooks/10_engine.ipynb #inbox
@@ -360,6 +387,11 @@ class LLMEngine:
         with self._lock:
             self._table.abort(request_id)
 
+    def stats(self) -> EngineStats:
+        """How full it is now, and what it has done so far."""
+        with self._lock:
+            return self.scheduler.get_stats()
+
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has something to do or to tell."""
         return bool(self._table.unfinished or self._inbox.updated)
@@ -428,39 +460,34 @@ class LLMEngine:
             return self._table.collect(inbox) if inbox.updated else []
 
     def _run_step(self) -> None:
-        """Schedules, launches, reads, and hands each request its token or its error."""
-        plan = None
+        """Schedules, launches, reads, and gives each request its token or its error."""
+        plan = StepPlan([])
         try:
             plan = self.scheduler.schedule()
             output = self.executor.launch(plan).read()
-        except BaseException as error:  # what the cache holds now is uncertain
-            running = [] if plan is None else plan.scheduled
-            if isinstance(error, Exception):
-                for one in running:
-                    request = self._table.unfinished[one.request_id]
-                    fail(request, error)
-                    self._table.update(request)
-            self.executor.reset()
-            self.scheduler.reset(list(self._table.unfinished.values()))
-            if plan is None or not isinstance(error, Exception):
-                raise
+        except BaseException as error:
+            self._recover(plan, error)
             return
         for one in plan.scheduled:
             request = self._table.unfinished.get(one.request_id)
-            if request is None: continue
-            try:
-                scores = output.prompt_logprobs.get(one.request_id)
-                token = output.tokens.get(one.request_id)
-                if token is None:
-                    continue  # its prompt goes on
-                if token.token_id < 0:
-                    raise FloatingPointError(NOT_FINITE.format(self.executor.dtype))
-                request.append_token(token)
-            except Exception as error:
+            if request is not None:  # else it was aborted during the step
+                take_output(request, output, self.executor)
+                self._table.update(request)
+
+    def _recover(self, plan: StepPlan, error: BaseException) -> None:
+        """After a step that broke off: nothing is certain of what the cache holds.
+
+        An error ends the requests of the step; the others begin again. Ctrl-C ends none.
+        """
+        if isinstance(error, Exception):
+            for one in plan.scheduled:
+                request = self._table.unfinished[one.request_id]
                 fail(request, error)
-            if request.status.is_finished:
-                request.metrics.peak_memory = self.executor.get_peak_memory()
-            self._table.update(request)
+                self._table.update(request)
+        self.executor.reset()
+        self.scheduler.reset(list(self._table.unfinished.values()))
+        if not isinstance(error, Exception) or not plan.scheduled:
+            raise error
 
     def withdraw(self, groups: Groups) -> None:
         """Aborts what is unfinished of these requests, and forgets them."""
@@ -484,7 +511,17 @@ class LLMEngine:
     def _wait_for(self, groups: Groups, use_tqdm: bool) -> list[RequestOutput]:
         from tqdm.auto import tqdm
 
-        with closing(self._run(groups, every_token=False)) as ended:
-            bar = tqdm(ended, "Processed prompts", len(groups), disable=not use_tqdm)
-            outputs = {output.request_id: output for output in bar}
+        bar = tqdm(desc="Processed prompts", total=len(groups), disable=not use_tqdm)
+        outputs: dict[str, RequestOutput] = {}
+        start, num_read, num_written = time.perf_counter(), 0, 0
+        with bar, closing(self._run(groups, every_token=False)) as ended:
+            for output in ended:
+                outputs[output.request_id] = output
+                num_read += len(output.prompt_token_ids)
+                num_written += output.metrics.num_output_tokens
+                seconds = time.perf_counter() - start
+                rates = num_read / seconds, num_written / seconds
+                text = "in {:.0f} tokens/s, out {:.0f} tokens/s".format(*rates)
+                bar.set_postfix_str(text, refresh=False)
+                bar.update()
         return [outputs[group[0].request_id] for group in groups]

@@ -261,7 +261,9 @@ def pad_sequences(
     device, size = metadata.block_table.device, metadata.block_size
     rows = torch.tensor(members, device=device)
     seq_lens = metadata.seq_lens[rows, None]  # [b, 1]
-    places = torch.arange(max(metadata.seq_lens_list[i] for i in members), device=device)
+    places = torch.arange(
+        max(metadata.seq_lens_list[i] for i in members), device=device
+    )
     clamped = places.minimum(seq_lens - 1)  # [b, T]
     blocks = metadata.block_table[rows].gather(1, clamped // size)
     mask = torch.zeros(clamped.shape, device=device)

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
-from .runner import SampledToken
+from .runner import SampledToken, TokenLogprobs
 from .sampler import Sampler
 from .sampling_params import SamplingParams
 
@@ -233,6 +233,7 @@ class RequestMetrics:
         decode_time, num_decode_tokens: from the first token of a sample to its last,
             and the tokens made in that time.
         peak_memory: bytes in use on the GPU at most; None on a CPU.
+        num_cached_tokens: of the prompt, found in the cache when it started.
     """
 
     arrival_time: float
@@ -244,6 +245,7 @@ class RequestMetrics:
     decode_time: float = 0.0
     num_decode_tokens: int = 0
     peak_memory: int | None = None
+    num_cached_tokens: int = 0
 
     @property
     def queue_time(self) -> float | None:
@@ -301,6 +303,7 @@ def merge_metrics(samples: Sequence[RequestMetrics]) -> RequestMetrics:
         decode_time=sum(sample.decode_time for sample in samples),
         num_decode_tokens=sum(sample.num_decode_tokens for sample in samples),
         peak_memory=max(known("peak_memory"), default=None),
+        num_cached_tokens=sum(sample.num_cached_tokens for sample in samples),
     )
 
 
@@ -369,6 +372,7 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     cumulative_logprob: float = 0.0
+    prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)
     stop_reason: int | str | None = None
     error: str | None = None
     block_ids: list[int] = field(default_factory=list)
@@ -400,15 +404,27 @@ class Request:
     def get_token_ids(self, start: int = 0, stop: int | None = None) -> list[int]:
         """The tokens at places `start` to `stop - 1` of prompt and output together."""
         stop, num_prompt = stop or self.num_tokens, len(self.prompt_token_ids)
-        written = self.output_token_ids[max(0, start - num_prompt) : max(0, stop - num_prompt)]
+        written = self.output_token_ids[
+            max(0, start - num_prompt) : max(0, stop - num_prompt)
+        ]
         return self.prompt_token_ids[start:stop] + written
 
     def start(self, now: float | None = None) -> None:
         """It goes on the device, for the first time or again."""
         self.status = RequestStatus.RUNNING
+        if self.params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]  # nothing predicts the first token
         if self.metrics.first_scheduled_time is None:
             now = time.perf_counter() if now is None else now
             self.metrics.first_scheduled_time = now
+            self.metrics.num_cached_tokens = self.num_computed_tokens
+
+    def take_prompt_logprobs(
+        self, first: int, entries: Sequence[TokenLogprobs]
+    ) -> None:
+        """Of the prompt's tokens from place `first` on; after a preemption once more."""
+        labelled = [label_logprobs(own, self.detokenizer) for own in entries]
+        self.prompt_logprobs[first:] = labelled
 
     def append_token(self, sampled: SampledToken, now: float | None = None) -> None:
         """Takes the token of a step, and ends if the token ends it.
@@ -516,6 +532,12 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     error: str | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Of the prompt, found in the cache; the sum over the samples."""
+        return self.metrics.num_cached_tokens
 
     @classmethod
     def from_requests(cls, requests: Sequence[Request]) -> Self:
@@ -529,4 +551,5 @@ class RequestOutput:
             finished=all(request.status.is_finished for request in requests),
             metrics=merge_metrics([request.metrics for request in requests]),
             error=next((r.error for r in requests if r.error is not None), None),
+            prompt_logprobs=list(first.prompt_logprobs) or None,
         )

@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = [
-    "Source",
+    "NewRequest",
     "ScheduledRequest",
+    "StepPlan",
+    "TokenLogprobs",
     "SampledToken",
+    "StepOutput",
+    "PromptChunk",
     "InputBatch",
-    "make_block_table",
-    "lay_end_to_end",
-    "RunningBatch",
-    "fill_tables",
-    "start_batch",
+    "RequestRow",
+    "RequestRows",
     "make_input_batch",
-    "to_host",
+    "to_entries",
+    "InFlightStep",
     "ModelRunner",
+    "Source",
     "get_model",
     "GPUWorker",
     "GPUExecutor",
@@ -295,10 +298,15 @@ def make_input_batch(rows: RequestRows, plan: StepPlan, block_size: int) -> Inpu
     slots: list[int] = []
     ends, drawing, query_lens, seq_lens = [], [], [], []
     scoring: list[PromptChunk] = []
-    later: list[tuple[int, int]] = []  # tokens that only the device knows, and their rows
+    later: list[
+        tuple[int, int]
+    ] = []  # tokens that only the device knows, and their rows
     states = [rows.by_id[one.request_id] for one in plan.scheduled]
     for one, state in zip(plan.scheduled, states, strict=True):
-        begin, end = state.num_computed_tokens, state.num_computed_tokens + one.num_tokens
+        begin, end = (
+            state.num_computed_tokens,
+            state.num_computed_tokens + one.num_tokens,
+        )
         known = state.request.token_ids[begin:end]
         if not known:
             known = [0]
@@ -366,7 +374,9 @@ def make_input_batch(rows: RequestRows, plan: StepPlan, block_size: int) -> Inpu
 
 
 # %% ../notebooks/08_runner.ipynb #to-host
-def to_entries(logprobs: LogprobsTensors, wanted: Sequence[int | None]) -> list[TokenLogprobs | None]:
+def to_entries(
+    logprobs: LogprobsTensors, wanted: Sequence[int | None]
+) -> list[TokenLogprobs | None]:
     """Log-probabilities as plain data; of each row as many as it asked for."""
     rows = zip(
         logprobs.token_ids.tolist(),
@@ -465,7 +475,9 @@ class ModelRunner:
         self.rows.last_token_ids.index_copy_(0, batch.sampling.rows, token_ids)
         return InFlightStep(batch.drawing, token_ids, logprobs, scores)
 
-    def score_prompt(self, hidden_states: Tensor, chunk: PromptChunk) -> LogprobsTensors:
+    def score_prompt(
+        self, hidden_states: Tensor, chunk: PromptChunk
+    ) -> LogprobsTensors:
         """Log-probabilities of prompt tokens, some at a time, as each has `V` logits."""
         wanted = chunk.request.params.prompt_logprobs or 0
         count = self.model.config.vocab_size if wanted < 0 else wanted
