@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -329,14 +327,10 @@ def parse_alone(values: Sequence[str]) -> Result:
     return run_alone(name, Path(folder), target, DTYPES[dtype], *map(int, sizes))
 
 
-def start_process(args: Sequence[str], cache_dir: Path | None = None) -> Result:
-    """`run_alone` in a fresh process; compiled code is kept in `cache_dir`."""
-    environment = dict(os.environ)
-    if cache_dir is not None:
-        environment["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir / "inductor")
-        environment["TRITON_CACHE_DIR"] = str(cache_dir / "triton")
+def start_process(args: Sequence[str]) -> Result:
+    """`run_alone` in a fresh process."""
     command = [sys.executable, "-m", "folo_lib.benchmark", "--alone", *args]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last = "\n".join(done.stderr.splitlines()[-5:])
         raise BenchmarkError(f"the process for {args[0]} failed:\n{last}")
@@ -353,17 +347,6 @@ def run_memory(bench: Bench) -> Result:
     return {"rows": rows}
 
 
-def run_cold_start(bench: Bench) -> Result:
-    """Seconds to the first token in a fresh process, once each; imports not counted."""
-    rows = []
-    with tempfile.TemporaryDirectory() as cache_dir:
-        for state in ("empty", "filled"):
-            row = start_process(alone_args(bench, "folo_lib"), Path(cache_dir))
-            rows.append(row | {"compile_cache": state})
-            print(json.dumps(rows[-1]), flush=True)
-    return {"rows": rows}
-
-
 SECTIONS: Mapping[str, Callable[[Bench], Result]] = {
     "decode": run_decode,
     "prefill": run_prefill,
@@ -372,5 +355,4 @@ SECTIONS: Mapping[str, Callable[[Bench], Result]] = {
     "ladder": run_ladder,
     "profile": run_profile,
     "roofline": run_roofline,
-    "cold_start": run_cold_start,
 }

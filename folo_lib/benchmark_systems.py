@@ -145,9 +145,6 @@ def make_loops(folder: Path, device: torch.device, dtype: torch.dtype) -> list[S
 RUNGS: Mapping[str, Mapping[str, Any]] = {
     "preallocated": {"attention_backend": "torch_naive", "decode": "eager"},
     "SDPA": {"attention_backend": "torch_sdpa", "decode": "eager"},
-    "CUDA graph": {"decode": "plain_cuda_graph"},
-    "compiled": {"decode": "cuda_graph"},
-    "fused": {"decode": "fused"},
 }
 
 

@@ -21,11 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MODEL_RUNNERS", "SCHEDULERS", "EngineConfig"]
 
-MODEL_RUNNERS = {
-    "eager": "folo_lib.runner:ModelRunner",
-    "cuda_graph": "folo_lib.fast_decode:CUDAGraphRunner",
-    "plain_cuda_graph": "folo_lib.fast_decode:PlainCUDAGraphRunner",
-}
+MODEL_RUNNERS = {"eager": "folo_lib.runner:ModelRunner"}
 SCHEDULERS = {
     "continuous": "folo_lib.scheduler:ContinuousScheduler",
     "fcfs": "folo_lib.engine:FCFSScheduler",
@@ -43,7 +39,7 @@ class EngineConfig:
             model was made for and the memory holds.
         block_size: tokens in a block of the KV cache.
         kv_cache_memory_bytes: set aside for the cache; None: see `get_kv_cache_memory`.
-        decode: a name in `MODEL_RUNNERS`, or `"auto"`: the fastest that runs on the device.
+        decode: a name in `MODEL_RUNNERS`, or `"auto"`, which is `"eager"` on every device.
         enforce_eager: the same as `decode="eager"`.
         scheduler: a name in `SCHEDULERS`, or what makes a scheduler of the cache's
             `BlockAllocator`.
@@ -140,23 +136,16 @@ class EngineConfig:
         return cls(**options)
 
     def get_model_runner(self, device: torch.device) -> type[ModelRunner]:
-        """The class that `decode` names.
+        """The class that `decode` names; `"auto"` is `"eager"` on every device.
 
         Args:
-            device: where the model is, or will be.
+            device: where the model is, or will be; the one runner that there is runs on all.
 
         Raises:
-            ValueError: if no runner has that name, or it does not run on that device.
+            ValueError: if no runner has that name.
         """
-        name = "eager" if self.enforce_eager else self.decode
-        if name == "auto":
-            name = "eager"
+        name = "eager" if self.enforce_eager or self.decode == "auto" else self.decode
         runner: type[ModelRunner] = _find("decode", name, MODEL_RUNNERS, "auto")
-        if getattr(runner, "needs_cuda", False) and device.type != "cuda":
-            raise ValueError(
-                f"decode={name!r} needs a CUDA device, and this one is {device.type!r}: "
-                "choose decode='auto' or 'eager'."
-            )
         return runner
 
     def make_scheduler(self, num_blocks: int) -> Scheduler:

@@ -272,7 +272,9 @@ def test_the_benchmark_of_a_gpu(
     benchmark.GPU_RECORD.write_text(json.dumps(record), encoding="utf-8")
     monkeypatch.setattr(benchmark, "ROOT", tmp_path)
     text = benchmark.write_page()
-    assert text.startswith("Measured on one **NVIDIA H200**.")
+    assert text.startswith(
+        "Measured on one **NVIDIA H200**, with the **engine for one request**"
+    )
     assert "| driver, CUDA | 580.1, 13.0 |" in text
     assert "| vLLM | " in text and "The last of 2 recordings." in text
     assert "not a GPU" not in text

@@ -43,9 +43,6 @@ COLAB = "https://colab.research.google.com/github/folovllm/FoloVLLM/blob/main/no
 BINDER = "https://mybinder.org/v2/gh/folovllm/FoloVLLM/main?urlpath=lab/tree/notebooks"
 
 MAX_CELL, MAX_CLASS, MAX_PAGE = 30, 80, 450  # lines of code, the first about 25
-LONG_PAGES = {"11_fast_decode"}  # to be cut when it is rebuilt
-# Where exported cells still follow one another with no output between them.
-UNBROKEN_PAGES = {"11_fast_decode"}  # likewise
 
 MAX_WIDTH = 900  # pixels: 8 inches at 110 dpi, and the margin that a tight box adds
 
@@ -142,13 +139,11 @@ class TestPages:
     def test_exports_no_more_than_can_be_read(self, page: Path) -> None:
         exported = filter(is_exported, cells_of(page))
         lines = sum(count_code_lines(cell.source) for cell in exported)
-        assert lines <= MAX_PAGE or page.stem in LONG_PAGES, lines
+        assert lines <= MAX_PAGE, lines
 
     def test_a_word_and_an_output_stand_between_exported_cells(
         self, page: Path
     ) -> None:
-        if page.stem in UNBROKEN_PAGES:
-            return
         found = {"word", "output"}
         for cell in cells_of(page):
             if is_exported(cell) and cell.id != "imports":

@@ -413,19 +413,6 @@ class TestExecutor:
 
 
 class TestErrors:
-    @pytest.mark.parametrize("name", ["cuda_graph", "plain_cuda_graph"])
-    def test_a_graph_needs_cuda(
-        self, name: str, bundled: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Also where there is a CUDA device, and the model is not on it."""
-        needs_cuda = f"decode='{name}' needs a CUDA device, and this one is 'cpu'"
-        with pytest.raises(ValueError, match=needs_cuda):
-            EngineConfig(decode=name, device="cpu")
-        monkeypatch.setattr("folo_lib.config.resolve_device", lambda d: CUDA)
-        config = EngineConfig(decode=name)
-        with pytest.raises(ValueError, match=needs_cuda):
-            GPUWorker(bundled, config)
-
     def test_a_runner_of_ones_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(MODEL_RUNNERS, "mine", f"{__name__}:OwnRunner")
         assert type(make_executor(decode="mine").worker.runner) is OwnRunner

@@ -1,4 +1,4 @@
-"""The benchmark page: tables and figures from the results that page 12 recorded."""
+"""The benchmark page: tables and figures from the results that page 18 recorded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GPU_RECORD = DATA / "benchmark_h200.json"
 CPU_RECORD = DATA / "benchmark_cpu.json"
 BASELINE = "huggingface"
 
-# Label, colour, hatch, marker and dash of a system; those of page 12.
+# Label, colour, hatch, marker and dash of a system; those of page 18.
 LOOKS = {
     "folo_lib": ("folo_lib", "#0072B2", "", "o", "-"),
     BASELINE: ("Hugging Face", "#D55E00", "//", "s", "--"),
@@ -117,7 +117,11 @@ def describe_setup(record: Result, is_gpu: bool) -> str:
     dates = sorted({section["date"][:10] for section in shown})
     commands = sorted({section["command"] for section in shown})
     if is_gpu:
-        first = f"Measured on one **{setup['device']}**."
+        first = (
+            f"Measured on one **{setup['device']}**, with the **engine for one request**, "
+            f"whose decode step was a CUDA graph. Until its graphs are rebuilt for "
+            f"batches, the engine is eager on a GPU."
+        )
     else:
         first = (
             f"**This is not a GPU.** The recording of an H200 is not in the repository "

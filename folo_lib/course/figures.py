@@ -374,10 +374,10 @@ PARTS = {  # page: left, bottom, width, height, text
     "06": (83, 19, 16, 13, "06 KV cache\nkeys and values"),
     "07": (25, 0, 20, 10, "07 Sampler\nfilters and draws"),
     "05": (53, 0, 20, 10, "05 Checkpoint\nweights from disk"),
-    "11": (87, 47, 12, 12, "11 Fast\ndecode"),
-    "12": (83, 0, 16, 10, "12 Benchmark\nmeasures it all"),
+    "14": (87, 47, 12, 12, "14 CUDA\ngraphs"),
+    "18": (83, 0, 16, 10, "18 Benchmark\nmeasures it all"),
 }
-ASIDE = ("11", "12")
+ASIDE = ("14", "18")
 WAYS: tuple[
     tuple[Point, Point, str, Point], ...
 ] = (  # from, to, what travels, where that is written

@@ -1,4 +1,4 @@
-"""Mistakes that people make in the exercises of page 12, and what the checks say."""
+"""Mistakes that people make in the exercises of page 18, and what the checks say."""
 
 from __future__ import annotations
 

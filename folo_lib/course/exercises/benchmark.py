@@ -1,4 +1,4 @@
-"""Checks of the exercises on page 12."""
+"""Checks of the exercises on page 18."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mistakes that people make in the exercises of page 11, and what the checks say."""
+"""Mistakes that people make in the exercises of page 14, and what the checks say."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from folo_lib.course.exercises.fast_decode import (
+from folo_lib.course.exercises.cuda_graph import (
     check_count_accepted,
     check_make_geometric_buckets,
 )

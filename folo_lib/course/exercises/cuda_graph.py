@@ -1,4 +1,4 @@
-"""Checks of the exercises on page 11."""
+"""Checks of the exercises on page 14."""
 
 from __future__ import annotations
 
