@@ -1834,6 +1834,21 @@ class TestBadWords:
             }
             assert set(self.words_at(words, output[:end], 50)) == expected
 
+    def test_longer_words_of_a_neighbour_change_nothing(self) -> None:
+        """The tables grow while a row is in the middle of a word."""
+        rows, index = SamplingRows(3, 12, "cpu"), torch.tensor([1])
+        Asker(GREEDY, 1, [1], [], [[4, 5, 6], [7, 8]], [4, 5]).sit(rows, 1)
+        for number in range(2, 5):
+            longer = [[9] * (2 * number)] * (2 * number)
+            Asker(GREEDY, 1, [1], [], longer).sit(rows, 2)
+            metadata = rows.gather([1], index, index)
+            assert metadata.bad_words is not None
+            assert metadata.recent_tokens is not None
+            scores = sampler.forbid_bad_words(
+                torch.zeros(1, 12), metadata.bad_words, metadata.recent_tokens
+            )
+            assert (scores[0] == -INF).nonzero().flatten().tolist() == [6]
+
     def test_nan_stays_nan(self) -> None:
         rows = SamplingRows(1, 4, "cpu")
         params = SamplingParams(temperature=0, allowed_token_ids=[1, 2])
