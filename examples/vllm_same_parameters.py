@@ -31,6 +31,9 @@ def to_vllm_sampling(params: SamplingParams) -> dict[str, Any]:
     values = {f.name: getattr(params, f.name) for f in dataclasses.fields(params)}
     values["stop"] = list(params.stop or ())
     values["stop_token_ids"] = list(params.stop_token_ids or ())
+    values["bad_words"] = list(params.bad_words or ())
+    if params.allowed_token_ids is not None:
+        values["allowed_token_ids"] = list(params.allowed_token_ids)
     if params.seed == -1:
         values["seed"] = 2**64 - 1
     return values

@@ -69,7 +69,6 @@ OBEYED = {
 OBEYED_IF_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 IGNORED = {
-    "bad_words_ids": None,
     "begin_suppress_tokens": None,
     "constraints": None,
     "dola_layers": None,
@@ -105,13 +104,15 @@ IGNORED_IF_SAMPLING = {
 
 @dataclass(frozen=True, kw_only=True)
 class DefaultParams(SamplingParams):
-    """`SamplingParams` of a generation config that limits prompt and output together.
+    """`SamplingParams` of a generation config that asks for what they have no name for.
 
     Attributes:
-        max_length: most tokens of both.
+        max_length: most tokens of prompt and output together; None: no such limit.
+        bad_words_ids: the ids of each word that is not to be written.
     """
 
-    max_length: int
+    max_length: int | None = None
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
 
 
 def to_token_ids(prompt: Any, vocab_size: int) -> list[int]:
@@ -325,10 +326,15 @@ class InputProcessor:
             )
         each = [self.default_params if own is None else own for own in params]
         token_ids, limits = [], []
+        bad_words: list[tuple[tuple[int, ...], ...]] = []
         for position, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
             try:
                 token_ids.append(self.encode(prompt, not is_chat))
                 limits.append(self.check_params(own, len(token_ids[-1])))
+                again = position > 0 and own is each[position - 1]
+                bad_words.append(
+                    bad_words[-1] if again else self.get_bad_words_ids(own)
+                )
             except (TypeError, ValueError) as error:
                 if len(prompts) == 1:
                     raise
@@ -341,8 +347,8 @@ class InputProcessor:
                 for own in each
             ]
         groups = []
-        for prompt, ids, own, max_tokens, seed in zip(
-            prompts, token_ids, each, limits, seeds, strict=True
+        for prompt, ids, own, max_tokens, seed, words in zip(
+            prompts, token_ids, each, limits, seeds, bad_words, strict=True
         ):
             group_id = str(uuid.uuid4()) if request_id is None else request_id
             groups.append(
@@ -357,6 +363,7 @@ class InputProcessor:
                         max_tokens=max_tokens,
                         eos_token_id=self.eos_token_id,
                         eos_token_ids=self.eos_token_ids,
+                        bad_words_ids=words,
                         detokenizer=IncrementalDetokenizer(self.token_bytes, own)
                         if self.token_bytes is not None and own.detokenize
                         else None,
@@ -400,15 +407,18 @@ class InputProcessor:
         if not isinstance(params, SamplingParams):
             raise TypeError(_not_params(params))
         self._check_stops(params)
-        if (params.logprobs or 0) > self.vocab_size:
-            raise ValueError(
-                f"logprobs={params.logprobs} is more than the {self.vocab_size} tokens "
-                "of the vocabulary: -1 asks for all."
-            )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(params, name)
+            if (value or 0) > self.vocab_size:
+                raise ValueError(
+                    f"{name}={value} is more than the {self.vocab_size} tokens of the "
+                    "vocabulary: -1 asks for all."
+                )
         limit, name = self.max_model_len, "max_model_len"
         cure = "raise max_model_len"
-        if isinstance(params, DefaultParams) and params.max_length < limit:
-            limit, name = params.max_length, "max_length"
+        max_length = params.max_length if isinstance(params, DefaultParams) else None
+        if max_length is not None and max_length < limit:
+            limit, name = max_length, "max_length"
             cure = "pass sampling params, for max_length is of the generation config"
         room = limit - num_prompt_tokens
         if num_prompt_tokens == 0:
@@ -429,26 +439,18 @@ class InputProcessor:
         return min(room, params.max_tokens or room)
 
     def _check_stops(self, params: SamplingParams) -> None:
-        """Can each stop be found, and can a token be drawn before `min_tokens`?"""
+        """Can each stop be found, and is each id in the vocabulary?"""
         if params.stop and self.tokenizer is None:
             raise ValueError(
                 f"stop={params.stop!r} is looked for in the text, and without a "
                 "tokenizer there is none: use stop_token_ids."
             )
-        beyond = [i for i in params.stop_token_ids or () if i >= self.vocab_size]
-        if beyond:
-            raise ValueError(
-                f"stop_token_ids holds {beyond[0]}, and ids go from 0 to "
-                f"{self.vocab_size - 1}: leave it out."
-            )
-        if params.min_tokens > 0:
-            stops = {*(params.stop_token_ids or ())}
-            stops.update(() if params.ignore_eos else self.eos_token_ids)
-            if len(stops) >= self.vocab_size:
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            beyond = [i for i in getattr(params, name) or () if i >= self.vocab_size]
+            if beyond:
                 raise ValueError(
-                    f"min_tokens={params.min_tokens} forbids the ids that end a text at "
-                    f"first, and stop_token_ids and EOS name all {self.vocab_size} of "
-                    "the vocabulary: set min_tokens=0, or leave some of them out."
+                    f"{name} holds {beyond[0]}, and ids go from 0 to "
+                    f"{self.vocab_size - 1}: leave it out."
                 )
         for text, token_id in self._special.items():
             found = [stop for stop in params.stop or () if text in stop]
@@ -462,6 +464,70 @@ class InputProcessor:
                     text,
                     token_id,
                 )
+
+    def get_bad_words_ids(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """The ids of each word that must not be written, in all ways to write it.
+
+        A word of `bad_words` is written in two ways, at the start of a text and after a
+        space. `bad_words_ids` of a generation config are ids already; an EOS id among
+        them forbids nothing, as in Hugging Face.
+
+        Raises:
+            ValueError: if there is no tokenizer, an id is not in the vocabulary, or no id
+                is left that could be drawn at first.
+        """
+        found: list[tuple[int, ...]] = []
+        if params.bad_words:
+            if self.tokenizer is None:
+                raise ValueError(
+                    f"bad_words={params.bad_words!r} are text, and there is no tokenizer: "
+                    "forbid ids with logit_bias or allowed_token_ids."
+                )
+            bare = [word.lstrip(" ") for word in params.bad_words]
+            texts = [prefix + word for word in bare for prefix in ("", " ")]
+            with self._lock:
+                written = self.tokenizer(texts, add_special_tokens=False).input_ids
+            found += [tuple(word) for word in written if word]
+        if isinstance(params, DefaultParams):
+            eos = {(token_id,) for token_id in self.eos_token_ids}
+            found += [word for word in params.bad_words_ids if word not in eos]
+        for word in found:
+            if max(word) >= self.vocab_size:
+                raise ValueError(
+                    f"a bad word has the ids {list(word)}, and ids go from 0 to "
+                    f"{self.vocab_size - 1}: leave it out of bad_words, or of the "
+                    "generation config's bad_words_ids."
+                )
+        self._check_choice(params, found)
+        return tuple(dict.fromkeys(found))
+
+    def _check_choice(
+        self, params: SamplingParams, bad_words_ids: Sequence[tuple[int, ...]]
+    ) -> None:
+        """Raises an error if no token could be drawn at first."""
+        reasons = []
+        allowed = params.allowed_token_ids
+        if allowed is not None:
+            reasons.append(f"allowed_token_ids leaves {len(allowed)}")
+        forbidden = {word[0] for word in bad_words_ids if len(word) == 1}
+        if forbidden:
+            reasons.append(f"bad words of one token forbid {len(forbidden)}")
+        if params.min_tokens > 0:
+            stops = {*(params.stop_token_ids or ())}
+            stops.update(() if params.ignore_eos else self.eos_token_ids)
+            reasons.append(
+                f"min_tokens={params.min_tokens} forbids at first the {len(stops)} ids "
+                "that end a text, which are EOS and stop_token_ids"
+            )
+            forbidden |= stops
+        if len(forbidden) >= self.vocab_size or forbidden.issuperset(
+            range(self.vocab_size) if allowed is None else allowed
+        ):
+            cure = "Set min_tokens=0, or forbid" if params.min_tokens > 0 else "Forbid"
+            raise ValueError(
+                f"{', and '.join(reasons)}, so of all {self.vocab_size} ids of the "
+                f"vocabulary none is left to draw. {cure} fewer."
+            )
 
 
 def _not_params(value: Any) -> str:
@@ -790,7 +856,7 @@ def default_sampling_params(config: GenerationConfig | None) -> SamplingParams:
 
     Returns:
         Greedy unless `do_sample` is set. `max_tokens` is 16 unless the config limits the
-        length; `DefaultParams` where it does so by `max_length`.
+        length; `DefaultParams` where it does so by `max_length`, or has `bad_words_ids`.
 
     Raises:
         ValueError: if a field cannot be obeyed, naming it.
@@ -826,6 +892,19 @@ def default_sampling_params(config: GenerationConfig | None) -> SamplingParams:
     return params
 
 
+def _read_bad_words_ids(value: Any, where: str) -> tuple[tuple[int, ...], ...]:
+    """What `bad_words_ids` names: nothing, or a list of lists of ids."""
+    words = () if value is None else value
+    for word in words if isinstance(words, list | tuple) else [words]:
+        ids = word if isinstance(word, list | tuple) else ()
+        if not ids or any(type(i) is not int or i < 0 for i in ids):
+            raise ValueError(
+                f"{where}: bad_words_ids={reprlib.repr(value)} must be a list of words, "
+                f"each a list of ids, and {reprlib.repr(word)} is none: correct it there."
+            )
+    return tuple(tuple(word) for word in words)
+
+
 def _read_params(fields: Mapping[str, Any], where: str) -> SamplingParams:
     """The sampling params of a generation config, or an error that names the field."""
     samples = fields.get("do_sample") or False
@@ -841,6 +920,10 @@ def _read_params(fields: Mapping[str, Any], where: str) -> SamplingParams:
         if fields.get(theirs) is not None
     }
     kind: type[SamplingParams] = SamplingParams
+    bad_words_ids = _read_bad_words_ids(fields.get("bad_words_ids"), where)
+    if bad_words_ids:
+        kind = DefaultParams
+        values["bad_words_ids"] = bad_words_ids
     if "max_tokens" not in values:
         max_length = fields.get("max_length")
         if max_length is not None:

@@ -4,6 +4,14 @@
 
 # %% auto #0
 __all__ = [
+    "PENALTIES",
+    "FILTERS",
+    "OFF",
+    "ANY",
+    "NONE",
+    "NEVER",
+    "FLOATS",
+    "INTS",
     "apply_min_p_filtering",
     "apply_top_k_filtering",
     "integer_weights",
@@ -12,12 +20,15 @@ __all__ = [
     "mix_bits",
     "gumbel_noise",
     "apply_penalties",
-    "move",
-    "column",
-    "filter_columns",
-    "penalty_columns",
-    "stop_columns",
+    "read_wishes",
+    "combine_wishes",
     "SamplingMetadata",
+    "move",
+    "fill_bias",
+    "BadWords",
+    "forbid_bad_words",
+    "TokenTables",
+    "SamplingRows",
     "LogprobsTensors",
     "gather_logprobs",
     "check_stop_conditions",
@@ -29,12 +40,14 @@ __all__ = [
 ]
 
 # %% ../notebooks/07_sampler.ipynb #imports
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .sampling_params import SamplingParams
 
@@ -200,85 +213,56 @@ def apply_penalties(
     return logits - presence_penalty[:, None] * in_output
 
 
-# %% ../notebooks/07_sampler.ipynb #columns
-def move(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Host numbers as a tensor, sent to the device without waiting for it."""
-    host = torch.tensor(values, dtype=dtype)
-    if device.type == "cuda":
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True)
+# %% ../notebooks/07_sampler.ipynb #wishes
+PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+FILTERS = {"temperature": 0.0, "min_p": 0.0, "top_k": 0, "top_p": 1.0}
+OFF: dict[str, Any] = {**FILTERS, **dict.fromkeys(PENALTIES, 0.0)}
+OFF["repetition_penalty"] = 1.0
 
 
-def column(
-    values: Sequence[float], off: float, dtype: torch.dtype, device: torch.device
-) -> Tensor | None:
-    """`[B]`, or None where every row has the value that changes nothing."""
-    if all(value == off for value in values):
-        return None
-    return move(values, dtype, device)
-
-
-def filter_columns(
-    params: Sequence[SamplingParams], vocab_size: int, device: torch.device
-) -> dict[str, Any]:
-    """Temperature and filters; a greedy row needs none, as its best token survives."""
-    rows = [(p, p.temperature > 0 and p.top_k != 1) for p in params]  # drawn or greedy
-    temperature = [p.temperature if d else 0.0 for p, d in rows]
-    min_p = [p.min_p if d else 0.0 for p, d in rows]
-    top_k = [p.top_k if d and 0 < p.top_k < vocab_size else 0 for p, d in rows]
-    top_p = [p.top_p if d else 1.0 for p, d in rows]
-    # 1 - top_p needs the digits of float64, which Apple's GPUs do not have.
-    exact = torch.float32 if device.type == "mps" else torch.float64
-    return {
-        "temperature": column(temperature, 0.0, torch.float32, device),
-        "min_p": column(min_p, 0.0, torch.float32, device),
-        "top_k": column(top_k, 0, torch.int64, device),
-        "max_top_k": max(top_k, default=0) or None,
-        "top_p": column(top_p, 1.0, exact, device),
-        "top_p_after_top_k": any(top_k)
-        and all(k for k, p in zip(top_k, top_p, strict=True) if p < 1),
-    }
-
-
-# %% ../notebooks/07_sampler.ipynb #more-columns
-def penalty_columns(
-    params: Sequence[SamplingParams], vocab_size: int, device: torch.device
-) -> dict[str, Any]:
-    """The three penalties, and the tables of tokens that they look at, still empty."""
-    off = {"repetition_penalty": 1, "frequency_penalty": 0, "presence_penalty": 0}
-    values = {name: [getattr(p, name) for p in params] for name in off}
-    if all(value == off[name] for name in off for value in values[name]):
-        return {}
-    shape = (len(params), vocab_size)
-    tables = {
-        "prompt_mask": torch.zeros(shape, dtype=torch.bool, device=device),
-        "output_counts": torch.zeros(shape, dtype=torch.int32, device=device),
-    }
-    return tables | {n: move(values[n], torch.float32, device) for n in off}
-
-
-# %% ../notebooks/07_sampler.ipynb #stop-columns
-def stop_columns(
-    params: Sequence[SamplingParams],
-    num_prompt_tokens: Sequence[int],
-    stop_token_ids: Sequence[Collection[int]],
+def read_wishes(
+    params: SamplingParams,
+    num_prompt_tokens: int,
+    stop_token_ids: Collection[int],
+    bad_words_ids: Sequence[Sequence[int]],
     vocab_size: int,
-    device: torch.device,
 ) -> dict[str, Any]:
-    """Which ids may not come yet, and the position from which they may."""
-    places = [
-        (row, token_id)
-        for row, token_ids in enumerate(stop_token_ids)
-        for token_id in token_ids
-        if params[row].min_tokens > 0 and 0 <= token_id < vocab_size
-    ]
-    if not places:
-        return {}
-    mask = torch.zeros(len(params), vocab_size, dtype=torch.bool, device=device)
-    rows, token_ids = move(places, torch.int64, device).T
-    mask[rows, token_ids] = True
-    first = [n + p.min_tokens for n, p in zip(num_prompt_tokens, params, strict=True)]
-    return {"stop_token_mask": mask, "min_positions": move(first, torch.int64, device)}
+    """What a request asks for, by the names of `SamplingMetadata`; what is off is left out.
+
+    Filters of a greedy request are off, as its best token survives them. Penalties come
+    as three or not at all. `min_positions` stands for `min_tokens`, if there is an id that
+    it forbids; the tables `logit_bias` and `bad_words` have the value True.
+    """
+    values = {name: getattr(params, name) for name in OFF}
+    if params.temperature == 0 or params.top_k == 1:
+        values |= FILTERS
+    if not 0 < values["top_k"] < vocab_size:
+        values["top_k"] = 0
+    asked = {name: value for name, value in values.items() if value != OFF[name]}
+    if not asked.keys().isdisjoint(PENALTIES):
+        asked |= {name: values[name] for name in PENALTIES}
+    if params.logprobs is not None:
+        all_or_some = vocab_size if params.logprobs == -1 else params.logprobs
+        asked["num_logprobs"] = min(all_or_some, vocab_size)
+    if params.min_tokens > 0 and any(0 <= i < vocab_size for i in stop_token_ids):
+        asked["min_positions"] = num_prompt_tokens + params.min_tokens
+    lengths = {len(word) for word in bad_words_ids}
+    if params.logit_bias or params.allowed_token_ids is not None or 1 in lengths:
+        asked["logit_bias"] = True
+    return asked | ({"bad_words": True} if max(lengths, default=0) > 1 else {})
+
+
+# %% ../notebooks/07_sampler.ipynb #combine
+def combine_wishes(wishes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the host must know of a batch; see `SamplingMetadata` and `read_wishes`."""
+    largest = max((wish.get("top_k", 0) for wish in wishes), default=0)
+    nuclei = [wish for wish in wishes if "top_p" in wish]
+    counts = [wish["num_logprobs"] for wish in wishes if "num_logprobs" in wish]
+    return {
+        "max_top_k": largest or None,
+        "top_p_after_top_k": largest > 0 and all("top_k" in n for n in nuclei),
+        "num_logprobs": max(counts, default=None),
+    }
 
 
 # %% ../notebooks/07_sampler.ipynb #metadata
@@ -286,12 +270,13 @@ def stop_columns(
 class SamplingMetadata:
     """What sampling needs to know in a step, one row per sequence; the name is vLLM's.
 
-    None: no row asks for it. The runner sets `positions` at each step.
+    None: no row asks for it.
 
     Attributes:
         seeds: `[B]` int64.
         sample_indices: `[B]` int64, which of the `n` samples of a request it is.
         positions: `[B]` int64, the place that the sampled token will take.
+        rows: `[B]` int64, which of the `SamplingRows` they are.
         temperature: `[B]`, 0: greedy.
         min_p: `[B]`, 0: off.
         top_k: `[B]` int64, 0: all.
@@ -303,12 +288,16 @@ class SamplingMetadata:
         output_counts: `[B, V]` int32, with penalties.
         stop_token_mask: `[B, V]` bool, with `min_tokens`.
         min_positions: `[B]` int64, where stop ids become possible.
+        logit_bias: `[B, V]` float32, added; `-inf` where an id may never come.
+        bad_words: `[B, M, L]` int32, see `BadWords`.
+        recent_tokens: `[B, L - 1]` int32, the latest of the output, with `bad_words`.
         num_logprobs: the most that a row asks for.
     """
 
     seeds: Tensor
     sample_indices: Tensor
     positions: Tensor
+    rows: Tensor
     temperature: Tensor | None = None
     min_p: Tensor | None = None
     top_k: Tensor | None = None
@@ -322,8 +311,10 @@ class SamplingMetadata:
     output_counts: Tensor | None = None
     stop_token_mask: Tensor | None = None
     min_positions: Tensor | None = None
+    logit_bias: Tensor | None = None
+    bad_words: Tensor | None = None
+    recent_tokens: Tensor | None = None
     num_logprobs: int | None = None
-    rows: Tensor | None = None
 
     @classmethod
     def from_params(
@@ -336,22 +327,308 @@ class SamplingMetadata:
         vocab_size: int,
         device: torch.device | str,
     ) -> "SamplingMetadata":
-        """For the first step of these requests; `stop_token_ids` includes EOS."""
-        device = torch.device(device)
-        wanted = [p.logprobs for p in params if p.logprobs is not None]
-        wanted = [min(k, vocab_size) if k >= 0 else vocab_size for k in wanted]
-        signed = [(seed + 2**63) % 2**64 - 2**63 for seed in seeds]  # as 64 bits
-        return cls(
-            seeds=move(signed, torch.int64, device),
-            sample_indices=move(sample_indices, torch.int64, device),
-            positions=move(num_prompt_tokens, torch.int64, device),
-            num_logprobs=max(wanted, default=None),
-            **filter_columns(params, vocab_size, device),
-            **penalty_columns(params, vocab_size, device),
-            **stop_columns(
-                params, num_prompt_tokens, stop_token_ids, vocab_size, device
-            ),
-        )
+        """For the first step of these requests, with the tables of penalties still empty.
+
+        Args:
+            params, seeds, sample_indices, num_prompt_tokens: `B` of each.
+            stop_token_ids: those of each request, EOS included.
+            vocab_size: `V`.
+            device: where the tensors are.
+        """
+        rows = SamplingRows(len(params), vocab_size, device)
+        numbers = zip(seeds, sample_indices, num_prompt_tokens, strict=True)
+        for row, (seed, sample_index, length) in enumerate(numbers):
+            own, stops = params[row], stop_token_ids[row]
+            asked = read_wishes(own, length, stops, (), vocab_size)
+            rows.set_columns(row, asked, seed, sample_index)
+            rows.tables.set_row(row, asked, own, stop_token_ids=stops)
+        index = torch.arange(len(params), device=device)
+        positions = move(num_prompt_tokens, torch.int64, rows.device)
+        return rows.gather(range(len(params)), index, positions)
+
+
+# %% ../notebooks/07_sampler.ipynb #bias
+def move(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Host numbers as a tensor, sent to the device without waiting for it."""
+    host = torch.tensor(values, dtype=dtype)
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
+
+
+def fill_bias(
+    bias: Tensor, params: SamplingParams, bad_words_ids: Sequence[Sequence[int]] = ()
+) -> None:
+    """Writes what is added to a request's logits at every step.
+
+    Args:
+        bias: `[V]` float32, overwritten; `-inf` where an id may never come.
+        params: of the request; its `logit_bias` and `allowed_token_ids` are read.
+        bad_words_ids: of which those of one token are forbidden here.
+    """
+    bias.zero_()
+    if params.allowed_token_ids is not None:
+        allowed = move(params.allowed_token_ids, torch.int64, bias.device)
+        bias.fill_(float("-inf")).index_fill_(0, allowed, 0.0)
+    if params.logit_bias:
+        biased = move(list(params.logit_bias), torch.int64, bias.device)
+        values = move(list(params.logit_bias.values()), bias.dtype, bias.device)
+        bias.index_add_(0, biased, values)
+    single = [word[0] for word in bad_words_ids if len(word) == 1]
+    forbidden = move(single, torch.int64, bias.device)
+    bias.index_fill_(0, forbidden, float("-inf"))
+
+
+# %% ../notebooks/07_sampler.ipynb #bad-words
+ANY, NONE, NEVER = -1, -2, -3  # matches every token; no token yet; no word
+
+
+class BadWords:
+    """Words of several tokens that must not be written, and the latest tokens of each row.
+
+    Attributes:
+        words: `[R, M, L]` int32, each ends in the last column; before it `ANY`. A row
+            with fewer words is filled up with `NEVER`.
+        recent: `[R, L - 1]` int32, the latest tokens of the output, before it `NONE`.
+    """
+
+    def __init__(self, num_rows: int, device: torch.device) -> None:
+        self.words = torch.empty(num_rows, 0, 1, dtype=torch.int32, device=device)
+        self.recent = torch.empty(num_rows, 0, dtype=torch.int32, device=device)
+
+    def set_row(
+        self, row: int, words: Sequence[Sequence[int]], output_token_ids: Sequence[int]
+    ) -> None:
+        """Overwrites the row; of `words` those of one token are left to `fill_bias`."""
+        words = [word for word in words if len(word) > 1]
+        self.make_room(len(words), max(map(len, words), default=1))
+        most, longest = self.words.shape[1:]
+        if most == 0:
+            return
+        padded = [[ANY] * (longest - len(word)) + list(word) for word in words]
+        padded += [[NEVER] * longest] * (most - len(words))
+        self.words[row] = move(padded, torch.int32, self.words.device)
+        latest = [NONE] * (longest - 1) + list(output_token_ids[1 - longest :])
+        self.recent[row] = move(latest[1 - longest :], torch.int32, self.words.device)
+
+    def make_room(self, most: int, longest: int) -> None:
+        """Makes the tables wide enough for so many words of so many tokens."""
+        wider = max(0, longest - self.words.shape[2])
+        more = max(0, most - self.words.shape[1])
+        if wider or more:
+            with torch.inference_mode(False):  # tensors that anybody may change
+                words = pad(self.words, (wider, 0), value=ANY)
+                self.words = pad(words, (0, 0, 0, more), value=NEVER)
+                self.recent = pad(self.recent, (wider, 0), value=NONE)
+
+    def record(self, rows: Tensor, token_ids: Tensor) -> None:
+        """Appends a token to each of these rows, both `[B]`; -1 appends none."""
+        recent, token_ids = self.recent.index_select(0, rows), token_ids[:, None]
+        longer = torch.cat([recent[:, 1:], token_ids.to(recent.dtype)], dim=1)
+        recent = torch.where(token_ids >= 0, longer, recent)
+        self.recent.index_copy_(0, rows, recent)
+
+
+def forbid_bad_words(logits: Tensor, words: Tensor, recent: Tensor) -> Tensor:
+    """`-inf` for the last token of each word whose others have been written.
+
+    Args:
+        logits: `[B, V]`.
+        words: `[B, M, L]`, see `BadWords`.
+        recent: `[B, L - 1]`.
+    """
+    before, last = words[..., :-1], words[..., -1].long().clamp(min=0)
+    matches = ((before == recent[:, None]) | (before == ANY)).all(dim=-1)  # [B, M]
+    added = torch.zeros_like(matches, dtype=logits.dtype)
+    return logits.scatter_add(1, last, added.masked_fill(matches, float("-inf")))
+
+
+# %% ../notebooks/07_sampler.ipynb #tables
+class TokenTables:
+    """What each row asks of single ids: tables `[R, V]`, made when the first row asks.
+
+    Attributes:
+        made: the tables that there are, by their names in `SamplingMetadata`.
+    """
+
+    DTYPES: ClassVar[dict[str, torch.dtype]] = {
+        "prompt_mask": torch.bool,
+        "output_counts": torch.int32,
+        "stop_token_mask": torch.bool,
+        "logit_bias": torch.float32,
+    }
+
+    def __init__(self, num_rows: int, vocab_size: int, device: torch.device) -> None:
+        self.shape, self.device = (num_rows, vocab_size), device
+        self.made: dict[str, Tensor] = {}
+
+    def get(self, name: str) -> Tensor:
+        """The table of that name, `[R, V]`, full of zeros if nobody has asked before."""
+        if name not in self.made:
+            with torch.inference_mode(False):  # a tensor that anybody may change
+                self.made[name] = torch.zeros(
+                    self.shape, dtype=self.DTYPES[name], device=self.device
+                )
+        return self.made[name]
+
+    def set_row(
+        self,
+        row: int,
+        asked: Mapping[str, Any],
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int] = (),
+        stop_token_ids: Collection[int] = (),
+        output_token_ids: Sequence[int] = (),
+        bad_words_ids: Sequence[Sequence[int]] = (),
+    ) -> None:
+        """Overwrites the row in all tables; `asked` is what `read_wishes` has read."""
+        for table in self.made.values():
+            table[row].zero_()
+        to_ids = partial(move, dtype=torch.int64, device=self.device)
+        if "repetition_penalty" in asked:
+            self.get("prompt_mask")[row].index_fill_(0, to_ids(prompt_token_ids), True)
+            ones = torch.ones(
+                len(output_token_ids), dtype=torch.int32, device=self.device
+            )
+            written = to_ids(output_token_ids)
+            self.get("output_counts")[row].scatter_add_(0, written, ones)
+        if "min_positions" in asked:
+            stops = to_ids([i for i in stop_token_ids if 0 <= i < self.shape[1]])
+            self.get("stop_token_mask")[row].index_fill_(0, stops, True)
+        if "logit_bias" in asked:
+            fill_bias(self.get("logit_bias")[row], params, bad_words_ids)
+
+    def record(self, rows: Tensor, token_ids: Tensor) -> None:
+        """Counts a token in each of these rows, both `[B]`; -1 counts nothing."""
+        counts = self.made["output_counts"]
+        places = rows * self.shape[1] + token_ids.clamp(min=0)
+        drawn = (token_ids >= 0).to(counts.dtype)
+        counts.view(-1).scatter_add_(0, places, drawn)
+
+
+# %% ../notebooks/07_sampler.ipynb #rows
+FLOATS = ("temperature", "min_p", "top_p", *PENALTIES)
+INTS = ("seeds", "sample_indices", "top_k", "min_positions")
+
+
+class SamplingRows:
+    """What each running request asks of the sampler: one row each, kept on the device.
+
+    Args:
+        num_rows: `R`, the most requests that have a row at once.
+        vocab_size: `V`.
+        device: where the rows are.
+    """
+
+    NEEDED_BY: ClassVar[dict[str, str]] = {  # tables that a step does not change
+        "prompt_mask": "repetition_penalty",
+        "stop_token_mask": "min_positions",
+        "logit_bias": "logit_bias",
+    }
+
+    def __init__(
+        self, num_rows: int, vocab_size: int, device: torch.device | str
+    ) -> None:
+        self.vocab_size, self.device = vocab_size, torch.device(device)
+        # 1 - top_p needs the digits of float64, which Apple's GPUs do not have.
+        exact = torch.float32 if self.device.type == "mps" else torch.float64
+        self.floats = torch.zeros(num_rows, len(FLOATS), dtype=exact, device=device)
+        self.ints = torch.zeros(num_rows, len(INTS), dtype=torch.int64, device=device)
+        self.tables = TokenTables(num_rows, vocab_size, self.device)
+        self.bad_words = BadWords(num_rows, self.device)
+        self.asked: list[dict[str, Any]] = [{} for _ in range(num_rows)]
+        self.gathered: tuple[list[int], dict[str, Any]] | None = None
+
+    def set_row(
+        self,
+        row: int,
+        params: SamplingParams,
+        seed: int,
+        sample_index: int,
+        prompt_token_ids: Sequence[int],
+        stop_token_ids: Collection[int],
+        output_token_ids: Sequence[int] = (),
+        bad_words_ids: Sequence[Sequence[int]] = (),
+    ) -> None:
+        """A request takes the row; nothing is left of the one that had it before.
+
+        Args:
+            row: from 0 to `R - 1`.
+            params: of the request, checked against the vocabulary.
+            seed: of its noise, 64 bits.
+            sample_index: which of the `n` samples of its prompt it is.
+            prompt_token_ids: its prompt.
+            stop_token_ids: EOS and stop ids, which `min_tokens` forbids at first.
+            output_token_ids: what it has written, if it comes back.
+            bad_words_ids: the ids of each word that it must not write.
+        """
+        ids = prompt_token_ids, stop_token_ids, output_token_ids, bad_words_ids
+        length, size = len(prompt_token_ids), self.vocab_size
+        asked = read_wishes(params, length, stop_token_ids, bad_words_ids, size)
+        self.set_columns(row, asked, seed, sample_index)
+        self.tables.set_row(row, asked, params, *ids)
+        self.bad_words.set_row(row, bad_words_ids, output_token_ids)
+
+    def set_columns(
+        self, row: int, asked: dict[str, Any], seed: int, sample_index: int
+    ) -> None:
+        """Overwrites the single numbers of the row."""
+        signed = (seed + 2**63) % 2**64 - 2**63  # as 64 bits
+        known = {**OFF, "min_positions": 0, **asked}
+        known |= {"seeds": signed, "sample_indices": sample_index}
+        for packed, names in ((self.floats, FLOATS), (self.ints, INTS)):
+            host = torch.tensor([known[name] for name in names], dtype=packed.dtype)
+            host = host.pin_memory() if self.device.type == "cuda" else host
+            packed[row].copy_(host, non_blocking=True)
+        self.asked[row], self.gathered = asked, None
+
+    def gather(
+        self, rows: Sequence[int], index: Tensor, positions: Tensor
+    ) -> SamplingMetadata:
+        """What the sampler needs to know in a step that draws for these rows.
+
+        Args:
+            rows: `B` different ones, known to the host.
+            index: the same, `[B]` int64 on the device.
+            positions: `[B]` int64, the place that each drawn token will take.
+        """
+        if self.gathered is None or self.gathered[0] != list(rows):
+            self.gathered = list(rows), self.gather_columns(rows, index)
+        found = SamplingMetadata(positions=positions, rows=index, **self.gathered[1])
+        if found.repetition_penalty is not None:
+            found.output_counts = self.tables.get("output_counts").index_select(
+                0, index
+            )
+        if found.bad_words is not None:
+            found.recent_tokens = self.bad_words.recent.index_select(0, index)
+        return found
+
+    def gather_columns(self, rows: Sequence[int], index: Tensor) -> dict[str, Any]:
+        """What stays the same as long as these rows run on; `gather` keeps it."""
+        wishes = [self.asked[row] for row in rows]
+        asked = {"seeds", "sample_indices"}.union(*wishes)
+        exact = self.floats.index_select(0, index).T.contiguous()  # [6, B]
+        ints = self.ints.index_select(0, index).T.contiguous()  # [4, B]
+        columns = dict(zip(FLOATS, exact.float().unbind(), strict=True))
+        columns |= dict(zip(INTS, ints.unbind(), strict=True))
+        columns["top_p"] = exact[FLOATS.index("top_p")]
+        found = {name: value for name, value in columns.items() if name in asked}
+        for name, wish in self.NEEDED_BY.items():
+            if wish in asked:
+                found[name] = self.tables.get(name).index_select(0, index)
+        if "bad_words" in asked:
+            found["bad_words"] = self.bad_words.words.index_select(0, index)
+        return found | combine_wishes(wishes)
+
+    def record(self, metadata: SamplingMetadata, token_ids: Tensor) -> None:
+        """After a step: counts what was drawn, `[B]`, without waiting for the device.
+
+        A row whose id is -1 has drawn nothing, and nothing is counted.
+        """
+        if metadata.output_counts is not None:
+            self.tables.record(metadata.rows, token_ids)
+        if metadata.bad_words is not None:
+            self.bad_words.record(metadata.rows, token_ids)
 
 
 # %% ../notebooks/07_sampler.ipynb #logprobs
@@ -529,48 +806,18 @@ class Sampler:
         Returns:
             Token ids, `[B]` int64, and log-probabilities if any row wants them.
         """
-        scores = logits
-        if metadata.output_counts is not None:
-            scores = self.apply_penalties(scores, metadata)
+        scores, m = logits, metadata
+        if m.logit_bias is not None:
+            scores = scores + m.logit_bias
+        if m.bad_words is not None and m.recent_tokens is not None:
+            scores = forbid_bad_words(scores, m.bad_words, m.recent_tokens)
         if metadata.stop_token_mask is not None:
             scores = mask_early_stops(scores, metadata)
+        if metadata.output_counts is not None:
+            scores = self.apply_penalties(scores, metadata)
         if metadata.temperature is not None:  # greedy needs no filter
             scores = apply_filters(scores, metadata)
         token_ids = draw_tokens(scores, metadata)
         if metadata.num_logprobs is None:
             return token_ids, None
         return token_ids, gather_logprobs(logits, token_ids, metadata.num_logprobs)
-
-
-class SamplingRows:  # draft, replaced by the sampler branch
-    def __init__(self, num_rows, vocab_size, device):
-        self.vocab_size, self.device = vocab_size, torch.device(device)
-        self.host = [None] * num_rows
-        self.prompt_mask = torch.zeros(num_rows, vocab_size, dtype=torch.bool, device=device)
-        self.counts = torch.zeros(num_rows, vocab_size, dtype=torch.int32, device=device)
-        self.cached = None
-
-    def set_row(self, row, params, seed, sample_index, prompt_token_ids, stop_token_ids, output_token_ids=(), bad_words_ids=()):
-        self.host[row] = (params, seed, sample_index, len(prompt_token_ids), stop_token_ids)
-        self.cached = None
-        self.prompt_mask[row] = False
-        if row is None: return
-        self.prompt_mask[row, torch.tensor(prompt_token_ids, device=self.device)] = True
-        self.counts[row] = torch.tensor(list(output_token_ids), dtype=torch.int64, device=self.device).bincount(minlength=self.vocab_size)
-
-    def gather(self, rows, index, positions):
-        if not rows:
-            return None
-        if self.cached is None or self.cached[0] != rows:
-            own = [self.host[row] for row in rows]
-            self.cached = rows, SamplingMetadata.from_params(*map(list, zip(*own)), self.vocab_size, self.device)
-        from dataclasses import replace
-        m = replace(self.cached[1], positions=positions)
-        m.rows = index
-        if m.output_counts is not None:
-            m.prompt_mask, m.output_counts = self.prompt_mask[index], self.counts[index]
-        return m
-
-    def record(self, metadata, token_ids):
-        if metadata.output_counts is not None:
-            self.counts.index_put_((metadata.rows, token_ids.clamp(min=0)), (token_ids >= 0).to(torch.int32), accumulate=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
@@ -16,13 +16,19 @@ logger = logging.getLogger(__name__)
 MIN_TEMPERATURE = 0.01
 """Below it, and above 0, logits divided by the temperature overflow in half precision."""
 
+MAX_N = 16_384
+"""Most samples of a prompt, as in vLLM."""
+
+MAX_LOGIT_BIAS = 100.0
+"""Larger biases, up or down, count as this much."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """Names, defaults and ranges of vLLM's `SamplingParams`.
 
     Attributes:
-        n: samples of each prompt; sample `i` draws with its own noise.
+        n: samples of each prompt, up to 16,384; sample `i` draws with its own noise.
         temperature: 0 is greedy, the most likely token; above 0, logits are divided by it.
             In [0, 2]; between 0 and 0.01 it is raised to 0.01, with a warning.
         top_p: keep the fewest most likely tokens whose probabilities reach it. In (0, 1].
@@ -43,10 +49,18 @@ class SamplingParams:
             stopped, in the text.
         logprobs: log-probabilities of this many most likely tokens at each step, and of
             the chosen one; -1: of all tokens. None: none.
+        prompt_logprobs: the same for each token of the prompt after the first. The whole
+            prompt is run for them, so nothing of it is taken from the prefix cache.
+        logit_bias: a dict from token id to what is added to its logit, clamped to
+            [-100, 100].
+        allowed_token_ids: no other ids are drawn; None: all are allowed.
+        bad_words: strings that are not written, neither as they are nor after a space.
+            Only what is written counts, not the prompt.
         skip_special_tokens: leave special tokens out of the text.
         detokenize: make text at all.
 
-    Numbers may be of NumPy's types; `stop` and `stop_token_ids` become tuples.
+    Numbers may be of NumPy's types; sequences become tuples, and `logit_bias` a dict of its
+    own.
 
     Raises:
         ValueError: if a value is out of range, naming it, the range and a way out.
@@ -70,11 +84,15 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] | None = None
     skip_special_tokens: bool = True
     detokenize: bool = True
 
     def __post_init__(self) -> None:
         self._normalize_stops()
+        self._normalize_bans()
         self._check_bool("ignore_eos")
         self._check_bool("include_stop_str_in_output")
         self._check_bool("skip_special_tokens")
@@ -85,6 +103,11 @@ class SamplingParams:
                 "none: set detokenize=True, or stop at stop_token_ids."
             )
         self._check_int("n", at_least=1)
+        if self.n > MAX_N:
+            raise ValueError(
+                f"n={self.n} must be at most {MAX_N}: for more samples pass the prompt "
+                "several times."
+            )
         self._check_int("top_k", at_least=-1, cure="0 or -1 keeps all tokens")
         self._check_int("min_tokens", at_least=0)
         if self.max_tokens is not None:
@@ -96,8 +119,9 @@ class SamplingParams:
                     f"min_tokens={self.min_tokens} must be at most max_tokens="
                     f"{self.max_tokens}: lower the one or raise the other."
                 )
-        if self.logprobs is not None:
-            self._check_int("logprobs", at_least=-1, cure="-1 is all, None is none")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                self._check_int(name, at_least=-1, cure="-1 is all, None is none")
         if self.seed is not None:
             self._check_int("seed", at_least=-(2**63), cure="None takes a fresh seed")
             if self.seed >= 2**64:
@@ -142,21 +166,59 @@ class SamplingParams:
                     f"stop={stop!r} holds an empty string, which is found everywhere: "
                     "leave it out."
                 )
-        token_ids = []
-        for token_id in _as_tuple("stop_token_ids", self.stop_token_ids):
-            if isinstance(token_id, bool) or not isinstance(token_id, Integral):
-                raise TypeError(
-                    f"stop_token_ids holds {token_id!r}: it takes ids, which are ints. "
-                    "Strings go into stop."
-                )
-            if token_id < 0:
-                raise ValueError(
-                    f"stop_token_ids holds {token_id}: ids are 0 or more, and below the "
-                    "size of the vocabulary."
-                )
-            token_ids.append(int(token_id))
         self._set("stop", strings)
-        self._set("stop_token_ids", tuple(token_ids))
+        stop_token_ids = _as_tuple("stop_token_ids", self.stop_token_ids)
+        cure = "Strings go into stop."
+        self._set(
+            "stop_token_ids",
+            tuple(_as_token_id("stop_token_ids", i, cure) for i in stop_token_ids),
+        )
+
+    def _normalize_bans(self) -> None:
+        """Makes `bad_words` and `allowed_token_ids` tuples, and `logit_bias` a dict."""
+        if isinstance(self.bad_words, str):
+            raise TypeError(
+                f"bad_words={self.bad_words!r} must be a sequence of strings: pass "
+                f"[{self.bad_words!r}]."
+            )
+        words = _as_tuple("bad_words", self.bad_words)
+        for word in words:
+            if not isinstance(word, str):
+                raise TypeError(
+                    f"bad_words holds {word!r}: it takes strings. Ids go into logit_bias, "
+                    "with -100, or all others into allowed_token_ids."
+                )
+            if not word.strip(" "):
+                raise ValueError(
+                    f"bad_words holds {word!r}, and a word is more than spaces: leave it "
+                    "out."
+                )
+            try:
+                word.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"bad_words holds {word!r}, where {word[error.start]!r} is half a "
+                    "surrogate pair and no character: leave it out."
+                ) from None
+        self._set("bad_words", tuple(dict.fromkeys(words)))
+        if self.allowed_token_ids is not None:
+            name, cure = "allowed_token_ids", "Text is to be tokenized first."
+            allowed = _as_tuple(name, self.allowed_token_ids)
+            if not allowed:
+                raise ValueError(
+                    "allowed_token_ids is empty, so there is nothing to draw: name an id, "
+                    "or None, which allows all."
+                )
+            ids = tuple(_as_token_id(name, i, cure) for i in allowed)
+            self._set(name, tuple(dict.fromkeys(ids)))
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, Mapping):
+                raise TypeError(
+                    f"logit_bias={self.logit_bias!r} must be a dict from token id to what "
+                    "is added to its logit, or None."
+                )
+            items = self.logit_bias.items()
+            self._set("logit_bias", dict(_as_bias(*item) for item in items))
 
     def _check_bool(self, name: str) -> None:
         value = getattr(self, name)
@@ -189,6 +251,39 @@ class SamplingParams:
         ):
             raise ValueError(f"{name}={value} must be {limits}; {cure}.")
         self._set(name, number)
+
+
+def _as_token_id(name: str, token_id: Any, cure: str) -> int:
+    if isinstance(token_id, bool) or not isinstance(token_id, Integral):
+        raise TypeError(
+            f"{name} holds {token_id!r}: it takes ids, which are ints. {cure}"
+        )
+    if token_id < 0:
+        raise ValueError(
+            f"{name} holds {token_id}: ids are 0 or more, and below the size of the "
+            "vocabulary."
+        )
+    return int(token_id)
+
+
+def _as_bias(token_id: Any, value: Any) -> tuple[int, float]:
+    """An entry of `logit_bias`; JSON, whose keys are strings, may write `"5"` for 5."""
+    if isinstance(token_id, str) and token_id.isascii() and token_id.isdigit():
+        token_id = int(token_id)
+    cure = "Text is to be tokenized first."
+    checked = _as_token_id("logit_bias", token_id, cure)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(
+            f"logit_bias holds {value!r} for id {checked}: a number is expected, which "
+            "is added to its logit."
+        )
+    number = float(value)
+    if math.isnan(number):
+        raise ValueError(
+            f"logit_bias holds nan for id {checked}: a bias is from -{MAX_LOGIT_BIAS:g} "
+            f"to {MAX_LOGIT_BIAS:g}."
+        )
+    return checked, max(-MAX_LOGIT_BIAS, min(MAX_LOGIT_BIAS, number))
 
 
 def _as_tuple(name: str, values: Iterable[Any] | None) -> tuple[Any, ...]:

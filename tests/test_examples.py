@@ -144,6 +144,10 @@ VLLM_DEFAULTS = {
     "max_tokens": 16,
     "min_tokens": 0,
     "logprobs": None,
+    "prompt_logprobs": None,
+    "logit_bias": None,
+    "allowed_token_ids": None,
+    "bad_words": None,
     "detokenize": True,
     "skip_special_tokens": True,
     "include_stop_str_in_output": False,
@@ -154,7 +158,7 @@ def test_names_and_defaults_are_vllms(translation: ModuleType) -> None:
     ours = {field.name: field.default for field in fields(SamplingParams)}
     assert MISSING not in ours.values() and ours == VLLM_DEFAULTS
     values = translation.to_vllm_sampling(SamplingParams())
-    assert values == VLLM_DEFAULTS | {"stop": [], "stop_token_ids": []}
+    assert values == VLLM_DEFAULTS | {"stop": [], "stop_token_ids": [], "bad_words": []}
     for name in VLLM_DEFAULTS:
         assert f"`{name}`" in read("outgrow"), f"{name} is not in the table"
 

@@ -464,6 +464,117 @@ class TestStops:
         assert not caplog.records
 
 
+class TestBans:
+    """`bad_words`, `allowed_token_ids`, `logit_bias`: in the vocabulary, and not all."""
+
+    def ids(self, made: InputProcessor, params: SamplingParams | None) -> Any:
+        requests = [
+            r for group in made.process_requests(["a", "b"], params) for r in group
+        ]
+        [found] = {request.bad_words_ids for request in requests}
+        return found
+
+    def test_both_ways_to_write_a_word(self) -> None:
+        kite, bare = tuple(encode(" kite")), tuple(encode("kite"))
+        assert len(kite) == 1
+        assert len(bare) == 2
+        for word in ("kite", " kite", "  kite"):
+            found = self.ids(processor(), SamplingParams(bad_words=[word], n=2))
+            assert found == (bare, kite)
+        words = SamplingParams(bad_words=["kite", "\n", "red kite", " kite"])
+        found = self.ids(processor(), words)
+        assert found == (
+            *(bare, kite),
+            *(tuple(encode("\n")), tuple(encode(" \n"))),
+            *(tuple(encode("red kite")), tuple(encode(" red kite"))),
+        )
+
+    def test_without_bad_words(self) -> None:
+        assert self.ids(processor(), None) == ()
+        assert self.ids(processor(), SamplingParams()) == ()
+
+    def test_each_prompt_has_its_own(self) -> None:
+        one, other = SamplingParams(bad_words=["a"]), SamplingParams()
+        groups = processor().process_requests(["x"] * 5, [one, other, one, one, other])
+        lengths = [len(group[0].bad_words_ids) for group in groups]
+        assert lengths == [2, 0, 2, 2, 0]
+
+    def test_words_need_a_tokenizer(self) -> None:
+        made = InputProcessor(None, V, 64)
+        with pytest.raises(ValueError, match=r"bad_words=.*no tokenizer.*logit_bias"):
+            made.process_request([1], SamplingParams(bad_words=["a"]))
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("allowed_token_ids", [1, V]),
+            ("logit_bias", {1: 1.0, V: 1.0}),
+            ("stop_token_ids", [1, V]),
+        ],
+    )
+    def test_ids_outside_the_vocabulary(self, name: str, value: Any) -> None:
+        params: Mapping[str, Any] = {name: value}
+        with pytest.raises(ValueError, match=rf"{name} holds 2048.*0 to 2047"):
+            processor().process_request("a", SamplingParams(**params))
+        inside = {name: {V - 1: 1.0} if name == "logit_bias" else [V - 1]}
+        processor().process_request("a", SamplingParams(**inside))  # type: ignore[arg-type]
+
+    def test_words_outside_the_vocabulary(self) -> None:
+        made = InputProcessor(tokenizer(), 50, 64)
+        with pytest.raises(ValueError, match=r"bad word has the ids.*0 to 49"):
+            made.process_request([1], SamplingParams(bad_words=["kite"]))
+
+    def test_prompt_logprobs_of_all_and_of_more(self) -> None:
+        for value in (-1, 0, V):
+            processor().process_request("a", SamplingParams(prompt_logprobs=value))
+        with pytest.raises(ValueError, match=rf"prompt_logprobs={V + 1}.*-1 asks"):
+            processor().process_request("a", SamplingParams(prompt_logprobs=V + 1))
+
+    @pytest.mark.parametrize(
+        ("wish", "reason"),
+        [
+            (
+                {"allowed_token_ids": [EOS, EOS_2], "min_tokens": 1},
+                r"allowed_token_ids leaves 2, and min_tokens=1.*none is left.*min_tokens=0",
+            ),
+            (
+                {"allowed_token_ids": [7], "min_tokens": 2, "stop_token_ids": [7]},
+                r"allowed_token_ids leaves 1, and min_tokens=2",
+            ),
+            (
+                {"allowed_token_ids": "KITE", "bad_words": ["kite"]},
+                r"leaves 1, and bad words of one token forbid 1.*Forbid fewer",
+            ),
+            (
+                {
+                    "allowed_token_ids": [EOS],
+                    "min_tokens": 1,
+                    "ignore_eos": True,
+                    "stop_token_ids": [EOS],
+                },
+                r"min_tokens=1",
+            ),
+        ],
+    )
+    def test_nothing_left_to_draw(self, wish: dict[str, Any], reason: str) -> None:
+        if wish["allowed_token_ids"] == "KITE":
+            wish = {**wish, "allowed_token_ids": encode(" kite")}
+        with pytest.raises(ValueError, match=reason):
+            processor().process_request("a", SamplingParams(**wish))
+
+    @pytest.mark.parametrize(
+        "wish",
+        [
+            {"allowed_token_ids": [EOS, EOS_2]},
+            {"allowed_token_ids": [EOS, 7], "min_tokens": 1},
+            {"allowed_token_ids": [EOS], "min_tokens": 1, "ignore_eos": True},
+            {"allowed_token_ids": [7], "logit_bias": {7: -100}},
+        ],
+    )
+    def test_something_left_to_draw(self, wish: dict[str, Any]) -> None:
+        processor().process_request("a", SamplingParams(**wish))
+
+
 class TestChat:
     def test_is_what_transformers_writes(self) -> None:
         for options in (
@@ -881,7 +992,6 @@ class TestGenerationConfig:
         "fields",
         [
             {"no_repeat_ngram_size": 3},
-            {"bad_words_ids": [[5]]},
             {"suppress_tokens": [5, 6]},
             {"num_beams": 4},
             {"do_sample": True, "typical_p": 0.9},
@@ -909,6 +1019,44 @@ class TestGenerationConfig:
     ) -> None:
         params_of(tmp_path, **fields)
         assert not [r for r in caplog.records if r.name == "folo_lib.inputs"]
+
+    def test_bad_words_ids_are_obeyed(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        words = [[5], [6, 7], [EOS], [6, 7]]
+        params = params_of(tmp_path, bad_words_ids=words, max_length=30)
+        assert isinstance(params, DefaultParams)
+        assert params.max_length == 30
+        assert params.bad_words_ids == ((5,), (6, 7), (EOS,), (6, 7))
+        assert not [r for r in caplog.records if r.name == "folo_lib.inputs"]
+        made = processor(default_params=params)
+        [request] = made.process_request([1] * 10)
+        # Without EOS, as in Hugging Face: it would never end.
+        assert request.bad_words_ids == ((5,), (6, 7))
+        assert request.max_tokens == 20
+        [own] = made.process_request([1] * 10, SamplingParams())
+        assert own.bad_words_ids == ()
+        alone = params_of(tmp_path, bad_words_ids=words)
+        assert isinstance(alone, DefaultParams)
+        assert alone.max_length is None
+        assert alone.max_tokens == 16
+        for nothing in (None, []):
+            params = params_of(tmp_path, bad_words_ids=nothing)
+            assert type(params) is SamplingParams
+
+    @pytest.mark.parametrize(
+        "value",
+        [5, [5], [[]], [["a"]], [[5, -1]], [[True]], "ab", {"a": [5]}, [[5], 6]],
+    )
+    def test_bad_words_ids_of_a_wrong_kind(self, tmp_path: Path, value: Any) -> None:
+        with pytest.raises(ValueError, match=r"bad_words_ids=.*list of words"):
+            params_of(tmp_path, bad_words_ids=value)
+
+    def test_bad_words_ids_outside_the_vocabulary(self, tmp_path: Path) -> None:
+        made = processor(default_params=params_of(tmp_path, bad_words_ids=[[5, V]]))
+        with pytest.raises(ValueError, match=r"\[5, 2048\].*bad_words_ids"):
+            made.process_request("a")
+        made.process_request("a", SamplingParams())
 
     def test_min_p_comes_after_top_p_at_hugging_face(self) -> None:
         """So it keeps three where this engine keeps two, which the docs say."""

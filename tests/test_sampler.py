@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 import random
+import time
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any, ClassVar
@@ -22,6 +23,7 @@ from folo_lib import bundled_model_path, load_model, load_tokenizer, sampler
 from folo_lib.sampler import (
     Sampler,
     SamplingMetadata,
+    SamplingRows,
     apply_filters,
     apply_min_p_filtering,
     apply_penalties,
@@ -1336,7 +1338,7 @@ class TestMetadata:
         asked = {
             k for k, v in vars(metadata).items() if v is not None and v is not False
         }
-        assert asked == {"seeds", "sample_indices", "positions"}
+        assert asked == {"seeds", "sample_indices", "positions", "rows"}
 
     def test_columns(self) -> None:
         params = [
@@ -1387,6 +1389,534 @@ class TestMetadata:
         metadata = make_metadata([GREEDY] * 7, 9, seeds=seeds)
         expected = [0, 2**63 - 1, -(2**63), -1, -1, -(2**63), 5]
         assert metadata.seeds.tolist() == expected
+
+
+@dataclasses.dataclass
+class Asker:
+    """A request as a test plays it: what `set_row` is told, and its output so far."""
+
+    params: SamplingParams
+    seed: int
+    prompt: list[int]
+    stops: list[int]
+    bad_words: list[list[int]]
+    output: list[int] = dataclasses.field(default_factory=list)
+    index: int = 0
+
+    @property
+    def position(self) -> int:
+        return len(self.prompt) + len(self.output)
+
+    def sit(self, rows: SamplingRows, row: int) -> None:
+        rows.set_row(
+            row,
+            self.params,
+            self.seed,
+            self.index,
+            self.prompt,
+            self.stops,
+            self.output,
+            self.bad_words,
+        )
+
+    def expected(self, logits: list[float]) -> list[float]:
+        """Logits with bans, biases and penalties, by loops over lists."""
+        p, row = self.params, list(logits)
+        for token in range(len(row)):
+            if p.logit_bias and token in p.logit_bias:
+                row[token] = float(f32(row[token]) + f32(p.logit_bias[token]))
+            if p.allowed_token_ids is not None and token not in p.allowed_token_ids:
+                row[token] = -INF
+            if token in self.stops and len(self.output) < p.min_tokens:
+                row[token] = -INF
+        for *before, last in self.bad_words:
+            if self.output[len(self.output) - len(before) :] == before:
+                row[last] = -INF
+        return Reference.penalties(row, p, set(self.prompt), self.output)
+
+
+def random_asker(rng: random.Random, vocab_size: int, plain: float = 0.3) -> Asker:
+    def ids(most: int) -> list[int]:
+        return [rng.randrange(vocab_size) for _ in range(rng.randint(0, most))]
+
+    def words() -> list[list[int]]:
+        return [[*ids(3), rng.randrange(vocab_size)] for _ in range(rng.randint(0, 5))]
+
+    def maybe(value: Any, off: Any = None) -> Any:
+        return value if rng.random() < 0.4 else off
+
+    params = random_params(rng, 0.3)
+    if rng.random() < plain:
+        params = rng.choice([GREEDY, SamplingParams(), SamplingParams(top_k=3)])
+    elif rng.random() < 0.8:
+        allowed = ids(vocab_size) or [0]
+        bias = {i: rng.choice([-100, -1.5, 0.25, 3, 100]) for i in ids(4)}
+        changes = {
+            "logit_bias": maybe(bias),
+            "allowed_token_ids": maybe(allowed),
+            "min_tokens": maybe(rng.randint(1, 5), 0),
+            "logprobs": maybe(rng.choice([0, 2, -1])),
+        }
+        params = dataclasses.replace(params, **changes)
+    bad_words = words() if params != GREEDY and rng.random() < 0.5 else []
+    stops = list(dict.fromkeys([*ids(2), -1, vocab_size]))
+    return Asker(
+        params, rng.getrandbits(64), ids(6), stops, bad_words, [], ids(1) != []
+    )
+
+
+class Watched:
+    """The scores that tokens were drawn from, after bans, biases and penalties."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.scores = torch.empty(0)
+        filters, draw = sampler.apply_filters, sampler.draw_tokens
+
+        def watch_filters(logits: Tensor, metadata: SamplingMetadata) -> Tensor:
+            self.scores = logits
+            return filters(logits, metadata)
+
+        def watch_draw(logits: Tensor, metadata: SamplingMetadata) -> Tensor:
+            if metadata.temperature is None:
+                self.scores = logits
+            return draw(logits, metadata)
+
+        monkeypatch.setattr(sampler, "apply_filters", watch_filters)
+        monkeypatch.setattr(sampler, "draw_tokens", watch_draw)
+
+
+def run_rows(
+    rows: SamplingRows, running: dict[int, Asker], logits: Tensor
+) -> tuple[SamplingMetadata, Tensor, Any]:
+    """One step of these rows, with its tokens recorded; the askers are told nothing."""
+    index = torch.tensor(list(running), dtype=torch.int64)
+    positions = torch.tensor([asker.position for asker in running.values()])
+    metadata = rows.gather(list(running), index, positions)
+    token_ids, logprobs = Sampler().sample(logits, metadata)
+    rows.record(metadata, token_ids)
+    return metadata, token_ids, logprobs
+
+
+class TestRows:
+    """Rows that are set, gathered, recorded, given up and taken again, in any order."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("vocab_size", [5, 40, 257])
+    def test_random_lives(
+        self, vocab_size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rng, watched = random.Random(vocab_size), Watched(monkeypatch)
+        rows, seated = SamplingRows(6, vocab_size, "cpu"), dict[int, Asker]()
+        waiting: list[Asker] = []
+        compared = banned = 0
+        for _ in range(250):
+            for row in list(seated):
+                what = rng.random()
+                if what < 0.06:  # it ends
+                    del seated[row]
+                elif what < 0.12:  # it is preempted
+                    waiting.append(seated.pop(row))
+            free = [row for row in range(6) if row not in seated]
+            rng.shuffle(free)
+            for row in free:
+                if rng.random() < 0.5:
+                    back = waiting and rng.random() < 0.5
+                    asker = waiting.pop(0) if back else random_asker(rng, vocab_size)
+                    asker.sit(rows, row)
+                    seated[row] = asker
+            ids = rng.sample(list(seated), rng.randint(0, len(seated)))
+            if not ids:
+                continue
+            running = {row: seated[row] for row in ids}
+            logits = torch.tensor([random_logits(rng, vocab_size) for _ in ids])
+            logits = logits.to(dtype)
+            _, token_ids, logprobs = run_rows(rows, running, logits)
+            scores = watched.scores.float()
+            for i, asker in enumerate(running.values()):
+                wanted = torch.tensor(asker.expected(logits[i].tolist()))
+                torch.testing.assert_close(scores[i], wanted, rtol=1e-5, atol=1e-5)
+                alone = SamplingRows(1, vocab_size, "cpu")
+                asker.sit(alone, 0)
+                _, token_id, mine = run_rows(alone, {0: asker}, logits[i : i + 1])
+                assert torch.equal(watched.scores[0].float(), scores[i])
+                assert token_id.item() == token_ids[i].item()
+                if mine is not None:
+                    size = mine.logprobs.shape[1]
+                    assert torch.equal(mine.logprobs[0], logprobs.logprobs[i, :size])
+                compared += 1
+                banned += int((wanted == -INF).any())
+            for asker, token_id in zip(
+                running.values(), token_ids.tolist(), strict=True
+            ):
+                if token_id >= 0:
+                    assert asker.expected([0.0] * vocab_size)[token_id] > -INF
+                    asker.output.append(token_id)
+        assert compared > 400
+        assert banned > 150
+
+    def test_a_row_written_anew_is_the_row_that_stayed(self) -> None:
+        """After a preemption: another row, another neighbour, the same metadata."""
+        rng = random.Random(5)
+        for _ in range(60):
+            vocab_size = rng.choice([5, 40])
+            rows = SamplingRows(4, vocab_size, "cpu")
+            askers = {row: random_asker(rng, vocab_size, 0) for row in (2, 0)}
+            for row, asker in askers.items():
+                asker.sit(rows, row)
+            for _ in range(rng.randint(0, 8)):
+                logits = torch.randn(2, vocab_size)
+                _, token_ids, _ = run_rows(rows, askers, logits)
+                for asker, token in zip(
+                    askers.values(), token_ids.tolist(), strict=True
+                ):
+                    asker.output += [token] * (token >= 0)
+            asker, places = askers[2], torch.tensor([2])
+            position = torch.tensor([asker.position])
+            stayed = rows.gather([2], places, position)
+            random_asker(rng, vocab_size, 0).sit(rows, 3)
+            asker.sit(rows, 3)
+            anew = rows.gather([3], torch.tensor([3]), position)
+            for name, value in vars(stayed).items():
+                if isinstance(value, Tensor) and name != "rows":
+                    other = getattr(anew, name)
+                    # Longer or more words of others have widened these tables.
+                    if name == "bad_words":
+                        other = other[:, : value.shape[1], -value.shape[2] :]
+                    if name == "recent_tokens":
+                        other = other[:, -value.shape[1] :]
+                    assert torch.equal(value, other), name
+                elif name != "rows":
+                    assert value == getattr(anew, name), name
+
+    def test_a_row_that_sits_out_keeps_its_counts(self) -> None:
+        rows = SamplingRows(3, 10, "cpu")
+        params = SamplingParams(temperature=0, presence_penalty=2, frequency_penalty=1)
+        ada = Asker(params, 1, [1, 2], [], [[4, 5]])
+        ben = Asker(GREEDY, 2, [1], [], [])
+        ada.sit(rows, 1)
+        ben.sit(rows, 2)
+        logits = torch.zeros(2, 10)
+        logits[:, 4] = 1.0
+        metadata, token_ids, _ = run_rows(rows, {1: ada, 2: ben}, logits)
+        assert token_ids.tolist() == [4, 4]
+        for _ in range(3):
+            metadata, token_ids, _ = run_rows(rows, {2: ben}, logits[:1])
+            assert metadata.output_counts is None
+            assert metadata.recent_tokens is None
+        index = torch.tensor([1])
+        metadata = rows.gather([1], index, torch.tensor([3]))
+        assert metadata.output_counts is not None
+        assert metadata.output_counts[0].tolist() == [0, 0, 0, 0, 1] + [0] * 5
+        assert metadata.recent_tokens is not None
+        assert metadata.recent_tokens.tolist() == [[4]]
+
+    def test_minus_one_counts_nothing(self) -> None:
+        rows = SamplingRows(2, 6, "cpu")
+        asker = Asker(SamplingParams(presence_penalty=1), 1, [2], [], [[1, 2, 3]], [1])
+        asker.sit(rows, 0)
+        index = torch.tensor([0])
+        for token in (-1, 4, -1):
+            rows.record(rows.gather([0], index, index + 2), torch.tensor([token]))
+        metadata = rows.gather([0], index, index + 3)
+        assert metadata.output_counts is not None
+        assert metadata.output_counts.tolist() == [[0, 1, 0, 0, 1, 0]]
+        assert metadata.recent_tokens is not None
+        assert metadata.recent_tokens.tolist() == [[1, 4]]
+
+    def test_tables_are_made_when_asked_for_and_then_stay(self) -> None:
+        rows = SamplingRows(4, 50, "cpu")
+        Asker(GREEDY, 1, [1], [3], []).sit(rows, 0)
+        Asker(SamplingParams(top_p=0.5), 1, [1], [3], []).sit(rows, 1)
+        assert not rows.tables.made
+        wishes = {
+            "output_counts": {"presence_penalty": 1.0},
+            "stop_token_mask": {"min_tokens": 2},
+            "logit_bias": {"logit_bias": {3: 1.0}},
+        }
+        for name, wish in wishes.items():
+            assert name not in rows.tables.made
+            Asker(SamplingParams(**wish), 1, [1], [3], []).sit(rows, 2)  # type: ignore[arg-type]
+            assert rows.tables.made[name].shape == (4, 50)
+        where = {name: table.data_ptr() for name, table in rows.tables.made.items()}
+        rng = random.Random(2)
+        for _ in range(40):
+            random_asker(rng, 50).sit(rows, rng.randrange(4))
+        now = {name: table.data_ptr() for name, table in rows.tables.made.items()}
+        assert now == where
+
+    def test_a_row_leaves_the_others_alone(self) -> None:
+        rng, rows = random.Random(6), SamplingRows(3, 30, "cpu")
+        for row in range(3):
+            random_asker(rng, 30, 0).sit(rows, row)
+        for _ in range(50):
+            row = rng.randrange(3)
+            others = [other for other in range(3) if other != row]
+            before = {n: t[others].clone() for n, t in rows.tables.made.items()}
+            random_asker(rng, 30, 0).sit(rows, row)
+            for name, table in before.items():
+                assert torch.equal(rows.tables.made[name][others], table)
+
+    def test_a_large_batch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        rng, watched = random.Random(7), Watched(monkeypatch)
+        size, vocab_size = 300, 64
+        rows = SamplingRows(size, vocab_size, "cpu")
+        order = rng.sample(range(size), size)
+        running = {row: random_asker(rng, vocab_size) for row in order}
+        for row, asker in running.items():
+            asker.output = [rng.randrange(vocab_size) for _ in range(rng.randint(0, 6))]
+            asker.sit(rows, row)
+        logits = torch.randn(size, vocab_size)
+        run_rows(rows, running, logits)
+        expected = [
+            asker.expected(row)
+            for asker, row in zip(running.values(), logits.tolist(), strict=True)
+        ]
+        torch.testing.assert_close(
+            watched.scores, torch.tensor(expected), rtol=1e-5, atol=1e-5
+        )
+
+    def test_what_nobody_asks_for_is_none(self) -> None:
+        rows = SamplingRows(4, 20, "cpu")
+        everything = SamplingParams(
+            presence_penalty=1, logit_bias={3: 1}, min_tokens=1, logprobs=1, min_p=0.1
+        )
+        Asker(everything, 1, [1], [3], [[1, 2]]).sit(rows, 0)
+        Asker(GREEDY, 1, [1], [3], []).sit(rows, 3)
+        index = torch.tensor([3])
+        plain = vars(rows.gather([3], index, index))
+        assert {n for n, v in plain.items() if v is not None and v is not False} == {
+            "seeds",
+            "sample_indices",
+            "positions",
+            "rows",
+        }
+        both = rows.gather([3, 0], torch.tensor([3, 0]), torch.tensor([1, 1]))
+        assert both.logit_bias is not None
+        assert both.logit_bias[0].abs().sum() == 0
+        assert both.num_logprobs == 1
+        assert both.temperature is not None
+        assert both.temperature.tolist() == [0, 1]
+
+    def test_columns_are_kept_while_the_rows_run_on(self) -> None:
+        rows = SamplingRows(2, 20, "cpu")
+        Asker(SamplingParams(logit_bias={1: 2.0}), 1, [1], [3], []).sit(rows, 0)
+        index = torch.tensor([0])
+        first = rows.gather([0], index, index + 1)
+        again = rows.gather([0], index, index + 2)
+        assert again.temperature is first.temperature
+        assert again.logit_bias is first.logit_bias
+        assert first.positions.tolist() == [1]
+        assert again.positions.tolist() == [2]
+        Asker(GREEDY, 5, [1], [3], []).sit(rows, 1)
+        Asker(GREEDY, 6, [1], [3], []).sit(rows, 0)
+        assert rows.gather([0], index, index).seeds.tolist() == [6]
+        assert rows.gather([1], index + 1, index).seeds.tolist() == [5]
+        running = [0, 1]
+        assert rows.gather(running, torch.arange(2), index).seeds.tolist() == [6, 5]
+        running.reverse()  # the same list, and no longer the same rows
+        index = torch.tensor(running)
+        assert rows.gather(running, index, index).seeds.tolist() == [5, 6]
+
+    def test_seeds_of_64_bits_and_exact_top_p(self) -> None:
+        rows = SamplingRows(1, 20, "cpu")
+        asker = Asker(SamplingParams(top_p=0.99999), 2**64 - 1, [1], [], [])
+        asker.sit(rows, 0)
+        metadata = rows.gather([0], torch.tensor([0]), torch.tensor([1]))
+        assert metadata.seeds.tolist() == [-1]
+        assert metadata.top_p is not None
+        assert metadata.top_p.tolist() == [0.99999]
+        assert metadata.temperature is not None
+        assert metadata.temperature.dtype == torch.float32
+
+    def test_rows_made_in_inference_mode_may_change_outside(self) -> None:
+        rows = SamplingRows(2, 10, "cpu")
+        asker = Asker(SamplingParams(presence_penalty=1), 1, [1], [], [[1, 2]])
+        with torch.inference_mode():
+            asker.sit(rows, 0)
+            run_rows(rows, {0: asker}, torch.randn(1, 10))
+        asker.sit(rows, 1)
+        run_rows(rows, {0: asker, 1: asker}, torch.randn(2, 10))
+
+    def test_a_plain_greedy_step_costs_next_to_nothing(self) -> None:
+        rows = SamplingRows(64, 1000, "cpu")
+        Asker(GREEDY, 1, [1], [], []).sit(rows, 5)
+        running, index = [5], torch.tensor([5])
+        with Ops() as ops:
+            rows.gather(running, index, index)
+            first = len(ops.names)
+            metadata = rows.gather(running, index, index)
+            rows.record(metadata, index)
+        assert len(ops.names) == first  # nothing after the first time
+        best = INF
+        for _ in range(5):
+            start = time.perf_counter()
+            for _ in range(200):
+                rows.gather(running, index, index)
+            best = min(best, (time.perf_counter() - start) / 200)
+        assert best < 5e-5  # some microseconds, and room for a slow machine
+
+    def test_nothing_waits_for_the_device(self) -> None:
+        rows = SamplingRows(8, 40, "cpu")
+        running = {}
+        for row in range(8):
+            running[row] = random_asker(random.Random(row), 40, 0)
+            running[row].sit(rows, row)
+        index, positions = torch.arange(8), torch.full((8,), 9)
+        tokens, logits = torch.arange(8), torch.randn(8, 40)
+        metadata = rows.gather(range(8), index, positions)
+        assert metadata.bad_words is not None
+        assert metadata.logit_bias is not None
+        assert metadata.output_counts is not None
+        with Ops() as ops:
+            metadata = rows.gather(range(8), index, positions)
+            Sampler().sample(logits, metadata)
+            rows.record(metadata, tokens)
+        assert not set(ops.names) & WAITING
+
+
+class TestBadWords:
+    def words_at(
+        self, words: list[list[int]], output: list[int], vocab_size: int = 12
+    ) -> list[int]:
+        """The ids that may not come after this output."""
+        rows = SamplingRows(1, vocab_size, "cpu")
+        Asker(GREEDY, 1, [1, 2, 3], [], words, output).sit(rows, 0)
+        index = torch.tensor([0])
+        metadata = rows.gather([0], index, index)
+        scores = torch.zeros(1, vocab_size)
+        if metadata.logit_bias is not None:
+            scores = scores + metadata.logit_bias
+        if metadata.bad_words is not None:
+            assert metadata.recent_tokens is not None
+            scores = sampler.forbid_bad_words(
+                scores, metadata.bad_words, metadata.recent_tokens
+            )
+        return (scores[0] == -INF).nonzero().flatten().tolist()
+
+    @pytest.mark.parametrize(
+        ("words", "output", "forbidden"),
+        [
+            ([[5]], [], [5]),
+            ([[5], [6]], [5, 6], [5, 6]),
+            ([[1, 2, 3]], [], []),  # the prompt does not count
+            ([[4, 5]], [4], [5]),
+            ([[4, 5]], [4, 6], []),
+            ([[4, 5]], [6, 4], [5]),
+            ([[4, 5, 6]], [5], []),  # only a part of the word is there
+            ([[4, 5, 6]], [4, 5], [6]),
+            ([[4, 5, 6]], [4, 5, 4, 5], [6]),
+            ([[4, 5, 6]], [4, 5, 5], []),
+            ([[4, 4, 4]], [4, 4, 4], [4]),
+            ([[4, 5], [7, 4, 8]], [7, 4], [5, 8]),
+            ([[4, 5], [7, 4, 5]], [7, 4], [5]),  # the same id twice
+            ([[4, 5], [8, 5]], [8], [5]),  # one of two matches
+            ([[4, 5], [0, 0]], [4], [5]),
+            ([[0, 0]], [], []),  # an id of 0 is no empty place
+            ([[0, 1]], [0], [1]),
+        ],
+    )
+    def test_written_out(
+        self, words: list[list[int]], output: list[int], forbidden: list[int]
+    ) -> None:
+        assert self.words_at(words, output) == forbidden
+
+    def test_a_row_of_many_and_a_row_of_none(self) -> None:
+        rng = random.Random(8)
+        words = [
+            [rng.randrange(50) for _ in range(rng.randint(2, 6))] for _ in range(80)
+        ]
+        output = [rng.randrange(50) for _ in range(30)]
+        for end in range(31):
+            expected = {
+                w[-1]
+                for w in words
+                if output[:end][max(0, end - len(w) + 1) :] == w[:-1]
+            }
+            assert set(self.words_at(words, output[:end], 50)) == expected
+
+    def test_longer_words_of_a_neighbour_change_nothing(self) -> None:
+        """The tables grow while a row is in the middle of a word."""
+        rows, index = SamplingRows(3, 12, "cpu"), torch.tensor([1])
+        Asker(GREEDY, 1, [1], [], [[4, 5, 6], [7, 8]], [4, 5]).sit(rows, 1)
+        for number in range(2, 5):
+            longer = [[9] * (2 * number)] * (2 * number)
+            Asker(GREEDY, 1, [1], [], longer).sit(rows, 2)
+            metadata = rows.gather([1], index, index)
+            assert metadata.bad_words is not None
+            assert metadata.recent_tokens is not None
+            scores = sampler.forbid_bad_words(
+                torch.zeros(1, 12), metadata.bad_words, metadata.recent_tokens
+            )
+            assert (scores[0] == -INF).nonzero().flatten().tolist() == [6]
+
+    def test_nan_stays_nan(self) -> None:
+        rows = SamplingRows(1, 4, "cpu")
+        params = SamplingParams(temperature=0, allowed_token_ids=[1, 2])
+        asker = Asker(params, 1, [1], [], [[1, 2], [3]], [1])
+        asker.sit(rows, 0)
+        logits = torch.tensor([[0.0, 0.0, math.nan, 0.0]])
+        assert run_rows(rows, {0: asker}, logits)[1].tolist() == [-1]
+
+    @pytest.mark.parametrize("temperature", [0, 1])
+    def test_nothing_left_to_draw(self, temperature: float) -> None:
+        rows = SamplingRows(2, 4, "cpu")
+        params = SamplingParams(temperature=temperature, allowed_token_ids=[2])
+        stuck = Asker(params, 1, [1], [], [[1, 2]], [1])
+        free = Asker(params, 1, [1], [], [[1, 2]], [3])
+        stuck.sit(rows, 0)
+        free.sit(rows, 1)
+        drawn = run_rows(rows, {0: stuck, 1: free}, torch.randn(2, 4))[1]
+        assert drawn.tolist() == [-1, 2]
+
+
+class TestBias:
+    def test_draws_follow_the_bias(self) -> None:
+        """Chi-square: a bias of log 3 makes a token three times as likely."""
+        size, params = 4000, SamplingParams(logit_bias={2: math.log(3)})
+        metadata = make_metadata([params] * size, 5, lengths=list(range(size)))
+        logits = torch.tensor([0.5, -1.0, 0.0, 1.0, 0.25]).expand(size, 5)
+        counts = Sampler().sample(logits, metadata)[0].bincount(minlength=5)
+        weights = logits[0].exp() * torch.tensor([1, 1, 3, 1, 1])
+        assert p_value(counts, weights / weights.sum()) > 1e-4
+
+    def test_log_probabilities_are_the_raw_ones(self) -> None:
+        params = SamplingParams(
+            temperature=0, logprobs=2, logit_bias={0: 100.0}, allowed_token_ids=[0, 3]
+        )
+        logits = torch.tensor([[-3.0, 1.0, 2.0, 0.0]])
+        token_ids, logprobs = Sampler().sample(logits, make_metadata([params], 4))
+        assert token_ids.tolist() == [0]
+        assert logprobs is not None
+        assert logprobs.token_ids.tolist() == [[0, 2, 1]]
+        assert torch.equal(
+            logprobs.logprobs, logits.log_softmax(-1).gather(1, logprobs.token_ids)
+        )
+
+    def test_bias_and_allowed_together(self) -> None:
+        """A bias does not bring back what is not allowed, nor a word that is bad."""
+        params = SamplingParams(
+            temperature=0, logit_bias={0: 100.0, 1: 100.0}, allowed_token_ids=[1, 2]
+        )
+        bias = torch.full((4,), 7.0)
+        sampler.fill_bias(bias, params, [[1], [2, 3]])
+        assert bias.tolist() == [-INF, -INF, 0, -INF]
+
+    def test_a_bias_comes_before_the_penalties(self) -> None:
+        """What it lifts above 0 is divided, not multiplied."""
+        params = SamplingParams(
+            temperature=0, logit_bias={0: 3.0}, repetition_penalty=2.0
+        )
+        metadata = make_metadata([params], 3)
+        fill_tables(metadata, [{0}], [[]])
+        logits = torch.tensor([[-1.0, 0.5, 0.75]])  # (-1 + 3) / 2 = 1
+        assert Sampler().sample(logits, metadata)[0].tolist() == [0]
+
+    def test_half_precision_takes_small_biases(self) -> None:
+        """In bfloat16 itself 64 + 0.125 would be 64."""
+        params = SamplingParams(temperature=0, logit_bias={1: 0.125})
+        for dtype in DTYPES:
+            logits = torch.tensor([[64.0, 64.0, 1.0]]).to(dtype)
+            assert Sampler().sample(logits, make_metadata([params], 3))[0] == 1
 
 
 NO_GPU = "compares a GPU with the CPU, and there is no CUDA device"

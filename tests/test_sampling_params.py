@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import math
+import pickle
 import subprocess
 import sys
 from typing import Any
@@ -34,6 +36,10 @@ DEFAULTS = {
     "ignore_eos": False,
     "include_stop_str_in_output": False,
     "logprobs": None,
+    "prompt_logprobs": None,
+    "logit_bias": None,
+    "allowed_token_ids": None,
+    "bad_words": (),
     "skip_special_tokens": True,
     "detokenize": True,
 }
@@ -49,8 +55,11 @@ def test_takes_keywords_only() -> None:
 
 
 def test_frozen_equal_and_hashable() -> None:
-    params = SamplingParams(stop=["a"], stop_token_ids=[3])
-    assert hash(params) == hash(SamplingParams(stop=("a",), stop_token_ids=(3,)))
+    params = SamplingParams(stop=["a"], stop_token_ids=[3], logit_bias={1: 2})
+    same = SamplingParams(stop=("a",), stop_token_ids=(3,), logit_bias={1: 2.0})
+    assert params == same
+    assert hash(params) == hash(same)
+    assert params != dataclasses.replace(params, logit_bias={1: 3})
     with pytest.raises(dataclasses.FrozenInstanceError):
         params.n = 2  # type: ignore[misc]
 
@@ -59,7 +68,7 @@ def test_frozen_equal_and_hashable() -> None:
     ("name", "value"),
     [
         ("n", 1),
-        ("n", 64),
+        ("n", 16_384),
         ("temperature", 0),
         ("temperature", 0.01),
         ("temperature", 2),
@@ -86,6 +95,13 @@ def test_frozen_equal_and_hashable() -> None:
         ("logprobs", -1),
         ("logprobs", 0),
         ("logprobs", 10**6),
+        ("prompt_logprobs", -1),
+        ("prompt_logprobs", 0),
+        ("prompt_logprobs", 10**6),
+        ("logit_bias", {}),
+        ("logit_bias", {0: -100, 10**6: 100}),
+        ("allowed_token_ids", (0, 10**6)),
+        ("bad_words", ("\n", "a b", " a")),
     ],
 )
 def test_limits_are_allowed(name: str, value: Any) -> None:
@@ -97,6 +113,8 @@ def test_limits_are_allowed(name: str, value: Any) -> None:
     [
         ("n", 0, "at least 1"),
         ("n", -3, "at least 1"),
+        ("n", 16_385, "at most 16384"),
+        ("n", 2**63, "at most 16384"),
         ("temperature", -0.1, "at least 0 and at most 2"),
         ("temperature", 2.01, "at least 0 and at most 2"),
         ("temperature", NAN, "at least 0 and at most 2"),
@@ -125,6 +143,14 @@ def test_limits_are_allowed(name: str, value: Any) -> None:
         ("min_tokens", -1, "at least 0"),
         ("min_tokens", 17, "at most max_tokens=16"),
         ("logprobs", -2, "at least -1"),
+        ("prompt_logprobs", -2, "at least -1"),
+        ("allowed_token_ids", [], "nothing to draw"),
+        ("allowed_token_ids", [5, -1], "0 or more"),
+        ("logit_bias", {-1: 2.0}, "0 or more"),
+        ("logit_bias", {3: NAN}, "from -100 to 100"),
+        ("bad_words", ["a", ""], "more than spaces"),
+        ("bad_words", ["  "], "more than spaces"),
+        ("bad_words", ["a\ud800"], "half a surrogate pair"),
         ("stop", "", "empty string"),
         ("stop", ["a", ""], "empty string"),
         ("stop_token_ids", [5, -1], "0 or more"),
@@ -136,14 +162,22 @@ def test_out_of_range(name: str, value: Any, limit: str) -> None:
     message = str(error.value)
     assert name in message
     assert limit in message
-    shown = value[-1] if name == "stop_token_ids" else value
-    assert (repr(shown) if name == "stop" else str(shown)) in message
+    shown = value
+    if name in ("stop_token_ids", "allowed_token_ids", "bad_words"):
+        shown = value[-1] if value else "empty"
+    if name == "logit_bias":
+        shown = "nan" if 3 in value else -1
+    quoted = name in ("stop", "bad_words")
+    assert (repr(shown) if quoted else str(shown)) in message
 
 
 CURES = {
     "top_k": (-2, "keeps all tokens"),
     "max_tokens": (0, "None goes to the model's limit"),
     "logprobs": (-2, "None is none"),
+    "prompt_logprobs": (-2, "None is none"),
+    "allowed_token_ids": ([], "None, which allows all"),
+    "bad_words": ([""], "leave it out"),
     "seed": (2**64, "None takes a fresh seed"),
     "temperature": (3, "0 is greedy"),
     "top_p": (0, "1 keeps all tokens"),
@@ -163,6 +197,7 @@ def test_the_error_names_a_way_out(name: str) -> None:
 
 
 INTS = ["n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs"]
+INTS += ["prompt_logprobs"]
 FLOATS = [
     "temperature",
     "top_p",
@@ -218,10 +253,62 @@ def test_stop_takes_strings(value: Any) -> None:
         SamplingParams(stop=value)
 
 
+@pytest.mark.parametrize("name", ["stop_token_ids", "allowed_token_ids"])
 @pytest.mark.parametrize("value", [["a"], [True], [1.0], 5, "12"])
-def test_stop_token_ids_takes_ints(value: Any) -> None:
-    with pytest.raises(TypeError, match="stop_token_ids"):
-        SamplingParams(stop_token_ids=value)
+def test_ids_are_ints(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=name):
+        SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize("value", ["ab", ["a", 3], [b"a"], [None], [[1, 2]], 3, 2.5])
+def test_bad_words_takes_a_sequence_of_strings(value: Any) -> None:
+    with pytest.raises(TypeError, match="bad_words"):
+        SamplingParams(bad_words=value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *([1, 2], [(1, 2.0)], 5, "1"),
+        *({1.0: 2}, {True: 2}, {"a": 2}, {"-1": 2}, {None: 2}),
+        *({1: "2"}, {1: None}, {1: True}, {1: [2]}),
+    ],
+)
+def test_logit_bias_takes_ids_and_numbers(value: Any) -> None:
+    with pytest.raises(TypeError, match="logit_bias"):
+        SamplingParams(logit_bias=value)
+
+
+def test_biases_are_clamped_and_copied() -> None:
+    given_dict = {1: 1000, 2: -INF, 3: INF, 4: np.float32(0.5), np.int64(5): 1}
+    params = SamplingParams(logit_bias=given_dict)  # type: ignore[arg-type]
+    assert params.logit_bias == {1: 100, 2: -100, 3: 100, 4: 0.5, 5: 1}
+    given_dict.clear()
+    assert len(params.logit_bias) == 5
+    assert {type(i) for i in params.logit_bias} == {int}
+    assert {type(x) for x in params.logit_bias.values()} == {float}
+
+
+def test_keys_of_json_are_ids() -> None:
+    """An OpenAI client sends `{"1234": 5}`."""
+    params = SamplingParams(logit_bias={"1234": 5})  # type: ignore[dict-item]
+    assert params.logit_bias == {1234: 5}
+
+
+def test_bans_become_tuples_without_doubles() -> None:
+    params = SamplingParams(bad_words=["b", "a", "b"], allowed_token_ids=[3, 1, 3])
+    assert params.bad_words == ("b", "a")
+    assert params.allowed_token_ids == (3, 1)
+    ids = SamplingParams(allowed_token_ids=np.array([3, 1])).allowed_token_ids  # type: ignore[arg-type]
+    assert ids == (3, 1)
+    assert all(type(i) is int for i in ids)
+    assert SamplingParams(bad_words=None).bad_words == ()
+
+
+def test_params_travel_to_other_processes() -> None:
+    params = SamplingParams(logit_bias={1: 2.0}, bad_words=["a"], allowed_token_ids=[1])
+    assert pickle.loads(pickle.dumps(params)) == params
+    assert copy.deepcopy(params) == params
 
 
 def test_stops_become_tuples() -> None:
