@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from folo_lib.attention import AttentionMetadata
+from folo_lib.kv_cache import AttentionMetadata
 
 KVCache = tuple[Tensor, Tensor]
 
@@ -56,13 +56,17 @@ class BlockPool:
             self.lengths[seq] = self.lengths.get(seq, 0) + num_new
             starts.append(len(slots))
         width = max(len(self.blocks[seq]) for seq in news) + 1
+        seq_lens = [self.lengths[seq] for seq in news]
         metadata = AttentionMetadata(
+            block_size=self.block_size,
             slot_mapping=torch.tensor(slots),
-            query_start_loc=torch.tensor(starts),
-            seq_lens=torch.tensor([self.lengths[seq] for seq in news]),
             block_table=torch.tensor(
                 [(self.blocks[seq] + [10**9] * width)[:width] for seq in news]
             ),
+            query_start_loc=torch.tensor(starts),
+            seq_lens=torch.tensor(seq_lens),
+            query_lens_list=list(news.values()),
+            seq_lens_list=seq_lens,
         )
         return torch.tensor(positions), metadata
 
