@@ -405,14 +405,16 @@ class PerSequenceBackend(AttentionBackend):
         self, query: Tensor, kv_cache: tuple[Tensor, Tensor], read: PaddedRead
     ) -> Tensor:
         """`[b, H, D] -> [b, H, D]`, each over its own sequence."""
-        rectangle, flat = read.slots.shape, read.slots.flatten()
+        flat = read.slots.flatten()
+        rectangle = (*read.slots.shape, *kv_cache[0].shape[2:])
         keys, values = (
-            cache.flatten(0, 1).index_select(0, flat).unflatten(0, rectangle)
+            cache.flatten(0, 1).index_select(0, flat).view(rectangle)
             for cache in kv_cache
         )  # [b, T, H_kv, D]
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)  # heads first
-        # The query heads that share a key head ask together, as if they were tokens.
-        queries = query.unflatten(1, (keys.shape[1], -1))  # [b, H_kv, H / H_kv, D]
+        # The query heads that share a key head ask together, as if they were tokens:
+        # [b, H, D] -> [b, H_kv, H / H_kv, D]
+        queries = query.view(len(query), keys.shape[1], -1, query.shape[-1])
         mask = read.mask.to(query.dtype)
         return self.attend(queries, keys, values, mask).flatten(1, 2)
 

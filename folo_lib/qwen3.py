@@ -131,14 +131,15 @@ class Attention(nn.Module):
         qkv = self.qkv_proj(hidden_states)
         qkv = qkv.unflatten(-1, (-1, self.head_dim))  # [..., H + 2 * H_kv, D]
         num_heads, num_kv_heads, _ = self.heads
-        query_key, value = qkv.split((num_heads + num_kv_heads, num_kv_heads), dim=-2)
+        shares = [num_heads + num_kv_heads, num_kv_heads]
+        query_key, value = torch.split(qkv, shares, dim=-2)
         if self.q_norm is not None and self.k_norm is not None:
             # One root mean square per head, whosever it is; only the weights differ.
-            weights = [self.q_norm.weight] * num_heads
+            weights: list[Tensor] = [self.q_norm.weight] * num_heads
             weights += [self.k_norm.weight] * num_kv_heads
             query_key = torch.stack(weights) * self.q_norm.normalize(query_key)
         rotated = apply_rotary_emb(query_key, cos, sin)  # [..., H + H_kv, D]
-        query, key = rotated.split((num_heads, num_kv_heads), dim=-2)
+        query, key = torch.split(rotated, [num_heads, num_kv_heads], dim=-2)
         if kv_cache is not None and metadata is not None:
             output = self.backend.forward(query, key, value, kv_cache, metadata)
         else:  # [..., S, H, D] -> [..., H, S, D] and back
