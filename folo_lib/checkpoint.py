@@ -41,8 +41,7 @@ from folo_lib.checkpoint_checks import (
     warn_of_non_finite,
 )
 
-from .qwen3 import get_attention_backend
-from .qwen3 import Qwen3ForCausalLM
+from .qwen3 import Qwen3ForCausalLM, get_attention_backend
 from .rope import ROPE_FIELDS
 
 if TYPE_CHECKING:

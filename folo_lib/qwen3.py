@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = [
+    "ATTENTION_BACKENDS",
     "check_config",
     "get_head_dim",
-    "ATTENTION_BACKENDS",
-    "get_attention_backend",
     "Attention",
+    "get_attention_backend",
     "Qwen3Attention",
     "Qwen3MLP",
     "Qwen3DecoderLayer",
@@ -43,7 +43,7 @@ from .rope import RotaryEmbedding, apply_rotary_emb
 if TYPE_CHECKING:
     from transformers import Qwen2Config, Qwen3Config
 
-    from .kv_cache import AttentionBackend, AttentionMetadata
+    from folo_lib.kv_cache import AttentionBackend, AttentionMetadata
 
 
 # %% ../notebooks/04_qwen3.ipynb #check-config
@@ -89,30 +89,6 @@ def get_head_dim(config: "Qwen2Config | Qwen3Config") -> int:
     return head_dim or config.hidden_size // config.num_attention_heads
 
 
-# %% ../notebooks/04_qwen3.ipynb #get-attention-backend
-ATTENTION_BACKENDS = {
-    "torch_naive": "folo_lib.kv_cache:TorchNaiveBackend",
-    "torch_sdpa": "folo_lib.kv_cache:TorchSDPABackend",
-}
-"""Where each backend is found; page 06 writes the first two."""
-
-
-def get_attention_backend(name: str = "auto") -> "type[AttentionBackend]":
-    """The backend class of that name; `"auto"` takes the fastest that runs everywhere.
-
-    Raises:
-        ValueError: if no backend has that name.
-    """
-    path = ATTENTION_BACKENDS.get("torch_sdpa" if name == "auto" else name)
-    if path is None:
-        raise ValueError(
-            f"unknown attention backend {name!r}: choose one of 'auto', "
-            + ", ".join(map(repr, ATTENTION_BACKENDS))
-        )
-    backend: type[AttentionBackend] = pkgutil.resolve_name(path)
-    return backend
-
-
 # %% ../notebooks/04_qwen3.ipynb #attention
 class Attention(nn.Module):
     """QKV projection, optional q/k norm, RoPE, a backend, output projection.
@@ -155,16 +131,15 @@ class Attention(nn.Module):
         qkv = self.qkv_proj(hidden_states)
         qkv = qkv.unflatten(-1, (-1, self.head_dim))  # [..., H + 2 * H_kv, D]
         num_heads, num_kv_heads, _ = self.heads
-        value = qkv[..., -num_kv_heads:, :]
-        query_key = qkv[..., :-num_kv_heads, :]  # [..., H + H_kv, D]
+        shares = [num_heads + num_kv_heads, num_kv_heads]
+        query_key, value = torch.split(qkv, shares, dim=-2)
         if self.q_norm is not None and self.k_norm is not None:
             # One root mean square per head, whosever it is; only the weights differ.
-            q_weight = self.q_norm.weight.expand(num_heads, -1)
-            k_weight = self.k_norm.weight.expand(num_kv_heads, -1)
-            weight = torch.cat((q_weight, k_weight))  # [H + H_kv, D]
-            query_key = weight * self.q_norm.normalize(query_key)
-        rotated = apply_rotary_emb(query_key, cos, sin)
-        query, key = rotated[..., :num_heads, :], rotated[..., num_heads:, :]
+            weights: list[Tensor] = [self.q_norm.weight] * num_heads
+            weights += [self.k_norm.weight] * num_kv_heads
+            query_key = torch.stack(weights) * self.q_norm.normalize(query_key)
+        rotated = apply_rotary_emb(query_key, cos, sin)  # [..., H + H_kv, D]
+        query, key = torch.split(rotated, [num_heads, num_kv_heads], dim=-2)
         if kv_cache is not None and metadata is not None:
             output = self.backend.forward(query, key, value, kv_cache, metadata)
         else:  # [..., S, H, D] -> [..., H, S, D] and back
@@ -174,6 +149,30 @@ class Attention(nn.Module):
             ).transpose(-3, -2)
         projected: Tensor = self.o_proj(output.flatten(-2))  # [..., H * D] -> [..., E]
         return projected
+
+
+# %% ../notebooks/04_qwen3.ipynb #get-attention-backend
+ATTENTION_BACKENDS = {
+    "torch_naive": "folo_lib.kv_cache:TorchNaiveBackend",
+    "torch_sdpa": "folo_lib.kv_cache:TorchSDPABackend",
+}
+"""Where each backend is found; page 06 writes the first two."""
+
+
+def get_attention_backend(name: str = "auto") -> "type[AttentionBackend]":
+    """The backend class of that name; `"auto"` takes the fastest that runs everywhere.
+
+    Raises:
+        ValueError: if no backend has that name.
+    """
+    path = ATTENTION_BACKENDS.get("torch_sdpa" if name == "auto" else name)
+    if path is None:
+        raise ValueError(
+            f"unknown attention backend {name!r}: choose one of 'auto', "
+            + ", ".join(map(repr, ATTENTION_BACKENDS))
+        )
+    backend: type[AttentionBackend] = pkgutil.resolve_name(path)
+    return backend
 
 
 # %% ../notebooks/04_qwen3.ipynb #qwen3-attention

@@ -17,9 +17,10 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from folo_lib.attention import AttentionMetadata, create_causal_mask, repeat_kv
+from folo_lib.attention import create_causal_mask, repeat_kv
 from folo_lib.course import figures
 from folo_lib.course.figures import CACHE, KEYS, QUERIES, Look
+from folo_lib.kv_cache import AttentionMetadata
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(ROOT.glob("notebooks/[0-9][0-9]_*.ipynb"))
@@ -291,10 +292,13 @@ def test_a_lookup_shows_query_and_keys(ax: Any) -> None:
 
 def test_a_step_is_written_into_its_slots(ax: Any) -> None:
     metadata = AttentionMetadata(
+        block_size=4,
         slot_mapping=torch.tensor([1, 4, 5, 6]),
+        block_table=torch.tensor([[2, 0], [1, 0]]),
         query_start_loc=torch.tensor([0, 1, 4]),
         seq_lens=torch.tensor([6, 3]),
-        block_table=torch.tensor([[2, 0], [1, 0]]),
+        query_lens_list=[1, 3],
+        seq_lens_list=[6, 3],
     )
     figures.draw_step(ax, metadata, block_size=4)
     inside = {text.get_position(): text.get_text() for text in ax.texts}

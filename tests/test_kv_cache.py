@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import make_metadata
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 from transformers import (
@@ -16,17 +17,17 @@ from transformers import (
     Qwen3ForCausalLM as Qwen3ReferenceModel,
 )
 
-from folo_lib.attention import ATTENTION_BACKENDS, AttentionMetadata, TorchSDPABackend
 from folo_lib.kv_cache import (
     DEFAULT_BLOCK_SIZE,
     BlockAllocator,
+    TorchSDPABackend,
     allocate_kv_caches,
     compute_slot_mapping,
     kv_bytes_per_token,
     reshape_and_cache_kv,
     resolve_max_model_len,
 )
-from folo_lib.qwen3 import Qwen3ForCausalLM
+from folo_lib.qwen3 import ATTENTION_BACKENDS, Qwen3ForCausalLM
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -337,11 +338,12 @@ class TestResolveMaxModelLen:
 
         able = [length for length in range(1, 129) if fits(length)]
         args = self.config, dtype, memory, wanted, block_size
-        if (wanted is None and able) or wanted in able:
-            right = max(able) if wanted is None else wanted
+        if able and (wanted is None or 1 <= wanted <= 128):
+            right = max(n for n in able if wanted is None or n <= wanted)
             assert resolve_max_model_len(*args) == right
         else:
-            with pytest.raises(ValueError, match=f"max_model_len={wanted} "):
+            named = 128 if wanted is None else wanted
+            with pytest.raises(ValueError, match=f"max_model_len={named} "):
                 resolve_max_model_len(*args)
 
     def test_the_models_limit_in_silence(
@@ -355,14 +357,29 @@ class TestResolveMaxModelLen:
             assert resolve_max_model_len(*args) == wanted
         assert not caplog.records
 
-    def test_less_is_said_aloud(self, caplog: pytest.LogCaptureFixture) -> None:
+    @pytest.mark.parametrize("wanted", [None, 128, 113])
+    def test_less_is_served_and_said_aloud(
+        self, wanted: int | None, caplog: pytest.LogCaptureFixture
+    ) -> None:
         memory = 128 * 192 * 4 - 1
         with caplog.at_level(logging.WARNING):
-            assert resolve_max_model_len(self.config, torch.float32, memory) == 112
+            args = self.config, torch.float32, memory, wanted
+            assert resolve_max_model_len(*args) == 112
         (record,) = caplog.records
         assert record.levelno == logging.WARNING
-        for part in ("112", "128", f"{memory:,} bytes", "768 bytes", "blocks of 16"):
-            assert part in record.getMessage()
+        said = record.getMessage()
+        for part in (f"{memory:,} bytes", "112 tokens", "768 bytes", "blocks of 16"):
+            assert part in said
+        assert f"is 112, not {wanted or 128}:" in said
+        assert "set aside more memory, or use a narrower dtype" in said
+
+    def test_what_fits_is_served_in_silence(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        assert resolve_max_model_len(self.config, torch.float32, 50_000, 64) == 64
+        assert not caplog.records
+        assert resolve_max_model_len(self.config, torch.float32, 50_000, 65) == 64
+        assert len(caplog.records) == 1
 
     @pytest.mark.parametrize("wanted", [129, 0, -3])
     def test_the_models_limit_is_named(self, wanted: int) -> None:
@@ -370,15 +387,6 @@ class TestResolveMaxModelLen:
             ValueError, match=f"max_model_len={wanted} .*128, the positions"
         ):
             resolve_max_model_len(self.config, torch.float32, 10**9, wanted)
-
-    def test_what_does_not_fit_is_told_what_does(self) -> None:
-        with pytest.raises(
-            ValueError,
-            match=r"max_model_len=65 .*50,000 bytes.* 64 tokens of 768 bytes, in blocks "
-            r"of 16. Set aside more memory, ask for less",
-        ):
-            resolve_max_model_len(self.config, torch.float32, 50_000, 65)
-        assert resolve_max_model_len(self.config, torch.float32, 50_000, 64) == 64
 
     @pytest.mark.parametrize("wanted", [None, 1])
     def test_not_even_one_block(self, wanted: int | None) -> None:
@@ -418,19 +426,6 @@ def random_reference(config: Qwen3Config) -> Qwen3ReferenceModel:
     return reference
 
 
-def metadata_of(
-    blocks: list[int], start: int, stop: int, block_size: int, in_a_row: bool
-) -> AttentionMetadata:
-    slots = compute_slot_mapping(blocks, start, stop, block_size)
-    return AttentionMetadata(
-        slot_mapping=torch.tensor(slots),
-        query_start_loc=torch.tensor([0, stop - start]),
-        seq_lens=torch.tensor([stop]),
-        block_table=torch.tensor([blocks]),
-        first_slots=[blocks[0] * block_size] if in_a_row else None,
-    )
-
-
 @pytest.mark.parametrize("tied", [True, False])
 class TestThroughTheModel:
     chunks = (7, 1, 32, 56, 1, 1)
@@ -444,13 +439,12 @@ class TestThroughTheModel:
         caches: list[tuple[Tensor, Tensor]],
         blocks: list[int],
         block_size: int = 16,
-        in_a_row: bool = False,
     ) -> Tensor:
         model = Qwen3ForCausalLM(reference.config, backend)
         model.load_weights(reference.state_dict().items())
         states, done = [], 0
         for size in self.chunks:
-            metadata = metadata_of(blocks, done, done + size, block_size, in_a_row)
+            metadata = make_metadata([blocks], [size], [done + size], block_size)
             positions = torch.arange(done, done + size)
             states.append(model(ids[positions], positions, caches, metadata))
             done += size
@@ -481,9 +475,7 @@ class TestThroughTheModel:
             for cache in (cache for pair in caches for cache in pair):
                 cache.fill_(float("nan"))
             order = blocks if in_a_row else blocks[::-1]
-            logits = self.read(
-                reference, backend, ids, caches, order, block_size, in_a_row
-            )
+            logits = self.read(reference, backend, ids, caches, order, block_size)
             self.check(logits, reference, ids)
             slots = torch.tensor(compute_slot_mapping(order, 0, 98, block_size))
             for cache in (cache for pair in caches for cache in pair):
@@ -510,9 +502,7 @@ class TestThroughTheModel:
         for tokens in (ids, others, ids):
             blocks = allocator.allocate(98)
             assert blocks == list(range(7))
-            read = self.read(
-                reference, "torch_sdpa", tokens, caches, blocks, in_a_row=True
-            )
+            read = self.read(reference, "torch_sdpa", tokens, caches, blocks)
             outputs.append(read)
             allocator.free(blocks)
         assert torch.equal(outputs[0], outputs[2])

@@ -38,8 +38,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from folo_lib.attention import ATTENTION_BACKENDS, AttentionMetadata, TorchNaiveBackend
+from folo_lib.kv_cache import AttentionMetadata, TorchNaiveBackend
 from folo_lib.qwen3 import (
+    ATTENTION_BACKENDS,
     Qwen3ForCausalLM,
     check_config,
     copy_weights,
@@ -283,23 +284,26 @@ class TestBfloat16:
     def test_rounds_where_hugging_face_rounds(self, case: str) -> None:
         # Weights, cos and sin, and scores are cast at the same places: bound or no bound,
         # cast one of them elsewhere, and four logits in five differ.
-        config, narrow, tokens, _ = in_bfloat16(case)
-        for path, backend in [("eager", "torch_naive"), ("sdpa", "torch_sdpa")]:
-            ours = logits_of(load(config, narrow[path], backend), tokens)
+        config, narrow, batch, _ = in_bfloat16(case)
+        tokens = batch[:1]
+        plain = logits_of(load(config, narrow["sdpa"], "auto"), tokens)
+        cached = Cached(load(config, narrow["eager"], "torch_naive"))
+        cached.caches = [(k.bfloat16(), v.bfloat16()) for k, v in cached.caches]
+        naive = cached.step({0: tokens[0]})[0][None]
+        for path, ours in [("sdpa", plain), ("eager", naive)]:
             equal = ours == narrow[path](tokens).logits
             assert equal.float().mean() > 0.5  # all, where this was written
 
 
 class TestGradients:
-    @each_backend
     @pytest.mark.parametrize(
         "case", ["qwen3 3/3 bias", "qwen3 12/3 untied linear bias"]
     )
-    def test_equal_those_of_hugging_face(self, case: str, backend: str) -> None:
+    def test_equal_those_of_hugging_face(self, case: str) -> None:
         # The bundled checkpoint is trained with this very model.
         config = make_config(case)
         theirs = make_reference(config)
-        ours = load(config, theirs, backend).requires_grad_()
+        ours = load(config, theirs, "auto").requires_grad_()
         theirs.requires_grad_()
         tokens = torch.randint(config.vocab_size, (2, 33))
         for logits in (logits_of(ours, tokens), theirs(tokens).logits):
@@ -485,8 +489,10 @@ class TestErrors:
 class Doubling(TorchNaiveBackend):
     """A reader's own backend."""
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return 2 * super().attend(query, key, value)
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        return 2 * super().attend(query, key, value, mask)
 
 
 class TestBackendChoice:
@@ -494,13 +500,25 @@ class TestBackendChoice:
         monkeypatch.setitem(ATTENTION_BACKENDS, "doubling", f"{__name__}:Doubling")
         case = "qwen3 4/1"
         ours = load(reference(case).config, reference(case).model, "doubling")
-        halved = loaded(case, "torch_naive")
-        tokens = torch.arange(10)[None]
-        assert not torch.allclose(ours(tokens), halved(tokens))
+        tokens = {0: torch.arange(10), 1: torch.arange(3)}
+        halved = Cached(loaded(case, "torch_naive")).step(tokens)
+        doubled = Cached(ours).step(tokens)
+        assert not torch.allclose(doubled[0], halved[0])
         for name, weight in ours.hf_weights().items():
             if name.endswith("o_proj.weight"):
                 weight.div_(2)
-        torch.testing.assert_close(ours(tokens), halved(tokens), rtol=1e-4, atol=1e-4)
+        doubled = Cached(ours).step(tokens)
+        for seq, logits in halved.items():
+            torch.testing.assert_close(doubled[seq], logits, rtol=1e-4, atol=1e-4)
+
+    def test_without_a_cache_no_backend_is_asked(self) -> None:
+        case = "qwen3 4/1"
+        model = load(reference(case).config, reference(case).model, "auto")
+        for layer in model.model.layers:
+            layer.self_attn.backend = None  # type: ignore[union-attr, assignment]
+        assert_parity(
+            logits_of(model, reference(case).batch), reference(case).batch_logits
+        )
 
 
 class TestWeights:

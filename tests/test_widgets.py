@@ -16,7 +16,7 @@ import torch
 from transformers import Qwen2Config, Qwen3Config
 
 from folo_lib import LLMEngine, bundled_model_path, load_model, load_tokenizer
-from folo_lib.attention import naive_attention
+from folo_lib.attention import create_causal_mask
 from folo_lib.course.widgets import (
     MODEL_SHAPES,
     CourseWidget,
@@ -222,11 +222,11 @@ def test_the_model_is_left_alone(
 
     before, during = backends(), []
 
-    def attend(*arguments: Any) -> torch.Tensor:
+    def look(*arguments: Any, **options: Any) -> torch.Tensor:
         during.append(backends())
-        return naive_attention(*arguments)
+        return create_causal_mask(*arguments, **options)
 
-    monkeypatch.setattr("folo_lib.course.widgets.attention.naive_attention", attend)
+    monkeypatch.setattr("folo_lib.course.widgets.attention.create_causal_mask", look)
     tensors = {id(tensor) for tensor in model.parameters()}
     attention_weights(model, [1, 2, 3])
     assert during == [before] * len(before) and backends() == before

@@ -22,7 +22,7 @@ from matplotlib.patches import Rectangle
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from folo_lib.attention import AttentionMetadata
+    from folo_lib.kv_cache import AttentionMetadata
 
 # Okabe and Ito's colours, told apart by every eye, and what the course adds to them.
 BLACK, BLUE, SKY, GREEN = "#000000", "#0072B2", "#56B4E9", "#009E73"

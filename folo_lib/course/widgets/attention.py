@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
-from folo_lib.attention import (
-    AttentionBackend,
-    create_causal_mask,
-    naive_attention,
-    repeat_kv,
-)
+from folo_lib.attention import create_causal_mask, repeat_kv
 from folo_lib.course.figures import GREY, ORANGE, write_values
 from folo_lib.course.widgets.base import (
     Explorer,
@@ -32,48 +28,43 @@ from folo_lib.request import TokenBytes
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from folo_lib.qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
+    from folo_lib.qwen3 import Qwen3ForCausalLM
 
 
-class RecordingBackend(AttentionBackend):
-    """Attends as `naive_attention` does, and keeps the weights of every call."""
+class AttentionRecorder(TorchFunctionMode):
+    """Keeps the weights of every causal attention that is computed while it is on."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weights: list[Tensor] = []
 
-    @staticmethod
-    def get_name() -> str:
-        return "recording"
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        scale = query.shape[-1] ** -0.5
-        lengths = query.shape[-2], key.shape[-2]
-        mask = create_causal_mask(*lengths, device=query.device)[0, 0]  # [S, T]
-        keys = repeat_kv(key, query.shape[-3] // key.shape[-3]).float()
-        scores = query.float() @ keys.transpose(-1, -2) * scale + mask
-        self.weights.append(scores.softmax(dim=-1).cpu())
-        return naive_attention(query, key, value, scale, mask.to(query.dtype))
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            query, key = args[:2]
+            lengths = query.shape[-2], key.shape[-2]
+            mask = create_causal_mask(*lengths, device=query.device)[0, 0]  # [S, T]
+            keys = repeat_kv(key, query.shape[-3] // key.shape[-3]).float()
+            scores = query.float() @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5
+            self.weights.append((scores + mask).softmax(dim=-1).cpu())
+        return func(*args, **(kwargs or {}))
 
 
 def attention_weights(model: Qwen3ForCausalLM, token_ids: Sequence[int]) -> Tensor:
     """The attention weights of every layer and head over one text.
 
     Args:
-        model: left as it is; a copy that shares its weights reads the text.
+        model: a loaded model.
         token_ids: `S` ids.
 
     Returns:
         `[layers, H, S, S]` float32 on the CPU; each row sums to 1, none looks ahead.
     """
-    recorder = RecordingBackend()
-    tensors = [*model.parameters(), *model.buffers()]
-    reader = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    for layer in reader.model.layers:
-        cast("Qwen3DecoderLayer", layer).self_attn.backend = recorder
     device = model.model.embed_tokens.weight.device
-    with torch.inference_mode():
-        reader(torch.tensor(token_ids, device=device))
+    recorder = AttentionRecorder()
+    with torch.inference_mode(), recorder:
+        model(torch.tensor(token_ids, device=device))
     return torch.stack(recorder.weights)
 
 
