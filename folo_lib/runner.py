@@ -483,7 +483,9 @@ def score_prompt(
     states = hidden_states[chunk.start : chunk.start + len(targets)]
     parts = [
         gather_logprobs(model.compute_logits(some), own, count)
-        for some, own in zip(states.split(256), predicted.split(256), strict=True)
+        for some, own in zip(
+            torch.split(states, 256), torch.split(predicted, 256), strict=True
+        )
     ]
     return LogprobsTensors(
         torch.cat([part.token_ids for part in parts]),
