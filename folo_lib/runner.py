@@ -308,6 +308,21 @@ class StepLayout:
     pending_rows: list[int] = field(default_factory=list)
     scoring: list[PromptChunk] = field(default_factory=list)
 
+    @property
+    def draw_rows(self) -> list[int]:
+        """The rows of the requests that draw."""
+        return [state.row for state in self.drawing]
+
+    def to_columns(self) -> list[list[int]]:
+        """All integers that the device needs, in the order of `make_input_batch`."""
+        starts = [0, *accumulate(self.query_lens)]
+        next_positions = [state.num_computed_tokens for state in self.drawing]
+        per_token = self.input_ids, self.positions, self.slots
+        per_request = starts, self.seq_lens, self.rows
+        per_draw = self.ends, next_positions, self.draw_rows
+        pending = self.pending, self.pending_rows
+        return [*per_token, *per_request, *per_draw, *pending]
+
 
 # %% ../notebooks/08_runner.ipynb #lay-end-to-end
 def lay_end_to_end(rows: RequestRows, plan: StepPlan, block_size: int) -> StepLayout:
@@ -375,17 +390,10 @@ def send(columns: Sequence[Sequence[int]], device: torch.device) -> Sequence[Ten
 def make_input_batch(rows: RequestRows, plan: StepPlan, block_size: int) -> InputBatch:
     """The tensors of a step, on the device of `rows`, which move on by its tokens."""
     step = lay_end_to_end(rows, plan, block_size)
-    starts = [0, *accumulate(step.query_lens)]
-    next_positions = [state.num_computed_tokens for state in step.drawing]
-    draw_rows = [state.row for state in step.drawing]
-    per_token = step.input_ids, step.positions, step.slots
-    per_request = starts, step.seq_lens, step.rows
-    per_draw = step.ends, next_positions, draw_rows
-    columns = *per_token, *per_request, *per_draw, step.pending, step.pending_rows
-    sent = send(columns, rows.block_table.device)
+    sent = send(step.to_columns(), rows.block_table.device)
     input_ids, positions, slot_mapping, *sent = sent
     query_start_loc, seq_lens, row_index, *sent = sent
-    logits_indices, next_places, draw_index, pending, pending_rows = sent
+    logits_indices, next_positions, draw_index, pending, pending_rows = sent
     if step.pending:
         drawn = rows.last_token_ids.index_select(0, pending_rows)
         input_ids.index_copy_(0, pending, drawn)
@@ -402,7 +410,7 @@ def make_input_batch(rows: RequestRows, plan: StepPlan, block_size: int) -> Inpu
         positions=positions,
         drawing=step.drawing,
         logits_indices=logits_indices,
-        sampling=rows.sampling.gather(draw_rows, draw_index, next_places),
+        sampling=rows.sampling.gather(step.draw_rows, draw_index, next_positions),
         scoring=step.scoring,
     )
 
