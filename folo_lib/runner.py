@@ -39,12 +39,6 @@ from os import PathLike
 import torch
 from torch import Tensor
 
-from folo_lib.checkpoint import (
-    find_checkpoint,
-    load_model,
-    read_config,
-    resolve_device,
-)
 from folo_lib.kv_cache import (
     AttentionMetadata,
     allocate_kv_caches,
@@ -61,6 +55,7 @@ from folo_lib.sampler import (
     move,
 )
 
+from .checkpoint import find_checkpoint, load_model, read_config, resolve_device
 from .config import EngineConfig
 from .platform import get_kv_cache_memory
 from .qwen3 import Qwen3ForCausalLM
