@@ -4,21 +4,25 @@
 
 # %% auto #0
 __all__ = [
+    "TokenLogprobs",
+    "Source",
     "NewRequest",
     "ScheduledRequest",
     "StepPlan",
-    "TokenLogprobs",
     "SampledToken",
     "StepOutput",
-    "PromptChunk",
-    "InputBatch",
     "RequestRow",
     "RequestRows",
+    "PromptChunk",
+    "StepLayout",
+    "lay_end_to_end",
+    "InputBatch",
+    "send",
     "make_input_batch",
     "to_entries",
     "InFlightStep",
+    "score_prompt",
     "ModelRunner",
-    "Source",
     "get_model",
     "GPUWorker",
     "GPUExecutor",
@@ -28,19 +32,13 @@ __all__ = [
 import sys
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, chain
 from os import PathLike
 
 import torch
 from torch import Tensor
 
-from folo_lib.checkpoint import (
-    find_checkpoint,
-    load_model,
-    read_config,
-    resolve_device,
-)
 from folo_lib.kv_cache import (
     AttentionMetadata,
     allocate_kv_caches,
@@ -48,11 +46,7 @@ from folo_lib.kv_cache import (
     kv_bytes_per_token,
     resolve_max_model_len,
 )
-
-from .config import EngineConfig
-from .platform import get_kv_cache_memory
-from .qwen3 import Qwen3ForCausalLM
-from .sampler import (
+from folo_lib.sampler import (
     LogprobsTensors,
     Sampler,
     SamplingMetadata,
@@ -60,6 +54,11 @@ from .sampler import (
     gather_logprobs,
     move,
 )
+
+from .checkpoint import find_checkpoint, load_model, read_config, resolve_device
+from .config import EngineConfig
+from .platform import get_kv_cache_memory
+from .qwen3 import Qwen3ForCausalLM
 from .sampling_params import SamplingParams
 
 
@@ -68,18 +67,16 @@ from .sampling_params import SamplingParams
 class NewRequest:
     """What a runner is told once of a request: when it starts, or starts again.
 
-    Plain data, as all that goes to a runner: nothing here lives on a device.
-
     Attributes:
         request_id: names the request for as long as it runs.
         token_ids: its prompt and, after a preemption, what it has written.
         num_prompt_tokens: how many of them are the prompt.
-        num_computed_tokens: how many are in the cache already, written by others.
+        num_computed_tokens: how many are in the cache already, fewer than there are.
         params: how its tokens are drawn.
         seed: of this request's noise.
         sample_index: which of the `n` samples of its prompt it is.
         stop_token_ids: EOS and stop ids, which `min_tokens` forbids at first.
-        bad_words_ids: see `SamplingRows.set_row`.
+        bad_words_ids: the ids of each word that it must not write.
     """
 
     request_id: str
@@ -112,10 +109,13 @@ class ScheduledRequest:
 class StepPlan:
     """A step, and what has changed since the last one; the rest the runner remembers.
 
+    Plain data: nothing here lives on a device.
+
     Attributes:
         scheduled: what runs, in the order of the batch.
         new_requests: those that the runner does not know yet.
-        finished_ids: those that it may forget, before it looks at the new ones.
+        finished_ids: those that it may forget, before it looks at the new ones. Ids
+            that it does not know are ignored.
     """
 
     scheduled: Sequence[ScheduledRequest]
@@ -125,7 +125,7 @@ class StepPlan:
 
 # %% ../notebooks/08_runner.ipynb #step-output
 TokenLogprobs = list[tuple[int, float, int]]
-"""Of one place: `(token id, log-probability, rank)`, first the token that stands there."""
+"""Of one place: `(token id, log-probability, rank)`, first the token that is there."""
 
 
 @dataclass(frozen=True)
@@ -146,54 +146,13 @@ class StepOutput:
     """What has come of a step, as plain data.
 
     Attributes:
-        tokens: by request id; none for a request whose prompt is not yet read to its end.
-        prompt_logprobs: by request id, of the prompt tokens that the step predicted: the
-            place of the first of them, and one entry for each.
+        tokens: by request id; none for a request whose prompt is not read to its end.
+        prompt_logprobs: by request id, of the prompt tokens that the step predicted:
+            the place of the first of them in the prompt, and one entry for each.
     """
 
     tokens: dict[str, SampledToken]
     prompt_logprobs: dict[str, tuple[int, list[TokenLogprobs]]]
-
-
-# %% ../notebooks/08_runner.ipynb #prompt-chunk
-@dataclass(frozen=True)
-class PromptChunk:
-    """Prompt tokens that a step predicts, and that a request wants to be told of.
-
-    Attributes:
-        request: whose prompt it is.
-        start: the place in the step of the token that predicts the first of them.
-        first: the place in the prompt of the first; the prompt's own first is 0, and
-            nothing predicts it.
-        stop: one after the last.
-    """
-
-    request: NewRequest
-    start: int
-    first: int
-    stop: int
-
-
-# %% ../notebooks/08_runner.ipynb #input-batch
-@dataclass(frozen=True, kw_only=True)
-class InputBatch(AttentionMetadata):
-    """A step as tensors: the attention metadata, and what model and sampler need.
-
-    Attributes:
-        input_ids: `[N]`, the tokens of all requests end to end.
-        positions: `[N]`, the place of each in its own sequence.
-        drawing: the requests that draw a token: those whose last known token runs.
-        logits_indices: `[num_drawing]`, that token in the step.
-        sampling: how they draw, one row each.
-        scoring: the parts of prompts whose log-probabilities are wanted.
-    """
-
-    input_ids: Tensor
-    positions: Tensor
-    drawing: "list[RequestRow]"
-    logits_indices: Tensor
-    sampling: SamplingMetadata
-    scoring: "list[PromptChunk]"
 
 
 # %% ../notebooks/08_runner.ipynb #request-row
@@ -231,21 +190,20 @@ class RequestRows:
 
     Attributes:
         by_id: the requests, by their ids.
-        block_table: `[R, max_blocks]`.
-        last_token_ids: `[R]`, what each drew last, which no host has to know.
+        block_table: `[R, max_blocks]` int64.
+        last_token_ids: `[R]` int64, what each drew last, which no host has to know.
         sampling: how each draws.
     """
 
     def __init__(
         self, num_rows: int, max_blocks: int, vocab_size: int, device: torch.device
     ) -> None:
-        self.by_id: dict[str, RequestRow] = {}
-        self.free_rows = list(range(num_rows))[::-1]
-        self.block_table = torch.zeros(
-            num_rows, max_blocks, dtype=torch.int64, device=device
-        )
+        shape = num_rows, max_blocks
+        self.block_table = torch.zeros(shape, dtype=torch.int64, device=device)
         self.last_token_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.sampling = SamplingRows(num_rows, vocab_size, device)
+        self.by_id: dict[str, RequestRow] = {}
+        self.reset()
 
     def reset(self) -> None:
         """Forgets all requests."""
@@ -259,141 +217,224 @@ class RequestRows:
                 self.free_rows.append(self.by_id.pop(request_id).row)
         for request in plan.new_requests:
             self.add(request)
-        places, block_ids = [], []
+        places: list[int] = []  # in the flattened block table
+        new: list[int] = []
         for one in plan.scheduled:
             if one.new_block_ids:
                 state = self.by_id[one.request_id]
-                first = len(state.block_ids)
                 state.block_ids += one.new_block_ids
-                block_ids += one.new_block_ids
-                places += [(state.row, i) for i in range(first, len(state.block_ids))]
-        if block_ids:
-            rows, columns = move(places, torch.int64, self.block_table.device).T
-            values = move(block_ids, torch.int64, self.block_table.device)
-            self.block_table[rows, columns] = values
+                end = state.row * self.block_table.shape[1] + len(state.block_ids)
+                places += range(end - len(one.new_block_ids), end)
+                new += one.new_block_ids
+        if new:
+            moved = move([places, new], torch.int64, self.block_table.device)
+            self.block_table.view(-1).index_copy_(0, *moved)
 
     def add(self, request: NewRequest) -> None:
-        """Gives a request a row of its own."""
-        row, num_prompt = self.free_rows[-1], request.num_prompt_tokens
+        """Gives a request a row of its own, and overwrites what another left there.
+
+        Raises:
+            ValueError: if all its tokens are computed, so that none is left to run.
+        """
+        ids, num_prompt = request.token_ids, request.num_prompt_tokens
+        num_computed = request.num_computed_tokens
+        if num_computed >= len(ids):
+            raise ValueError(
+                f"request {request.request_id!r} starts with {num_computed} of its "
+                f"{len(ids)} tokens computed: the last must run, for the logits."
+            )
+        row = self.free_rows[-1]
         self.sampling.set_row(
             row,
             request.params,
             request.seed,
             request.sample_index,
-            request.token_ids[:num_prompt],
+            ids[:num_prompt],
             request.stop_token_ids,
-            request.token_ids[num_prompt:],
+            ids[num_prompt:],
             request.bad_words_ids,
         )
-        state = RequestRow(row, request, [], request.num_computed_tokens)
-        self.by_id[request.request_id] = state
+        self.by_id[request.request_id] = RequestRow(row, request, [], num_computed)
         self.free_rows.pop()
+
+
+# %% ../notebooks/08_runner.ipynb #step-layout
+@dataclass(frozen=True)
+class PromptChunk:
+    """Prompt tokens that a step predicts, and that a request wants to be told of.
+
+    Attributes:
+        request: whose prompt it is.
+        start: the place in the step of the token that predicts the first of them.
+        first: the place in the prompt of the first; the prompt's own first is 0, and
+            nothing predicts it.
+        stop: one after the last.
+    """
+
+    request: NewRequest
+    start: int
+    first: int
+    stop: int
+
+
+@dataclass
+class StepLayout:
+    """A step as plain lists, all requests end to end.
+
+    Attributes:
+        input_ids, positions, slots: `N` of each, one per token.
+        query_lens, seq_lens, rows: `B` of each, one per request.
+        drawing: the requests whose last known token runs.
+        ends: the places in the step of those tokens.
+        pending, pending_rows: the places of tokens that only the device knows, 0 in
+            `input_ids`, and the rows of the requests that drew them.
+        scoring: the parts of prompts whose log-probabilities are wanted.
+    """
+
+    input_ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    query_lens: list[int] = field(default_factory=list)
+    seq_lens: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    drawing: list[RequestRow] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    pending: list[int] = field(default_factory=list)
+    pending_rows: list[int] = field(default_factory=list)
+    scoring: list[PromptChunk] = field(default_factory=list)
+
+    @property
+    def draw_rows(self) -> list[int]:
+        """The rows of the requests that draw."""
+        return [state.row for state in self.drawing]
+
+    def to_columns(self) -> list[list[int]]:
+        """All integers that the device needs, in the order of `make_input_batch`."""
+        starts = [0, *accumulate(self.query_lens)]
+        next_positions = [state.num_computed_tokens for state in self.drawing]
+        per_token = self.input_ids, self.positions, self.slots
+        per_request = starts, self.seq_lens, self.rows
+        per_draw = self.ends, next_positions, self.draw_rows
+        pending = self.pending, self.pending_rows
+        return [*per_token, *per_request, *per_draw, *pending]
+
+
+# %% ../notebooks/08_runner.ipynb #lay-end-to-end
+def lay_end_to_end(rows: RequestRows, plan: StepPlan, block_size: int) -> StepLayout:
+    """Lays the tokens of a step in one line; each request moves on by its tokens."""
+    step = StepLayout()
+    for one in plan.scheduled:
+        state = rows.by_id[one.request_id]
+        request, begin = state.request, state.num_computed_tokens
+        end = state.num_computed_tokens = begin + one.num_tokens
+        place = len(step.input_ids)
+        token_ids = request.token_ids[begin:end]
+        if not token_ids:  # it was drawn by an earlier step
+            token_ids = [0]
+            step.pending.append(place)
+            step.pending_rows.append(state.row)
+        step.input_ids += token_ids
+        step.positions += range(begin, end)
+        step.slots += compute_slot_mapping(state.block_ids, begin, end, block_size)
+        step.query_lens.append(one.num_tokens)
+        step.seq_lens.append(end)
+        step.rows.append(state.row)
+        if request.params.prompt_logprobs is not None:
+            first, stop = begin + 1, min(end + 1, request.num_prompt_tokens)
+            if first < stop:
+                step.scoring.append(PromptChunk(request, place, first, stop))
+        if state.draws:
+            step.drawing.append(state)
+            step.ends.append(len(step.input_ids) - 1)
+    return step
+
+
+# %% ../notebooks/08_runner.ipynb #input-batch
+@dataclass(frozen=True, kw_only=True)
+class InputBatch(AttentionMetadata):
+    """A step as tensors: the attention metadata, and what model and sampler need.
+
+    Attributes:
+        input_ids: `[N]`, the tokens of all requests end to end.
+        positions: `[N]`, the place of each in its own sequence.
+        drawing: the requests that draw a token: those whose last known token runs.
+        logits_indices: `[num_drawing]`, that token in the step.
+        sampling: how they draw, one row each.
+        scoring: the parts of prompts whose log-probabilities are wanted.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    drawing: list[RequestRow]
+    logits_indices: Tensor
+    sampling: SamplingMetadata
+    scoring: list[PromptChunk]
+
+
+def send(columns: Sequence[Sequence[int]], device: torch.device) -> Sequence[Tensor]:
+    """Lists of integers as int64 tensors, in one copy that the host does not await."""
+    numbers = array("q", chain.from_iterable(columns))  # 64 bits each
+    packed = torch.frombuffer(numbers, dtype=torch.int64)
+    if device.type == "cuda":
+        packed = packed.pin_memory()
+    packed = packed.to(device, non_blocking=True)
+    return torch.split(packed, [len(column) for column in columns])
 
 
 # %% ../notebooks/08_runner.ipynb #make-input-batch
 def make_input_batch(rows: RequestRows, plan: StepPlan, block_size: int) -> InputBatch:
-    """The tensors of a step, in one copy to the device; `rows` move on by its tokens."""
-    ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    ends, drawing, query_lens, seq_lens = [], [], [], []
-    scoring: list[PromptChunk] = []
-    later: list[
-        tuple[int, int]
-    ] = []  # tokens that only the device knows, and their rows
-    states = [rows.by_id[one.request_id] for one in plan.scheduled]
-    for one, state in zip(plan.scheduled, states, strict=True):
-        begin, end = (
-            state.num_computed_tokens,
-            state.num_computed_tokens + one.num_tokens,
-        )
-        known = state.request.token_ids[begin:end]
-        if not known:
-            known = [0]
-            later.append((len(ids), state.row))
-        ids += known
-        positions += range(begin, end)
-        slots += compute_slot_mapping(state.block_ids, begin, end, block_size)
-        query_lens.append(one.num_tokens)
-        seq_lens.append(end)
-        state.num_computed_tokens = end
-        if state.request.params.prompt_logprobs is not None:
-            stop = min(end + 1, state.request.num_prompt_tokens)
-            start = len(ids) - one.num_tokens
-            if begin + 1 < stop:
-                scoring.append(PromptChunk(state.request, start, begin + 1, stop))
-        if state.draws:
-            drawing.append(state)
-            ends.append(len(ids) - 1)
-    columns = [
-        ids,
-        positions,
-        slots,
-        [0, *accumulate(query_lens)],
-        seq_lens,
-        [state.row for state in states],
-        ends,
-        [positions[end] + 1 for end in ends],
-        draw_rows := [state.row for state in drawing],
-        [place for place, _ in later],
-        [row for _, row in later],
-    ]
-    numbers = array("q", chain.from_iterable(columns))
-    packed = torch.frombuffer(numbers, dtype=torch.int64).to(rows.block_table.device)
-    (
-        input_ids,
-        position_ids,
-        slot_mapping,
-        query_start_loc,
-        seq_lens_tensor,
-        row_index,
-        logits_indices,
-        next_positions,
-        draw_index,
-        later_places,
-        later_rows,
-    ) = torch.split(packed, [len(column) for column in columns])
-    if later:
-        input_ids.index_copy_(0, later_places, rows.last_token_ids[later_rows])
-    width = -(-max(seq_lens) // block_size)
+    """The tensors of a step, on the device of `rows`, which move on by its tokens."""
+    step = lay_end_to_end(rows, plan, block_size)
+    sent = send(step.to_columns(), rows.block_table.device)
+    input_ids, positions, slot_mapping, *sent = sent
+    query_start_loc, seq_lens, row_index, *sent = sent
+    logits_indices, next_positions, draw_index, pending, pending_rows = sent
+    if step.pending:
+        drawn = rows.last_token_ids.index_select(0, pending_rows)
+        input_ids.index_copy_(0, pending, drawn)
+    width = -(-max(step.seq_lens, default=0) // block_size)  # rounded up
     return InputBatch(
         block_size=block_size,
         slot_mapping=slot_mapping,
         block_table=rows.block_table[:, :width].index_select(0, row_index),
         query_start_loc=query_start_loc,
-        seq_lens=seq_lens_tensor,
-        query_lens_list=query_lens,
-        seq_lens_list=seq_lens,
+        seq_lens=seq_lens,
+        query_lens_list=step.query_lens,
+        seq_lens_list=step.seq_lens,
         input_ids=input_ids,
-        positions=position_ids,
-        drawing=drawing,
+        positions=positions,
+        drawing=step.drawing,
         logits_indices=logits_indices,
-        sampling=rows.sampling.gather(draw_rows, draw_index, next_positions),
-        scoring=scoring,
+        sampling=rows.sampling.gather(step.draw_rows, draw_index, next_positions),
+        scoring=step.scoring,
     )
 
 
-# %% ../notebooks/08_runner.ipynb #to-host
+# %% ../notebooks/08_runner.ipynb #to-entries
 def to_entries(
     logprobs: LogprobsTensors, wanted: Sequence[int | None]
 ) -> list[TokenLogprobs | None]:
-    """Log-probabilities as plain data; of each row as many as it asked for."""
-    rows = zip(
-        logprobs.token_ids.tolist(),
-        logprobs.logprobs.tolist(),
-        logprobs.ranks.tolist(),
-        wanted,
-        strict=True,
-    )
+    """Log-probabilities as plain data, of each row as many as it asked for.
+
+    Args:
+        logprobs: of `B` rows.
+        wanted: `B` numbers of likeliest tokens beside the row's own; -1 is all, None no
+            entry at all.
+    """
     entries: list[TokenLogprobs | None] = []
-    for ids, values, rank, count in rows:
-        size = len(ids) if count == -1 else 1 + (count or 0)
-        ranks = [rank, *range(1, size)]
-        own = list(zip(ids[:size], values[:size], ranks, strict=True))
-        entries.append(None if count is None else own)
+    ranks = logprobs.ranks.tolist()
+    columns = logprobs.token_ids.tolist(), logprobs.logprobs.tolist(), ranks, wanted
+    for ids, values, rank, count in zip(*columns, strict=True):
+        if count is None:
+            entries.append(None)
+            continue
+        size = len(ids) if count == -1 else min(1 + count, len(ids))
+        places = [rank, *range(1, size)]
+        entries.append(list(zip(ids[:size], values[:size], places, strict=True)))
     return entries
 
 
+# %% ../notebooks/08_runner.ipynb #in-flight-step
 @dataclass(frozen=True)
 class InFlightStep:
     """A step that was launched; its results are still on the device.
@@ -421,9 +462,39 @@ class InFlightStep:
         tokens = {one.request_id: SampledToken(token, own) for one, token, own in drawn}
         prompts = {}
         for chunk, tensors in self.prompt_logprobs:
-            wanted = [chunk.request.params.prompt_logprobs] * len(tensors.ranks)
-            prompts[chunk.request.request_id] = chunk.first, to_entries(tensors, wanted)
+            asked = [chunk.request.params.prompt_logprobs] * len(tensors.ranks)
+            scores = [entry for entry in to_entries(tensors, asked) if entry]
+            prompts[chunk.request.request_id] = chunk.first, scores
         return StepOutput(tokens, prompts)
+
+
+# %% ../notebooks/08_runner.ipynb #score-prompt
+def score_prompt(
+    model: Qwen3ForCausalLM, hidden_states: Tensor, chunk: PromptChunk
+) -> LogprobsTensors:
+    """Log-probabilities of prompt tokens, 256 at a time, as each has `V` logits.
+
+    Args:
+        model: for its logits.
+        hidden_states: `[N, E]`, of the whole step.
+        chunk: says which tokens, and how many likeliest ones beside them.
+    """
+    wanted = chunk.request.params.prompt_logprobs or 0
+    count = model.config.vocab_size if wanted < 0 else wanted
+    targets = chunk.request.token_ids[chunk.first : chunk.stop]
+    predicted = move(targets, torch.int64, hidden_states.device)
+    states = hidden_states[chunk.start : chunk.start + len(targets)]
+    parts = [
+        gather_logprobs(model.compute_logits(some), own, count)
+        for some, own in zip(
+            torch.split(states, 256), torch.split(predicted, 256), strict=True
+        )
+    ]
+    return LogprobsTensors(
+        torch.cat([part.token_ids for part in parts]),
+        torch.cat([part.logprobs for part in parts]),
+        torch.cat([part.ranks for part in parts]),
+    )
 
 
 # %% ../notebooks/08_runner.ipynb #model-runner
@@ -459,40 +530,31 @@ class ModelRunner:
         self.rows.update(plan)
         return make_input_batch(self.rows, plan, self.config.block_size)
 
+    def get_next_token_logits(self, hidden_states: Tensor, batch: InputBatch) -> Tensor:
+        """Logits where a token is drawn: `[N, E] -> [num_drawing, V]`."""
+        last = hidden_states.index_select(0, batch.logits_indices)
+        return self.model.compute_logits(last)
+
     def launch(self, plan: StepPlan) -> InFlightStep:
         """Starts a step: the model, then the sampler; nothing waits for the device."""
         batch = self.prepare_inputs(plan)
+        if not plan.scheduled:
+            return InFlightStep([], batch.logits_indices, None, [])
         hidden_states = self.model(
             batch.input_ids, batch.positions, self.kv_caches, batch
         )
-        scores = [(one, self.score_prompt(hidden_states, one)) for one in batch.scoring]
+        scores = [
+            (chunk, score_prompt(self.model, hidden_states, chunk))
+            for chunk in batch.scoring
+        ]
         if not batch.drawing:
             return InFlightStep([], batch.logits_indices, None, scores)
-        last = hidden_states[batch.logits_indices]  # [N, E] -> [num_drawing, E]
-        logits = self.model.compute_logits(last)
+        logits = self.get_next_token_logits(hidden_states, batch)
         token_ids, logprobs = self.sampler.sample(logits, batch.sampling)
         self.rows.sampling.record(batch.sampling, token_ids)
-        self.rows.last_token_ids.index_copy_(0, batch.sampling.rows, token_ids)
+        known = token_ids.clamp(min=0)  # -1 is no token that could run
+        self.rows.last_token_ids.index_copy_(0, batch.sampling.rows, known)
         return InFlightStep(batch.drawing, token_ids, logprobs, scores)
-
-    def score_prompt(
-        self, hidden_states: Tensor, chunk: PromptChunk
-    ) -> LogprobsTensors:
-        """Log-probabilities of prompt tokens, some at a time, as each has `V` logits."""
-        wanted = chunk.request.params.prompt_logprobs or 0
-        count = self.model.config.vocab_size if wanted < 0 else wanted
-        targets = chunk.request.token_ids[chunk.first : chunk.stop]
-        predicted = move(targets, torch.int64, self.device)
-        states = hidden_states[chunk.start : chunk.start + len(targets)]
-        parts = [
-            gather_logprobs(self.model.compute_logits(some), own, count)
-            for some, own in zip(states.split(256), predicted.split(256), strict=True)
-        ]
-        return LogprobsTensors(
-            torch.cat([part.token_ids for part in parts]),
-            torch.cat([part.logprobs for part in parts]),
-            torch.cat([part.ranks for part in parts]),
-        )
 
 
 # %% ../notebooks/08_runner.ipynb #get-model
@@ -530,6 +592,12 @@ class GPUWorker:
         model: a folder, a hub id, or a model that is loaded; then `dtype`, `device` and
             `attention_backend` are its own.
         config: of the engine.
+
+    Attributes:
+        runner: of the class that `decode` names.
+        max_model_len: most tokens of a sequence.
+        num_blocks: of the cache: what the memory holds, and no more than
+            `max_num_seqs` sequences of that length can fill.
     """
 
     def __init__(self, model: Source, config: EngineConfig) -> None:
@@ -539,19 +607,14 @@ class GPUWorker:
         runner_class = config.get_model_runner(device)
         loaded = get_model(model, config)
         self.runner = runner_class(loaded, config)
+        dtype, block_size = self.runner.dtype, config.block_size
         memory = config.kv_cache_memory_bytes or get_kv_cache_memory(device)
         self.max_model_len = resolve_max_model_len(
-            loaded.config,
-            self.runner.dtype,
-            memory,
-            config.max_model_len,
-            config.block_size,
+            loaded.config, dtype, memory, config.max_model_len, block_size
         )
-        block_bytes = config.block_size * kv_bytes_per_token(
-            loaded.config, self.runner.dtype
-        )
-        usable = config.max_num_seqs * -(-self.max_model_len // config.block_size)
-        self.num_blocks = min(memory // block_bytes, usable)
+        fits = memory // (block_size * kv_bytes_per_token(loaded.config, dtype))
+        usable = config.max_num_seqs * -(-self.max_model_len // block_size)
+        self.num_blocks = min(fits, usable)
         self.runner.initialize_kv_caches(self.num_blocks, self.max_model_len)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
 from folo_lib.course.exercises.runner import check_choose_sizes, check_generate_batch
 from folo_lib.kv_cache import BlockAllocator
-from folo_lib.runner import GPUExecutor, ScheduledRequest
+from folo_lib.runner import GPUExecutor, NewRequest, ScheduledRequest, StepPlan
 from folo_lib.sampling_params import SamplingParams
 
 Prompts = list[list[int]]
@@ -26,43 +26,57 @@ def batch(
     one_name: bool = False,
     room: int | None = None,
     stay: bool = False,
+    stay_known: bool = False,
+    tell_again: bool = False,
+    tell: bool = True,
     eos_anywhere: bool = False,
     keep_eos: bool = True,
-    behind: int = 0,
+    computed: int = 0,
+    extra: int = 0,
+    shift: int = 0,
+    first: int = 0,
+    before: Sequence[str] = (),
 ) -> Prompts:
     """`generate_batch`, right unless a mistake is asked for."""
     allocator = BlockAllocator(executor.num_blocks, executor.block_size)
     lengths = [len(p) + (max_tokens if room is None else room) for p in prompts]
     blocks = [allocator.allocate(length) for length in lengths]
-    tokens = [list(prompt) for prompt in prompts]
-    cached = [0] * len(prompts)
-    params = SamplingParams(temperature=temperature)
+    answers: Prompts = [[] for _ in prompts]
+    names = ["0" if one_name else f"{first + i}" for i in range(len(prompts))]
+    new = [
+        NewRequest(
+            request_id=name,
+            token_ids=prompt,
+            num_prompt_tokens=len(prompt),
+            num_computed_tokens=computed,
+            params=SamplingParams(temperature=temperature),
+        )
+        for name, prompt in zip(names, prompts, strict=True)
+    ]
+    own = [[b + shift for b in blocks[0 if shared else i]] for i in range(len(prompts))]
+    sizes = [len(prompt) + extra for prompt in prompts]
+    rows = zip(names, sizes, own, strict=True)
+    plan = StepPlan(
+        [ScheduledRequest(*row) for row in rows], new if tell else (), before
+    )
 
     def done(i: int) -> bool:
-        made = tokens[i][len(prompts[i]) :]
-        seen = tokens[i] if eos_anywhere else made
-        return len(made) >= max_tokens or eos in seen
+        seen = prompts[i] + answers[i] if eos_anywhere else answers[i]
+        return len(answers[i]) >= max_tokens or eos in seen
 
-    while not all(map(done, range(len(prompts)))):
-        running = [i for i in range(len(prompts)) if stay or not done(i)]
-        plans = [
-            ScheduledRequest(
-                "x" if one_name else f"{i}",
-                tokens[i][cached[i] :],
-                cached[i] + behind,
-                blocks[0 if shared else i],
-                prompts[i],
-                params,
-            )
-            for i in running
-        ]
-        for i, token in zip(running, executor.execute_model(plans), strict=True):
-            cached[i] = len(tokens[i])
-            tokens[i].append(token.token_id)
-    answers = [
-        ids[len(p) :][:max_tokens] for ids, p in zip(tokens, prompts, strict=True)
-    ]
-    if stay:  # what was written behind the end is cut off
+    while plan.scheduled:
+        for name, token in executor.launch(plan).read().tokens.items():
+            answers[int(name) - first].append(token.token_id)
+        left = [i for i in range(len(prompts)) if not done(i)]
+        going_on = range(len(prompts)) if stay and left else left
+        ended = [names[i] for i in range(len(prompts)) if i not in going_on]
+        plan = StepPlan(
+            [ScheduledRequest(names[i], 1) for i in going_on],
+            new if tell_again else (),
+            () if stay_known else ended,
+        )
+    if stay:  # what was written after the end is cut off
+        answers = [ids[:max_tokens] for ids in answers]
         answers = [a[: a.index(eos) + 1] if eos in a else a for a in answers]
     return answers if keep_eos else [[t for t in ids if t != eos] for ids in answers]
 
@@ -70,7 +84,12 @@ def batch(
 def one_by_one(
     executor: GPUExecutor, prompts: Prompts, max_tokens: int, eos: int
 ) -> Prompts:
-    return [batch(executor, [p], max_tokens, eos)[0] for p in prompts]
+    answers = []
+    for i, prompt in enumerate(prompts):
+        before = [str(i - 1)] if i else []
+        one = batch(executor, [prompt], max_tokens, eos, first=i, before=before)
+        answers.append(one[0])
+    return answers
 
 
 def mistake(**kwargs: Any) -> Callable[..., Prompts]:
@@ -90,7 +109,13 @@ def test_batch_without_a_mistake() -> None:
     ("wrong", "message"),
     [
         (lambda *a: [], "one list of tokens for each prompt is wanted"),
-        (one_by_one, "everybody who is not done runs in every step"),
+        (one_by_one, "steps, and the longest answer has"),
+        (mistake(stay_known=True), "one that is done is named in finished_ids"),
+        (mistake(tell_again=True), "a request is new once, in its first step"),
+        (mistake(tell=False), "put it into new_requests in its first step"),
+        (mistake(computed=1), "all are its prompt, and none is computed"),
+        (mistake(extra=1), "run the whole prompt at first"),
+        (mistake(shift=1000), "and the cache has"),
         (mistake(temperature=1), "greedy is SamplingParams(temperature=0)"),
         (mistake(shared=True), "two requests share a block"),
         (mistake(one_name=True), "give each request its own"),
@@ -98,7 +123,6 @@ def test_batch_without_a_mistake() -> None:
         (mistake(stay=True), "one that is done leaves the batch"),
         (mistake(eos_anywhere=True), "alone it would be"),
         (mistake(keep_eos=False), "alone it would be"),
-        (mistake(behind=1), "where nothing was written yet"),
     ],
 )
 def test_wrong_batches(wrong: Callable[..., Prompts], message: str) -> None:

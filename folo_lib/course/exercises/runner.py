@@ -5,9 +5,18 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from folo_lib.course.exercises import exercise, require
-from folo_lib.runner import GPUExecutor, SampledToken, ScheduledRequest
+from folo_lib.runner import (
+    GPUExecutor,
+    InFlightStep,
+    NewRequest,
+    SampledToken,
+    ScheduledRequest,
+    StepOutput,
+    StepPlan,
+)
 
 __all__ = ["check_choose_sizes", "check_generate_batch"]
 
@@ -30,6 +39,27 @@ def answer(prompt: Sequence[int], max_tokens: int, eos_token_id: int) -> list[in
     return ids
 
 
+class FinishedStep(InFlightStep):
+    """A step without a device: its output was there when it was launched."""
+
+    def __init__(self, output: StepOutput) -> None:
+        object.__setattr__(self, "output", output)
+
+    def read(self) -> StepOutput:
+        output: StepOutput = vars(self)["output"]
+        return output
+
+
+@dataclass
+class KnownRequest:
+    """What the pretended device remembers of a request."""
+
+    request: NewRequest
+    token_ids: list[int]
+    block_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+
+
 class SlotExecutor(GPUExecutor):
     """An executor without a model: its next token depends on what the slots hold."""
 
@@ -37,69 +67,102 @@ class SlotExecutor(GPUExecutor):
         self.num_blocks, self.block_size = num_blocks, block_size
         self.max_model_len = num_blocks * block_size
         self.slots: dict[int, tuple[str, int]] = {}  # who wrote which token
+        self.known: dict[str, KnownRequest] = {}
         self.steps: list[list[str]] = []
 
-    def execute_model(
-        self, scheduled: Sequence[ScheduledRequest]
-    ) -> list[SampledToken]:
-        names = [request.request_id for request in scheduled]
+    def launch(self, plan: StepPlan) -> InFlightStep:
+        names = [one.request_id for one in plan.scheduled]
         require(names, "a step runs no request at all: stop when nobody is left.")
         twice = f"a step has the request ids {names}: give each request its own."
         require(len(set(names)) == len(names), twice)
         self.steps.append(names)
-        for request in scheduled:
-            self.write(request)
-        return [SampledToken(next_token(self.read(request))) for request in scheduled]
+        for name in plan.finished_ids:
+            self.known.pop(name, None)
+        for request in plan.new_requests:
+            self.start(request)
+        for name in self.known:
+            require(
+                name in names,
+                f"step {len(self.steps)} does not run request {name!r}, which is still "
+                "known: everybody who is not done runs in every step, and one that is "
+                "done is named in finished_ids.",
+            )
+        for one in plan.scheduled:
+            self.write(one)
+        tokens = {name: SampledToken(self.draw(name)) for name in names}
+        return FinishedStep(StepOutput(tokens, {}))
 
-    def slot(self, request: ScheduledRequest, position: int) -> int:
+    def start(self, request: NewRequest) -> None:
+        name, ids = request.request_id, list(request.token_ids)
+        require(
+            name not in self.known,
+            f"step {len(self.steps)} tells of request {name!r}, which is known already: "
+            "a request is new once, in its first step.",
+        )
+        require(
+            request.params.temperature == 0,
+            f"request {name!r} runs with temperature={request.params.temperature}: "
+            "greedy is SamplingParams(temperature=0).",
+        )
+        require(
+            request.num_prompt_tokens == len(ids) and request.num_computed_tokens == 0,
+            f"request {name!r} starts with {len(ids)} tokens, of which "
+            f"{request.num_prompt_tokens} are its prompt and "
+            f"{request.num_computed_tokens} are computed: all are its prompt, and none "
+            "is computed.",
+        )
+        self.known[name] = KnownRequest(request, ids)
+
+    def slot(self, state: KnownRequest, position: int) -> int:
         block, offset = divmod(position, self.block_size)
-        name, size = request.request_id, len(request.block_ids)
+        name, size = state.request.request_id, len(state.block_ids)
         require(
             block < size,
             f"request {name!r} puts a token at position {position}, and its {size} "
             f"blocks hold {size * self.block_size}: allocate room for the prompt and "
             "max_tokens.",
         )
-        return request.block_ids[block] * self.block_size + offset
+        return state.block_ids[block] * self.block_size + offset
 
-    def write(self, request: ScheduledRequest) -> None:
-        name, start = request.request_id, request.num_computed_tokens
-        require(request.token_ids, f"request {name!r} runs no token in its step.")
+    def write(self, one: ScheduledRequest) -> None:
+        name, step = one.request_id, len(self.steps)
         require(
-            request.params.temperature == 0,
-            f"request {name!r} runs with temperature={request.params.temperature}: "
-            "greedy is SamplingParams(temperature=0).",
+            name in self.known,
+            f"step {step} runs request {name!r}, of which the executor was not told: "
+            "put it into new_requests in its first step.",
         )
-        for position, token_id in enumerate(request.token_ids, start):
-            slot = self.slot(request, position)
+        state = self.known[name]
+        state.block_ids += one.new_block_ids
+        start, total = state.num_computed_tokens, len(state.token_ids)
+        require(
+            one.num_tokens == total - start,
+            f"step {step} runs {one.num_tokens} tokens of request {name!r}, and "
+            f"{total - start} are not in the cache: run the whole prompt at first, and "
+            "then the token that was drawn.",
+        )
+        for position in range(start, total):
+            slot = self.slot(state, position)
             require(
                 0 <= slot < self.num_blocks * self.block_size,
-                f"request {name!r} has blocks {list(request.block_ids)}, and the cache "
+                f"request {name!r} has blocks {state.block_ids}, and the cache "
                 f"has {self.num_blocks}.",
             )
-            self.slots[slot] = name, token_id
+            self.slots[slot] = name, state.token_ids[position]
+        state.num_computed_tokens = total
 
-    def read(self, request: ScheduledRequest) -> list[int]:
-        name, ids = request.request_id, []
-        for position in range(request.num_computed_tokens + len(request.token_ids)):
-            where = (
-                f"step {len(self.steps)}: request {name!r} reads position {position}"
-            )
-            held = self.slots.get(self.slot(request, position))
-            require(
-                held is not None,
-                f"{where}, where nothing was written yet: num_computed_tokens counts "
-                "the tokens that earlier steps ran.",
-            )
-            assert held is not None
-            owner, token_id = held
+    def draw(self, name: str) -> int:
+        state, ids = self.known[name], []
+        for position in range(state.num_computed_tokens):
+            owner, token_id = self.slots[self.slot(state, position)]
             require(
                 owner == name,
-                f"{where} and finds a token of request {owner!r} there: two requests "
-                "share a block.",
+                f"step {len(self.steps)}: request {name!r} reads position {position} "
+                f"and finds a token of request {owner!r} there: two requests share a "
+                "block.",
             )
             ids.append(token_id)
-        return ids
+        state.token_ids.append(next_token(ids))
+        return state.token_ids[-1]
 
 
 @exercise
