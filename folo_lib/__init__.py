@@ -10,20 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from folo_lib.attention import (
-        AttentionBackend as AttentionBackend,
-        AttentionMetadata as AttentionMetadata,
-        get_attention_backend as get_attention_backend,
-    )
     from folo_lib.checkpoint import (
         load_model as load_model,
         load_tokenizer as load_tokenizer,
     )
     from folo_lib.config import EngineConfig as EngineConfig
-    from folo_lib.engine import LLMEngine as LLMEngine
-    from folo_lib.kv_cache import BlockAllocator as BlockAllocator
+    from folo_lib.engine import EngineStats as EngineStats, LLMEngine as LLMEngine
+    from folo_lib.kv_cache import (
+        AttentionBackend as AttentionBackend,
+        AttentionMetadata as AttentionMetadata,
+        BlockAllocator as BlockAllocator,
+    )
     from folo_lib.layers import RMSNorm as RMSNorm, SiLUAndMul as SiLUAndMul
-    from folo_lib.qwen3 import Qwen3ForCausalLM as Qwen3ForCausalLM
+    from folo_lib.qwen3 import (
+        Qwen3ForCausalLM as Qwen3ForCausalLM,
+        get_attention_backend as get_attention_backend,
+    )
     from folo_lib.request import (
         CompletionOutput as CompletionOutput,
         RequestOutput as RequestOutput,
@@ -36,15 +38,15 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _MODULE_OF = {
-    "AttentionBackend": "attention",
-    "AttentionMetadata": "kv_cache",
-    "get_attention_backend": "qwen3",
     "RotaryEmbedding": "rope",
     "RMSNorm": "layers",
     "SiLUAndMul": "layers",
     "Qwen3ForCausalLM": "qwen3",
+    "get_attention_backend": "qwen3",
     "load_model": "checkpoint",
     "load_tokenizer": "checkpoint",
+    "AttentionBackend": "kv_cache",
+    "AttentionMetadata": "kv_cache",
     "BlockAllocator": "kv_cache",
     "EngineConfig": "config",
     "Sampler": "sampler",
@@ -52,6 +54,7 @@ _MODULE_OF = {
     "CompletionOutput": "request",
     "RequestOutput": "request",
     "RequestStatus": "request",
+    "EngineStats": "engine",
     "LLMEngine": "engine",
 }
 

@@ -15,10 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from folo_lib import bundled_model_path
-from folo_lib.attention import AttentionMetadata, TorchNaiveBackend
 from folo_lib.benchmark import FoloLib, Run, System
 from folo_lib.checkpoint import DTYPES, load_model
-from folo_lib.kv_cache import reshape_and_cache_kv
+from folo_lib.kv_cache import (
+    AttentionMetadata,
+    TorchNaiveBackend,
+    reshape_and_cache_kv,
+)
 from folo_lib.qwen3 import Attention, Qwen3ForCausalLM
 
 QWEN3_0_6B: Mapping[str, Any] = {
@@ -97,7 +100,15 @@ def grow_cache(
     device = model.model.embed_tokens.weight.device
     caches: Any = [[None, None] for _ in model.model.layers]
     empty = torch.empty(0)
-    unused = AttentionMetadata(empty, empty, empty, empty)
+    unused = AttentionMetadata(
+        block_size=1,
+        slot_mapping=empty,
+        block_table=empty,
+        query_start_loc=empty,
+        seq_lens=empty,
+        query_lens_list=[],
+        seq_lens_list=[],
+    )
     new, start = list(prompt), 0
     for _ in range(num_tokens):
         positions = torch.arange(start, start + len(new), device=device)
