@@ -144,6 +144,10 @@ VLLM_DEFAULTS = {
     "max_tokens": 16,
     "min_tokens": 0,
     "logprobs": None,
+    "prompt_logprobs": None,
+    "logit_bias": None,
+    "allowed_token_ids": None,
+    "bad_words": None,
     "detokenize": True,
     "skip_special_tokens": True,
     "include_stop_str_in_output": False,
@@ -154,7 +158,8 @@ def test_names_and_defaults_are_vllms(translation: ModuleType) -> None:
     ours = {field.name: field.default for field in fields(SamplingParams)}
     assert MISSING not in ours.values() and ours == VLLM_DEFAULTS
     values = translation.to_vllm_sampling(SamplingParams())
-    assert values == VLLM_DEFAULTS | {"stop": [], "stop_token_ids": []}
+    empty = {"stop": [], "stop_token_ids": [], "bad_words": []}
+    assert values == VLLM_DEFAULTS | empty
     for name in VLLM_DEFAULTS:
         assert f"`{name}`" in read("outgrow"), f"{name} is not in the table"
 
@@ -176,6 +181,10 @@ def test_every_sampling_parameter_is_handed_over(translation: ModuleType) -> Non
         "max_tokens": 99,
         "min_tokens": 5,
         "logprobs": 3,
+        "prompt_logprobs": 2,
+        "logit_bias": {5: -1.5},
+        "allowed_token_ids": [5, 6, 7],
+        "bad_words": ["cat"],
         "detokenize": True,
         "skip_special_tokens": False,
         "include_stop_str_in_output": True,
@@ -187,7 +196,16 @@ def test_every_sampling_parameter_is_handed_over(translation: ModuleType) -> Non
 
 def test_engine_arguments_are_translated(translation: ModuleType) -> None:
     values = translation.to_vllm_engine(
-        "a/b", torch.bfloat16, 512, "eager", kv_cache_memory_bytes=1000, seed=3
+        "a/b",
+        torch.bfloat16,
+        512,
+        "eager",
+        kv_cache_memory_bytes=1000,
+        seed=3,
+        max_num_seqs=8,
+        max_num_batched_tokens=100,
+        enable_prefix_caching=False,
+        block_size=32,
     )
     assert values == {
         "model": "a/b",
@@ -198,8 +216,17 @@ def test_engine_arguments_are_translated(translation: ModuleType) -> None:
         "max_logprobs": -1,
         "max_model_len": 512,
         "kv_cache_memory_bytes": 1000,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 100,
+        "enable_prefix_caching": False,
+        "block_size": 32,
     }
-    assert "max_model_len" not in translation.to_vllm_engine()
+    plain = translation.to_vllm_engine()
+    assert not {"max_model_len", "block_size"} & plain.keys()
+    assert plain["max_num_seqs"] == 256 and plain["max_num_batched_tokens"] == 2048
+    assert plain["enable_prefix_caching"] is True
+    for name in ("max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching"):
+        assert plain[name] == getattr(EngineConfig, name)
     assert translation.to_vllm_engine()["model"] == str(bundled_model_path())
     assert translation.to_vllm_engine(dtype="float16")["dtype"] == "float16"
 
@@ -223,9 +250,9 @@ def test_python_in_documents_runs(
     text = read(name)
     module = ModuleType(f"document_{name}")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    attention = importlib.import_module("folo_lib.attention")
+    qwen3 = importlib.import_module("folo_lib.qwen3")
     config = importlib.import_module("folo_lib.config")
-    for table in (attention.ATTENTION_BACKENDS, config.MODEL_RUNNERS):
+    for table in (qwen3.ATTENTION_BACKENDS, config.MODEL_RUNNERS):
         for key in ("counting", "never"):
             monkeypatch.setitem(table, key, "")  # removed afterwards
     for code in blocks(text, "python"):

@@ -13,12 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from folo_lib.attention import (
-    AttentionBackend,
-    create_causal_mask,
-    naive_attention,
-    repeat_kv,
-)
+from folo_lib.attention import create_causal_mask, repeat_kv
 from folo_lib.course.figures import GREY, ORANGE, write_values
 from folo_lib.course.widgets.base import (
     Explorer,
@@ -26,6 +21,11 @@ from folo_lib.course.widgets.base import (
     int_slider,
     text_field,
     token_label,
+)
+from folo_lib.kv_cache import (
+    AttentionMetadata,
+    TorchNaiveBackend,
+    allocate_kv_caches,
 )
 from folo_lib.request import TokenBytes
 
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from folo_lib.qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
 
 
-class RecordingBackend(AttentionBackend):
-    """Attends as `naive_attention` does, and keeps the weights of every call."""
+class RecordingBackend(TorchNaiveBackend):
+    """Attends as its parent does, and keeps the weights of every call on one sequence."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,14 +46,15 @@ class RecordingBackend(AttentionBackend):
     def get_name() -> str:
         return "recording"
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        scale = query.shape[-1] ** -0.5
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
         lengths = query.shape[-2], key.shape[-2]
-        mask = create_causal_mask(*lengths, device=query.device)[0, 0]  # [S, T]
+        causal = create_causal_mask(*lengths, device=query.device)[0, 0]  # [S, T]
         keys = repeat_kv(key, query.shape[-3] // key.shape[-3]).float()
-        scores = query.float() @ keys.transpose(-1, -2) * scale + mask
-        self.weights.append(scores.softmax(dim=-1).cpu())
-        return naive_attention(query, key, value, scale, mask.to(query.dtype))
+        scores = query.float() @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5
+        self.weights.append((scores + causal).softmax(dim=-1)[0].cpu())
+        return super().attend(query, key, value, mask)
 
 
 def attention_weights(model: Qwen3ForCausalLM, token_ids: Sequence[int]) -> Tensor:
@@ -71,9 +72,21 @@ def attention_weights(model: Qwen3ForCausalLM, token_ids: Sequence[int]) -> Tens
     reader = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     for layer in reader.model.layers:
         cast("Qwen3DecoderLayer", layer).self_attn.backend = recorder
-    device = model.model.embed_tokens.weight.device
+    weight, length = model.model.embed_tokens.weight, len(token_ids)
+    places = torch.arange(length, device=weight.device)
+    metadata = AttentionMetadata(  # one sequence, one block
+        block_size=length,
+        slot_mapping=places,
+        block_table=places[:1, None],
+        query_start_loc=torch.tensor([0, length], device=weight.device),
+        seq_lens=torch.tensor([length], device=weight.device),
+        query_lens_list=[length],
+        seq_lens_list=[length],
+    )
+    caches = allocate_kv_caches(model.config, 1, length, weight.dtype, weight.device)
     with torch.inference_mode():
-        reader(torch.tensor(token_ids, device=device))
+        ids = torch.tensor(token_ids, device=weight.device)
+        reader(ids, places, caches, metadata)
     return torch.stack(recorder.weights)
 
 
