@@ -226,7 +226,7 @@ def test_the_model_is_left_alone(
         during.append(backends())
         return naive_attention(*arguments)
 
-    monkeypatch.setattr("folo_lib.course.widgets.attention.naive_attention", attend)
+    monkeypatch.setattr("folo_lib.kv_cache.naive_attention", attend)
     tensors = {id(tensor) for tensor in model.parameters()}
     attention_weights(model, [1, 2, 3])
     assert during == [before] * len(before) and backends() == before
