@@ -362,7 +362,9 @@ def run_reservation(bench: Bench, sizes: BatchSizes) -> Result:
         for output in engine.step():
             if len(output.outputs[0].token_ids) >= ends[output.request_id]:
                 engine.abort_request(output.request_id)
-        if (stats := engine.stats()).num_waiting:  # the end, when nobody waits, left out
+        if (
+            stats := engine.stats()
+        ).num_waiting:  # the end, when nobody waits, left out
             running.append(stats.num_running)
     result: Result = {
         "num_blocks": num_blocks,

@@ -17,6 +17,7 @@ from folo_lib.benchmark import (
     FoloLib,
     HuggingFace,
     Result,
+    System,
     load_huggingface,
     make_prompt,
     measure_bandwidth,
