@@ -254,7 +254,8 @@ def compare(
     for row in rows:
         row["tokens_per_second"] = workload.num_tokens / row["total"]["median"]
         row["times_ours"] = summarize(paired_ratios(row, rows[0], "total"))
-        print(f"{row['system']:24} {row['tokens_per_second']:8,.0f} tokens/s")
+        speed = f"{row['tokens_per_second']:8,.0f} tokens/s"
+        print(f"{row['system']:24} {speed}", flush=True)
     for row in rows[1:]:
         print(describe_ratio(row, rows[0], "total"), flush=True)
     return {"tokens": tokens, "rows": rows}

@@ -1316,7 +1316,7 @@ class TestBatch:
     ) -> None:
         bench = bench_of(tiny)
         wild, calm = [1.0, 1.0, 2.0, 2.0, 3.0], [1.0] * 5
-        with pytest.raises(BenchmarkError, match=r"attempts.*\(total of b: 1"):
+        with pytest.raises(BenchmarkError, match=r"attempts.*\(total of b: 80%\)"):
             both = {"a": calm, "b": wild}
             batch.repeat_until_steady(bench, "total", lambda: both)
         assert capsys.readouterr().out.count("unsteady") == benchmark.MAX_ATTEMPTS
