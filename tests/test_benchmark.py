@@ -198,6 +198,12 @@ class TestSystems:
         caches = system.engine.executor.worker.runner.kv_caches
         assert caches[0][0].shape == expected[0][0].shape
 
+    def test_no_run_finds_what_another_has_read(self, ours: FoloLib) -> None:
+        prompt = benchmark.make_prompt(2100, 40)
+        for _ in range(2):
+            ours.generate(prompt, 2)
+        assert ours.engine.stats().num_prefix_hits == 0
+
     def test_peer_has_its_ttft_from_a_run_of_one_token(self) -> None:
         asked: list[tuple[list[int], int]] = []
 
@@ -836,7 +842,7 @@ class TestSections:
         lengths: list[int] = []
         rungs = [Scripted("low", []), Scripted("high", [])], {"fused": "no GPU"}
         monkeypatch.setattr(
-            sections, "make_rungs", lambda *args: lengths.append(args[-1]) or rungs
+            benchmark_bench, "make_rungs", lambda *args: lengths.append(args[-1]) or rungs
         )
         assert sections.run_ladder(bench)["left_out"] == {"fused": "no GPU"}
         assert asked == [
