@@ -8,7 +8,8 @@ which come back as they are. The answers gain `text`, `num_tokens`, `finish_reas
 place of columns of these names. They are in any order, JSON Lines or Parquet like the input, in as
 many files as there were batches.
 
-A row that cannot be answered says why in `error`, and the others go on.
+A row that cannot be answered says why in `error`, and the others go on. An engine answers a batch
+of rows together; its options, `max_num_seqs` say, go into `--engine`.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def describe_error(error: Exception) -> Row:
 
 
 class Generate:
-    """An actor: one engine, loaded once, that answers one batch after the other.
+    """An actor: one engine, loaded once; the rows of a batch share its steps.
 
     Args:
         engine: arguments of `LLMEngine`.
@@ -78,8 +79,10 @@ class Generate:
         self.engine = LLMEngine(use_tqdm=False, **engine)
         self.params, self.chat = params, chat
 
-    def submit(self, row: Row) -> str:
-        """Queues a row; a ValueError or TypeError if it cannot be answered."""
+    def judge(self, row: Row | Exception) -> tuple[list[int], SamplingParams]:
+        """What to ask for a row; a ValueError or TypeError if it cannot be answered."""
+        if isinstance(row, Exception):
+            raise row
         prompt = row.get("prompt")
         if not isinstance(prompt, str):
             raise TypeError(f"prompt is {prompt!r}, and text is expected.")
@@ -89,23 +92,28 @@ class Generate:
                 [message], add_generation_prompt=True, tokenize=False
             )
         params = SamplingParams(**{**self.params, "seed": seed_of(row)})
-        return self.engine.add_request(prompt, params)
+        request = self.engine.processor.process_request(prompt, params)[0]
+        return request.prompt_token_ids, params
 
     def answer(self, rows: list[Row | Exception]) -> list[Row]:
-        """An answer for each row; an exception in place of a row is told in its answer."""
+        """An answer for each row, from one call of the engine for all that have one.
+
+        An exception in place of a row is told in its answer.
+        """
         answers: list[Row] = [{} for _ in rows]
-        waiting: dict[str, Row] = {}
+        prompts, params, asked = [], [], []
         for row, answer in zip(rows, answers, strict=True):
             try:
-                if isinstance(row, Exception):
-                    raise row
-                waiting[self.submit(row)] = answer
+                prompt, own = self.judge(row)
             except (TypeError, ValueError) as error:
                 answer.update(describe_error(error))
-        while self.engine.has_unfinished_requests():
-            for output in self.engine.step():
-                if output.finished:
-                    waiting[output.request_id].update(describe(output))
+            else:
+                prompts.append(prompt)
+                params.append(own)
+                asked.append(answer)
+        outputs = self.engine.generate(prompts, params, use_tqdm=False)
+        for answer, output in zip(asked, outputs, strict=True):
+            answer.update(describe(output))
         return answers
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -177,7 +185,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--engine", type=json.loads, default={}, help="LLMEngine as JSON"
     )
     parser.add_argument("--chat", action="store_true", help="use the chat template")
-    parser.add_argument("--batch-size", type=int, default=64, help="rows at a time")
+    parser.add_argument(
+        "--batch-size", type=int, default=256, help="rows that an engine gets together"
+    )
     parser.add_argument("--concurrency", type=int, default=1, help="how many engines")
     parser.add_argument("--num-gpus", type=float, default=0, help="of each engine")
     parser.add_argument("--num-cpus", type=float, default=1, help="of each engine")

@@ -47,12 +47,17 @@ def to_vllm_engine(
     enforce_eager: bool = False,
     seed: int = 0,
     kv_cache_memory_bytes: int | None = None,
+    max_num_seqs: int = 256,
+    max_num_batched_tokens: int = 2048,
+    enable_prefix_caching: bool = True,
+    block_size: int | None = None,
     use_tqdm: bool = True,
     max_logprobs: int = -1,
 ) -> dict[str, Any]:
     """Arguments of `vllm.LLM` for those of `LLMEngine`; those that it lacks are not taken.
 
     Args:
+        max_num_seqs, max_num_batched_tokens: named, since vLLM's own defaults depend on the GPU.
         max_logprobs: of vLLM, which allows 20 unless told otherwise; -1 is no limit, as here.
     """
     model = model or os.environ.get("FOLO_MODEL") or bundled_model_path()
@@ -61,8 +66,11 @@ def to_vllm_engine(
     values["enforce_eager"] = enforce_eager or decode == "eager"
     values["use_tqdm_on_load"] = use_tqdm
     values["max_logprobs"] = max_logprobs
-    # None means "work it out" to both, so what is None is left out.
-    optional = {"max_model_len": max_model_len}
+    values["max_num_seqs"] = max_num_seqs
+    values["max_num_batched_tokens"] = max_num_batched_tokens
+    values["enable_prefix_caching"] = enable_prefix_caching
+    # None means "work it out" to vLLM, so what is None is left out.
+    optional = {"max_model_len": max_model_len, "block_size": block_size}
     optional["kv_cache_memory_bytes"] = kv_cache_memory_bytes
     return values | {k: v for k, v in optional.items() if v is not None}
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         load_tokenizer as load_tokenizer,
     )
     from folo_lib.config import EngineConfig as EngineConfig
-    from folo_lib.engine import LLMEngine as LLMEngine
+    from folo_lib.engine import EngineStats as EngineStats, LLMEngine as LLMEngine
     from folo_lib.kv_cache import (
         AttentionBackend as AttentionBackend,
         AttentionMetadata as AttentionMetadata,
@@ -38,15 +38,15 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _MODULE_OF = {
-    "AttentionBackend": "kv_cache",
-    "AttentionMetadata": "kv_cache",
-    "get_attention_backend": "qwen3",
     "RotaryEmbedding": "rope",
     "RMSNorm": "layers",
     "SiLUAndMul": "layers",
     "Qwen3ForCausalLM": "qwen3",
+    "get_attention_backend": "qwen3",
     "load_model": "checkpoint",
     "load_tokenizer": "checkpoint",
+    "AttentionBackend": "kv_cache",
+    "AttentionMetadata": "kv_cache",
     "BlockAllocator": "kv_cache",
     "EngineConfig": "config",
     "Sampler": "sampler",
@@ -54,6 +54,7 @@ _MODULE_OF = {
     "CompletionOutput": "request",
     "RequestOutput": "request",
     "RequestStatus": "request",
+    "EngineStats": "engine",
     "LLMEngine": "engine",
 }
 

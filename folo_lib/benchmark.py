@@ -125,6 +125,8 @@ class FoloLib:
     ) -> None:
         self.name, self.device = name, device
         options |= {"max_model_len": max_model_len, "use_tqdm": sys.stderr.isatty()}
+        # One request at a time, and none may find what another has read.
+        options = {"max_num_seqs": 1, "enable_prefix_caching": False} | options
         self.engine = LLMEngine(folder, device=device, dtype=dtype, **options)
 
     def generate(self, prompt: list[int], num_tokens: int) -> Run:

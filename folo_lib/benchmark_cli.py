@@ -22,8 +22,9 @@ from folo_lib.benchmark import (
     Result,
     check_bounds,
 )
+from folo_lib.benchmark_bench import QUICK, Bench, Sizes
 from folo_lib.benchmark_records import describe_setup, open_record, save_record
-from folo_lib.benchmark_sections import QUICK, SECTIONS, Bench, Sizes, parse_alone
+from folo_lib.benchmark_sections import SECTIONS, parse_alone
 from folo_lib.benchmark_systems import QWEN3_0_6B, write_random_checkpoint
 from folo_lib.checkpoint import (
     find_checkpoint,

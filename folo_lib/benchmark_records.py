@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from folo_lib.benchmark import Result
-from folo_lib.benchmark_sections import Bench
+from folo_lib.benchmark_bench import Bench
 from folo_lib.benchmark_systems import QWEN3_0_6B
 
 

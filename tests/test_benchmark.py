@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 
 from folo_lib import (
     benchmark,
+    benchmark_batch as batch,
+    benchmark_bench,
     benchmark_cli as cli,
     benchmark_records as records,
     benchmark_sections as sections,
@@ -28,7 +30,7 @@ from folo_lib import (
     bundled_model_path,
 )
 from folo_lib.benchmark import BenchmarkError, FoloLib, HuggingFace, Reference, Run
-from folo_lib.benchmark_sections import Bench, Sizes
+from folo_lib.benchmark_bench import BatchSizes, Bench, Sizes
 from folo_lib.benchmark_systems import Loop, Peer
 from folo_lib.checkpoint import load_model, read_config
 from folo_lib.kv_cache import allocate_kv_caches
@@ -56,6 +58,19 @@ SIZES = Sizes(
     context_tokens=4,
     ladder_tokens=6,
     bandwidth_bytes=2**16,
+    batch=BatchSizes(
+        together=3,
+        many=5,
+        shortest=2,
+        longest=7,
+        before=3,
+        conversations=3,
+        system_tokens=40,
+        max_tokens=90,
+        num_tokens=6,
+        num_steps=2,
+        contexts=(5, 100),
+    ),
 ).cut(128)
 
 
@@ -182,6 +197,12 @@ class TestSystems:
         expected = allocate_kv_caches(read_config(tiny), 3, 16, torch.float32, CPU)
         caches = system.engine.executor.worker.runner.kv_caches
         assert caches[0][0].shape == expected[0][0].shape
+
+    def test_no_run_finds_what_another_has_read(self, ours: FoloLib) -> None:
+        prompt = benchmark.make_prompt(2100, 40)
+        for _ in range(2):
+            ours.generate(prompt, 2)
+        assert ours.engine.stats().num_prefix_hits == 0
 
     def test_peer_has_its_ttft_from_a_run_of_one_token(self) -> None:
         asked: list[tuple[list[int], int]] = []
@@ -680,7 +701,7 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests are no place to measure: any spread will do."""
     monkeypatch.setattr(benchmark, "find_unsteady", lambda *_: [])
     summarize = benchmark.summarize
-    for module in (benchmark, sections):
+    for module in (benchmark, sections, batch):
         monkeypatch.setattr(
             module, "summarize", lambda values: summarize(values) | {"spread": 0.0}
         )
@@ -766,7 +787,7 @@ class TestSections:
     def test_a_bench_measures_with_its_bounds(
         self, tiny: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(sections, "measure", lambda *args: args)
+        monkeypatch.setattr(benchmark_bench, "measure", lambda *args: args)
         bench = bench_of(tiny, num_runs=7, max_spread=0.1)
         args: Any = bench.measure([], 3, 4, ["ttft"])
         assert args == ([], 3, 4, 2100, 7, 0.1, ["ttft"])
@@ -776,7 +797,7 @@ class TestSections:
     ) -> None:
         prompt = benchmark.make_prompt(2100, 12)
         reference = Reference(prompt, [3, 4, 5], [1.0, 0.0, 1.0], 1e-4, 2.0)
-        monkeypatch.setattr(sections, "make_reference", lambda *_: reference)
+        monkeypatch.setattr(benchmark_bench, "make_reference", lambda *_: reference)
         one, two = follow(reference, {}), follow(reference, {1: 50})
         one.name, two.name = "one", "two"
         assert bench_of(tiny).check([one, two], 3) == {
@@ -821,7 +842,7 @@ class TestSections:
         lengths: list[int] = []
         rungs = [Scripted("low", []), Scripted("high", [])], {"fused": "no GPU"}
         monkeypatch.setattr(
-            sections, "make_rungs", lambda *args: lengths.append(args[-1]) or rungs
+            benchmark_bench, "make_rungs", lambda *args: lengths.append(args[-1]) or rungs
         )
         assert sections.run_ladder(bench)["left_out"] == {"fused": "no GPU"}
         assert asked == [
@@ -1134,7 +1155,7 @@ class TestCommandLine:
         full, quick = seen
         assert (full[0].num_runs, full[0].max_spread) == (7, 0.1)
         assert full[0].sizes == Sizes().cut(128) and full[1] is None
-        assert quick[0].sizes == sections.QUICK.cut(128)
+        assert quick[0].sizes == benchmark_bench.QUICK.cut(128)
         assert quick[1] == ["memory", "decode"]
 
     def test_which_weights(
@@ -1192,11 +1213,144 @@ class TestCommandLine:
 
 def test_the_command_prints_as_it_goes(tiny: Path) -> None:
     """Flushed line by line, so that a run that is cut off has said what it knew."""
-    modules = (benchmark, cli, records, sections, systems)
+    modules = (benchmark, batch, cli, benchmark_bench, records, sections, systems)
     lines = "".join(Path(m.__file__ or "").read_text() for m in modules).splitlines()
     prints = [line for line in lines if line.strip().startswith("print(")]
     assert len(prints) > 8
     assert all("flush=True" in p or "json.dumps(parse_alone" in p for p in prints)
+
+
+class TestBatch:
+    """The section `batch`, at sizes that measure nothing."""
+
+    @pytest.mark.usefixtures("patient")
+    def test_every_part(self, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        made = sections.SECTIONS["batch"](bench_of(tiny))
+        json.dumps(made)
+        assert list(made) == list(batch.PARTS)
+        sizes = SIZES.batch
+
+        together = made["together"]
+        workload = batch.make_workload(2100, sizes.together, sizes)
+        names = ["folo_lib", "folo_lib, one by one", "huggingface, padded"]
+        assert [row["system"] for row in together["rows"]] == names
+        for row in together["rows"]:
+            assert len(row["total"]["values"]) == 5
+            tokens = together["tokens"][row["system"]]
+            assert tokens["tokens"] == workload.num_tokens
+            rate = workload.num_tokens / row["total"]["median"]
+            assert row["tokens_per_second"] == pytest.approx(rate)
+        assert set(together["rows"][0]["times_ours"]["values"]) == {1}
+
+        assert made["many"]["requests"] == 5 and made["many"]["max_num_seqs"] == 3
+        assert all(len(row["total"]["values"]) == 9 for row in made["one"]["rows"])
+
+        cached, without = made["prefix"]["rows"]
+        # 40 tokens are two blocks of 16 and a rest: two of three requests find the blocks.
+        assert without["computed_tokens"] - cached["computed_tokens"] == 2 * 32
+
+        room = made["reservation"]
+        assert room["num_blocks"] == 2 * 6 and room["reserved"] == 2
+        assert 2 < room["on_demand"] <= room["most"] <= 12
+
+        [share] = made["host"]["rows"]
+        assert all(0 < value < 1 for value in share["share"]["values"])
+        short, long = made["host"]["plans"]
+        assert (short["context"], long["context"]) == (5, 100)
+        assert abs(long["bytes"] - short["bytes"]) < 10
+        text = capsys.readouterr().out
+        assert "huggingface, padded over folo_lib: total" in text
+
+    def test_workload_is_the_same_for_everybody(self) -> None:
+        sizes = BatchSizes()
+        one, again = (batch.make_workload(50, 200, sizes) for _ in range(2))
+        other = batch.make_workload(50, 200, sizes, seed=1)
+        assert one == again != other
+        lengths = [*map(len, one.prompts), *one.lengths]
+        assert (min(lengths), max(lengths)) == (16, 128)
+        assert one.num_tokens == sum(one.lengths)
+        assert one.max_model_len == max(map(len, one.prompts)) + max(one.lengths)
+
+    def test_padding_changes_no_answer(self, tiny: Path) -> None:
+        """Nor does company: each equals the request alone."""
+        bench = bench_of(tiny)
+        workload = batch.Workload([[5], [6, 7, 8, 9], [1, 2], [3] * 9], [4, 2, 6, 1])
+        alone = batch.Padded(bench.theirs.model, 1).answer(workload)
+        assert [len(answer) for answer in alone] == workload.lengths
+        assert batch.Padded(bench.theirs.model, 3).answer(workload) == alone
+        assert batch.Ours(bench, 16).answer(workload) == alone
+        assert batch.Ours(bench, 16, max_num_seqs=2).answer(workload) == alone
+
+    def test_a_wrong_token_is_refused(self, tiny: Path) -> None:
+        bench = bench_of(tiny)
+        workload = batch.Workload([[5, 6], [7]], [3, 4])
+        answers = batch.Ours(bench, 8).answer(workload)
+        checked = batch.check_answers(bench, workload, answers)
+        assert (checked["tokens"], checked["near_ties_lost"]) == (7, 0)
+        assert 0 < checked["error"] < 1e-4
+        answers[1][2] = (answers[1][2] + 1) % 2100
+        with pytest.raises(BenchmarkError, match="behind the best"):
+            batch.check_answers(bench, workload, answers)
+
+    def test_no_system_is_timed_before_its_tokens_are_checked(self, tiny: Path) -> None:
+        class Wrong(batch.Ours):
+            def answer(self, workload: batch.Workload) -> batch.Answers:
+                return [[0] * length for length in workload.lengths]
+
+        bench, workload = bench_of(tiny), batch.Workload([[5, 6]], [3])
+        right, wrong = batch.Ours(bench, 8), Wrong(bench, 8)
+        with pytest.raises(BenchmarkError, match="Nothing is timed"):
+            batch.compare(bench, workload, {"right": right, "wrong": wrong}, 5)
+
+    def test_turns_alternate_and_the_first_is_not_kept(self) -> None:
+        log: list[str] = []
+
+        def run(name: str) -> Callable[[], float]:
+            def note() -> float:
+                log.append(name)
+                return len(log)
+
+            return note
+
+        values = batch.take_turns({"a": run("a"), "b": run("b")}, 3)
+        assert "".join(log) == "ba" + "ab" + "ba" + "ab"
+        assert values == {"a": [3, 6, 7], "b": [4, 5, 8]}
+        assert gc.get_freeze_count() == 0
+
+    def test_unsteady_results_are_refused(
+        self, tiny: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        bench = bench_of(tiny)
+        wild, calm = [1.0, 1.0, 2.0, 2.0, 3.0], [1.0] * 5
+        with pytest.raises(BenchmarkError, match=r"attempts.*\(total of b: 80%\)"):
+            both = {"a": calm, "b": wild}
+            batch.repeat_until_steady(bench, "total", lambda: both)
+        assert capsys.readouterr().out.count("unsteady") == benchmark.MAX_ATTEMPTS
+        tries = iter([{"a": wild}, {"a": calm}])
+        [row] = batch.repeat_until_steady(bench, "total", lambda: next(tries))
+        assert row["attempt"] == 2 and row["total"]["median"] == 1
+        loose = bench_of(tiny, max_spread=0.5)
+        with pytest.raises(ValueError, match=r"goes up to 0\.25"):
+            batch.repeat_until_steady(loose, "total", lambda: {"a": calm})
+
+    def test_an_engine_that_fails_is_not_measured(
+        self, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ours = batch.Ours(bench_of(tiny), 8)
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise RuntimeError("out of luck")
+
+        model = ours.engine.executor.worker.runner.model
+        monkeypatch.setattr(model, "forward", fail)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            ours.answer(batch.Workload([[1, 2]], [3]))
+
+    def test_the_model_is_as_before_once_the_host_is_measured(self, tiny: Path) -> None:
+        bench = bench_of(tiny)
+        shares = batch.measure_host_share(bench, SIZES.batch)
+        assert len(shares) == bench.num_runs
+        assert not {"forward", "compute_logits"} & vars(bench.model).keys()
 
 
 class TestAlone:

@@ -180,6 +180,10 @@ def test_every_sampling_parameter_is_handed_over(translation: ModuleType) -> Non
         "max_tokens": 99,
         "min_tokens": 5,
         "logprobs": 3,
+        "prompt_logprobs": 2,
+        "logit_bias": {5: -1.5},
+        "allowed_token_ids": [5, 6, 7],
+        "bad_words": ["cat"],
         "detokenize": True,
         "skip_special_tokens": False,
         "include_stop_str_in_output": True,
@@ -191,7 +195,16 @@ def test_every_sampling_parameter_is_handed_over(translation: ModuleType) -> Non
 
 def test_engine_arguments_are_translated(translation: ModuleType) -> None:
     values = translation.to_vllm_engine(
-        "a/b", torch.bfloat16, 512, "eager", kv_cache_memory_bytes=1000, seed=3
+        "a/b",
+        torch.bfloat16,
+        512,
+        "eager",
+        kv_cache_memory_bytes=1000,
+        seed=3,
+        max_num_seqs=8,
+        max_num_batched_tokens=100,
+        enable_prefix_caching=False,
+        block_size=32,
     )
     assert values == {
         "model": "a/b",
@@ -202,8 +215,17 @@ def test_engine_arguments_are_translated(translation: ModuleType) -> None:
         "max_logprobs": -1,
         "max_model_len": 512,
         "kv_cache_memory_bytes": 1000,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 100,
+        "enable_prefix_caching": False,
+        "block_size": 32,
     }
-    assert "max_model_len" not in translation.to_vllm_engine()
+    plain = translation.to_vllm_engine()
+    assert not {"max_model_len", "block_size"} & plain.keys()
+    assert plain["max_num_seqs"] == 256 and plain["max_num_batched_tokens"] == 2048
+    assert plain["enable_prefix_caching"] is True
+    for name in ("max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching"):
+        assert plain[name] == getattr(EngineConfig, name)
     assert translation.to_vllm_engine()["model"] == str(bundled_model_path())
     assert translation.to_vllm_engine(dtype="float16")["dtype"] == "float16"
 
@@ -227,9 +249,9 @@ def test_python_in_documents_runs(
     text = read(name)
     module = ModuleType(f"document_{name}")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    attention = importlib.import_module("folo_lib.attention")
+    qwen3 = importlib.import_module("folo_lib.qwen3")
     config = importlib.import_module("folo_lib.config")
-    for table in (attention.ATTENTION_BACKENDS, config.MODEL_RUNNERS):
+    for table in (qwen3.ATTENTION_BACKENDS, config.MODEL_RUNNERS):
         for key in ("counting", "never"):
             monkeypatch.setitem(table, key, "")  # removed afterwards
     for code in blocks(text, "python"):

@@ -40,8 +40,12 @@ TABLE = (
     "request",
     "inputs",
     "engine",
+    "scheduler",
+    "block_pool",
     "benchmark",
     "benchmark_systems",
+    "benchmark_bench",
+    "benchmark_batch",
     "benchmark_sections",
     "benchmark_records",
     "benchmark_cli",
@@ -70,8 +74,6 @@ COURSE = (
     "benchmark",
 )
 TO_BE_WRITTEN = {
-    "scheduler",
-    "block_pool",
     "paged_attention",
     "fused_decode",
     "tensor_parallel",

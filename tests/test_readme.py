@@ -367,7 +367,7 @@ def test_python_in_the_readme_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All blocks marked `python`, one after the other, as one module."""
-    from folo_lib.attention import ATTENTION_BACKENDS
+    from folo_lib.qwen3 import ATTENTION_BACKENDS
 
     module = ModuleType("readme")
     monkeypatch.setitem(sys.modules, module.__name__, module)

@@ -365,7 +365,9 @@ def draw_step(ax: Axes, metadata: AttentionMetadata, block_size: int) -> None:
 
 PARTS = {  # page: left, bottom, width, height, text
     "09": (16, 47, 18, 12, "09 Request\nids and text, stops"),
-    "10": (42, 47, 16, 12, "10 Engine\nwho runs next"),
+    "10": (42, 47, 16, 9, "10 Engine\nstep by step"),
+    "11": (42, 60, 16, 9, "11 Scheduler\nwho runs next"),
+    "12": (83, 35, 16, 9, "12 Block pool\nwho has what"),
     "08": (66, 47, 16, 12, "08 Runner\none step for all"),
     "04": (25, 15, 48, 25, ""),
     "03": (27, 19, 14, 13, "03 Layers\nnorm, MLP"),
@@ -385,6 +387,9 @@ WAYS: tuple[
     ((16, 50), (13, 50), "text, grown", (6.5, 50)),
     ((34, 53), (42, 53), "ids", (38, 55)),
     ((58, 53), (66, 53), "", (62, 55)),
+    ((43.5, 56), (43.5, 60), "", (50, 58)),
+    ((84.5, 64.5), (84.5, 44), "blocks", (71, 66.5)),
+    ((97.5, 35), (97.5, 32), "", (91, 33)),
     ((70, 47), (70, 40), "ids, positions", (60.5, 43.5)),
     ((71, 25.5), (83, 25.5), "", (77, 28)),
     ((35, 15), (35, 10), "scores", (42, 12.3)),
@@ -423,11 +428,12 @@ def draw_map(
     said = (travels or {}).get("04", "04 Qwen3: the layers")
     ax.text(49, 36, said, **style)
     ax.plot([20, 25], [5, 5], "k-", lw=1)  # from the sampler, then up
+    ax.plot([58, 84.5], [64.5, 64.5], "k-", lw=1)  # from the scheduler, then down
     ax.plot([82, 87], [53, 53], "k--", lw=1)
     if here:
         left, bottom, width, height, _ = PARTS[here]
         place = left + width / 2, bottom - 2
         style |= {"color": BLUE, "weight": "bold"}
         ax.text(*place, "you are here", **style)
-    ax.set(xlim=(-1, 100), ylim=(-3, 60))
+    ax.set(xlim=(-1, 100), ylim=(-3, 70))
     ax.axis("off")

@@ -282,28 +282,41 @@ def test_arguments_are_judged_first(batch_ray: ModuleType, tmp_path: Path) -> No
         batch_ray.main(["prompts.jsonl", fresh, "--params", '{"top_p": 2}'])
 
 
-def test_a_request_that_fails_while_it_runs_harms_nobody(
+def test_a_step_that_fails_takes_its_requests_and_no_others(
     batch_ray: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generate = batch_ray.Generate(ENGINE, PARAMS)
-    execute, calls = generate.engine.executor.execute_model, 0
+    generate = batch_ray.Generate(ENGINE | {"max_num_seqs": 2}, PARAMS)
+    launch, calls = generate.engine.executor.launch, 0
 
-    def fails_once(plans: Any) -> Any:
+    def fails_once(plan: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 3:
             raise RuntimeError("the device is on fire")
-        return execute(plans)
+        return launch(plan)
 
-    monkeypatch.setattr(generate.engine.executor, "execute_model", fails_once)
+    monkeypatch.setattr(generate.engine.executor, "launch", fails_once)
     rows = generate(pa.table({"prompt": PROMPTS[:3]})).to_pylist()
-    assert [row["error"] for row in rows] == [
-        "RuntimeError: the device is on fire",
-        None,
-        None,
-    ]
-    assert [row["num_tokens"] for row in rows] == [2, 8, 8]
-    assert [row["finish_reason"] for row in rows] == ["error", "length", "length"]
+    burnt = "RuntimeError: the device is on fire"
+    assert [row["error"] for row in rows] == [burnt, burnt, None]
+    assert [row["num_tokens"] for row in rows] == [2, 2, 8]
+    assert [row["finish_reason"] for row in rows] == ["error", "error", "length"]
+
+
+def test_the_rows_of_a_batch_share_steps_and_the_bad_ones_take_none(
+    batch_ray: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = batch_ray.Generate(ENGINE, PARAMS)
+    launch, widths = generate.engine.executor.launch, list[int]()
+
+    def count(plan: Any) -> Any:
+        widths.append(len(plan.scheduled))
+        return launch(plan)
+
+    monkeypatch.setattr(generate.engine.executor, "launch", count)
+    rows = generate(pa.table({"prompt": [*PROMPTS, ""]})).to_pylist()
+    assert widths == [len(PROMPTS)] * 8
+    assert [row["error"] is None for row in rows] == [True] * 5 + [False]
 
 
 def test_a_batch_of_bad_rows_only_has_the_same_columns(batch_ray: ModuleType) -> None:
