@@ -91,7 +91,7 @@ def draw_size(rng: random.Random, low: int, high: int) -> int:
 def make_item(number: int, small: bool = False) -> Item:
     """Item `number`, the same each time. One in two begins as others do."""
     rng = random.Random(f"{number} {small}")
-    longest, budget = (120, 48) if small else (600, 512)
+    longest, budget = (120, 40) if small else (600, 512)
     families = random.Random(0)
     shared = [[families.randrange(4, 2000) for _ in range(600)] for _ in range(3)]
     length = draw_size(rng, 1, longest)
@@ -323,7 +323,9 @@ def check_close(one: Any, other: Any) -> None:
     if one is not None:
         shared = one.keys() & other.keys()
         assert next(iter(one)) == next(iter(other))
-        assert len(one) == len(other) and len(shared) >= len(one) - 1  # a tie at the end
+        assert (
+            len(one) == len(other) and len(shared) >= len(one) - 1
+        )  # a tie at the end
         for i in shared:
             assert abs(one[i].logprob - other[i].logprob) < 2e-4
 
@@ -358,8 +360,26 @@ def check_integrity(engine: LLMEngine) -> None:
     for request in scheduler.waiting:
         assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
         assert not request.block_ids and request.num_computed_tokens == 0
+    if not getattr(scheduler.kv_cache, "enable_prefix_caching", False):
+        # Nobody waits for what another writes, so they run in the order of arrival.
+        assert scheduler.running == requests[: len(scheduler.running)], "overtaken"
     check_blocks(scheduler.kv_cache, requests)
     check_rows(engine)
+
+
+def check_plan(engine: LLMEngine, plan: StepPlan) -> None:
+    """A plan keeps to the limits, and says what is new once."""
+    scheduler, names = engine.scheduler, [one.request_id for one in plan.scheduled]
+    rows = get_runner(engine).rows
+    assert names and len(set(names)) == len(names)
+    assert all(one.num_tokens > 0 for one in plan.scheduled)
+    total = sum(one.num_tokens for one in plan.scheduled)
+    assert total <= scheduler.max_num_batched_tokens, f"{total} tokens in a step"
+    assert len(names) <= len(rows.block_table)
+    known = rows.by_id.keys() - set(plan.finished_ids)
+    new = {one.request_id for one in plan.new_requests}
+    assert new <= set(names) and known.isdisjoint(new)
+    assert set(names) <= known | new
 
 
 def check_blocks(manager: Any, requests: Sequence[Request]) -> None:
@@ -375,23 +395,39 @@ def check_blocks(manager: Any, requests: Sequence[Request]) -> None:
     if not hasattr(manager, "pool"):
         assert sorted([*manager.free_blocks, *held]) == list(range(manager.num_blocks))
         return
-    pool, size = manager.pool, manager.block_size
-    counts = [held[i] for i in range(manager.num_blocks)]
-    assert pool.num_references == counts, "references"
-    assert set(pool.free_blocks) == {i for i, n in enumerate(counts) if n == 0}
-    assert {b: h for h, b in pool.block_of.items()} == pool.hash_of
+    counts, free, hash_of, block_of = read_books(manager.pool)
+    size, expected = manager.block_size, [0] * manager.num_blocks
+    for block_id, count in held.items():
+        expected[block_id] = count
+    assert counts == expected, "references"
+    assert len(free) == manager.num_blocks - len(held) and held.keys().isdisjoint(free)
+    assert len(set(free)) == len(free)
+    assert {block_id: name for name, block_id in block_of.items()} == hash_of
     assert not manager.pending
     tokens_of: dict[int, tuple[int, ...]] = {}
     for request in requests:
         token_ids = tuple(request.get_token_ids())
         for i, block_id in enumerate(request.block_ids):
             end = (i + 1) * size
-            if block_id in pool.hash_of:
+            if block_id in hash_of:
                 assert end <= request.num_computed_tokens, "found before it is written"
-                assert request.block_hashes[i] == pool.hash_of[block_id]
+                assert request.block_hashes[i] == hash_of[block_id]
             if held[block_id] > 1:  # shared: of the same tokens
                 own = token_ids[:end]
                 assert tokens_of.setdefault(block_id, own) == own
+
+
+def read_books(pool: Any) -> tuple[list[int], list[int], dict[int, bytes], Any]:
+    """Of a block pool: counts, free blocks, the hash of a block and the block of a hash."""
+    if hasattr(pool, "num_references"):
+        return (
+            pool.num_references,
+            list(pool.free_blocks),
+            pool.hash_of,
+            pool.block_of,
+        )
+    free = [*pool.empty, *pool.evictable]
+    return pool.ref_counts, free, pool.block_hashes, pool.cached_blocks
 
 
 def check_rows(engine: LLMEngine) -> None:
@@ -422,9 +458,8 @@ def check_empty(engine: LLMEngine) -> None:
 
 def poison_free_blocks(engine: LLMEngine) -> None:
     """NaN into each block that nobody has and that cannot be found: nobody may read it."""
-    pool = engine.scheduler.kv_cache.pool
-    free = [i for i in pool.free_blocks if i not in pool.hash_of]
-    index = torch.tensor(free, dtype=torch.int64)
+    _, free, hash_of, _ = read_books(engine.scheduler.kv_cache.pool)
+    index = torch.tensor([i for i in free if i not in hash_of], dtype=torch.int64)
     for pair in get_runner(engine).kv_caches:
         for tensor in pair:
             tensor.index_fill_(0, index, float("nan"))
@@ -454,7 +489,7 @@ class Schedule:
 
     Attributes:
         seed: of all that follows.
-        small: whether its items are.
+        small: whether all of its items are.
         arrivals: in the order in which they come.
         options: of the engine.
         num_tokens: that its cache holds.
@@ -472,11 +507,13 @@ class Schedule:
 
     def __post_init__(self) -> None:
         rng = random.Random(self.seed)
-        num_items = 120 if self.small else 260
+        share = 0.0 if self.small else rng.choice([0, 0.15, 0.15, 0.15, 1])
         num_requests, spread = draw_size(rng, 2, 24), rng.choice([0, 10, 60])
         is_rough = rng.random() < 0.5
         for _ in range(num_requests):
-            item = make_item(rng.randrange(num_items), self.small)
+            is_small = rng.random() >= share
+            number = rng.randrange(60 if is_small else 160)
+            item = make_item(number, is_small)
             arrival = Arrival(item, rng.randint(0, spread))
             if is_rough and rng.random() < 0.15:
                 arrival.abort_after = rng.randint(0, 50)
@@ -631,6 +668,7 @@ class Spoiler:
         where = self.schedule.broken_launches.get(number)
         if where is not None:
             self.victims |= {get_request_id(one.request_id) for one in plan.scheduled}
+        check_plan(self.engine, plan)
         self.cache.take(plan)
         if where:
             self.cache.reset()

@@ -231,7 +231,7 @@ class EngineMachine(RuleBasedStateMachine):
 
 TestCallsInAnyOrder = EngineMachine.TestCase
 TestCallsInAnyOrder.settings = settings(
-    max_examples=25, stateful_step_count=25, derandomize=True, deadline=None
+    max_examples=12, stateful_step_count=25, derandomize=True, deadline=None
 )
 
 
@@ -261,7 +261,7 @@ def test_what_the_cache_held_before_does_not_matter(block_size: int) -> None:
 
 def count_live_tensors() -> int:
     gc.collect()
-    return sum(isinstance(one, torch.Tensor) for one in gc.get_objects())
+    return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
 
 
 @pytest.mark.parametrize(
@@ -300,15 +300,15 @@ def test_many_requests_leave_nothing_behind(one_by_one: int, at_once: int) -> No
 # --- Ctrl-C ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("stage", ["schedule", "launch", "read", "update", "collect"])
 def test_ctrl_c_leaves_the_engine_whole(stage: str, seed: int) -> None:
-    """It may end the one request whose token it interrupts, and changes no other."""
+    """At any line of a step. It ends nobody, and all come out the same."""
     rng = random.Random(f"{stage} {seed}")
     options = {"block_size": 4, "max_model_len": 168, "max_num_batched_tokens": 48}
     engine = make_engine(rng.choice([168, 400]), **options)
     items, outputs, num_interrupted, steps = {}, {}, 0, 0
-    for number in range(6):
+    for _ in range(6):
         item = make_item(rng.randrange(30), small=True)
         items[engine.add_request(item.prompt, item.params)] = item
     while engine.has_unfinished_requests():
@@ -332,14 +332,8 @@ def test_ctrl_c_leaves_the_engine_whole(stage: str, seed: int) -> None:
     assert num_interrupted
     check_empty(engine)
     assert outputs.keys() == items.keys(), "some were never told of"
-    num_failed = 0
     for name, output in outputs.items():
-        if output.error and stage == "update":
-            num_failed += 1
-            check_cut_short(items[name], output)
-        else:
-            check_result(items[name], output)
-    assert num_failed <= num_interrupted
+        check_result(items[name], output)
 
 
 # --- Several callers ------------------------------------------------------------------
@@ -534,7 +528,9 @@ def test_bug_one_eos_id_only() -> None:
         GenerationConfig(eos_token_id=[tokenizer.eos_token_id, *ends]),
         max_model_len=64,
     )
-    outputs = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=12))
+    outputs = engine.generate(
+        prompts, SamplingParams(temperature=0, max_tokens=12), False
+    )
     for output, tokens in zip(outputs, alone, strict=True):
         first = min(tokens.index(end) for end in ends if end in tokens)
         assert output.outputs[0].token_ids == tokens[: first + 1]
