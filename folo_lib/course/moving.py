@@ -15,14 +15,14 @@ import hashlib
 import html
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 
-from folo_lib.course.figures import Look, Point, draw_box, ink_on
+from folo_lib.course.figures import DECODE, PREFILL, Look, Point, draw_box, ink_on
 
-__all__ = ["MovingFigure", "Piece", "State"]
+__all__ = ["MovingFigure", "Piece", "State", "move_requests"]
 
 PIXELS = 44  # of a box of size 1 in the SVG
 PATTERNS = {  # what matplotlib calls a hatch, as lines in a square of 8 by 8
@@ -122,17 +122,20 @@ class MovingFigure:
     def to_html(self) -> str:
         """All states, of which the first is drawn and the others wait for the script."""
         width, height = (round(PIXELS * side) for side in self.size)
-        moments, drawn, keys = [], [], {}
+        keys: dict[tuple[Any, ...], int] = {}
+        drawn: list[tuple[Piece, bool]] = []
+        moments: list[dict[str, Any]] = []
         for state in self.states:
-            moments.append({"says": state.caption, "at": {}})
+            places: dict[int, Point] = {}
             for piece in state.pieces:
                 # A piece that changes its looks or text is another: one fades, one appears.
                 parts = piece.key, piece.text, piece.width, piece.height, piece.look
                 if parts not in keys:
                     keys[parts] = len(keys)
                     drawn.append((piece, state is self.states[0]))
-                places = round(PIXELS * piece.x, 1), round(PIXELS * piece.y, 1)
-                moments[-1]["at"][keys[parts]] = places
+                place = round(PIXELS * piece.x, 1), round(PIXELS * piece.y, 1)
+                places[keys[parts]] = place
+            moments.append({"says": state.caption, "at": places})
         body = [draw_piece(piece, "", True) for piece in self.still]
         body += [
             draw_piece(piece, f'data-k="{i}" ', is_first)
@@ -182,6 +185,51 @@ def draw_piece(piece: Piece, mark: str, is_shown: bool) -> str:
         shapes += f'<text {middle} fill="{ink}"{halo}>{text}</text>'
     hidden = "" if is_shown else ' opacity="0"'
     return f'<g {mark}transform="translate({x:g} {y:g})"{hidden}>{shapes}</g>'
+
+
+WAITS = Look("white", "", "", "")
+
+
+def move_requests(
+    plans: Sequence[Mapping[str, int]], arrivals: Mapping[str, int]
+) -> MovingFigure:
+    """Requests that wait, join a batch, leave it and are done, one state for each step.
+
+    Args:
+        plans: for each step, how many tokens of which request run, in their order.
+        arrivals: the step before which each request comes, counted from 0.
+    """
+    last = {name: i for i, plan in enumerate(plans) for name in plan}
+    states = []
+    for i, plan in enumerate(plans):
+        here = [
+            name for name, step in arrivals.items() if step <= i and last[name] >= i
+        ]
+        waiting = [name for name in here if name not in plan]
+        done = [name for name in last if last[name] < i]
+        pieces = []
+        for x, names in ((0.5, waiting), (3, list(plan)), (14, done)):
+            pieces += [
+                Piece(name, x, 1 + 1.2 * y, text=name, look=WAITS)
+                for y, name in enumerate(names)
+            ]
+        for y, (name, count) in enumerate(plan.items()):
+            look = DECODE if count == 1 else PREFILL
+            place, width = (4.2, 1.05 + 1.2 * y), min(9.0, 0.7 + 0.25 * count)
+            pieces.append(Piece(f"{name} runs", *place, width, 0.9, f"{count}", look))
+        runs = ", ".join(f"{name} {count}" for name, count in plan.items())
+        says = f"Step {i + 1} runs {sum(plan.values())} tokens: {runs}."
+        if waiting:
+            says += f" Waiting: {', '.join(waiting)}."
+        states.append(State(pieces, says))
+    heads = (
+        (0, "waiting"),
+        (2.5, "in the step"),
+        (6, "tokens that run"),
+        (13.5, "done"),
+    )
+    still = [Piece(text, x, 0, 2, 0.9, text) for x, text in heads]
+    return MovingFigure(states, (16, 1.4 + 1.2 * len(arrivals)), still)
 
 
 PAGE = """\
