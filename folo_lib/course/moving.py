@@ -218,7 +218,8 @@ def move_requests(
             place, width = (4.2, 1.05 + 1.2 * y), min(9.0, 0.7 + 0.25 * count)
             pieces.append(Piece(f"{name} runs", *place, width, 0.9, f"{count}", look))
         runs = ", ".join(f"{name} {count}" for name, count in plan.items())
-        says = f"Step {i + 1} runs {sum(plan.values())} tokens: {runs}."
+        total = sum(plan.values())
+        says = f"Step {i + 1} runs {total} token{'s' * (total > 1)}: {runs}."
         if waiting:
             says += f" Waiting: {', '.join(waiting)}."
         states.append(State(pieces, says))
@@ -229,7 +230,8 @@ def move_requests(
         (13.5, "done"),
     )
     still = [Piece(text, x, 0, 2, 0.9, text) for x, text in heads]
-    return MovingFigure(states, (16, 1.4 + 1.2 * len(arrivals)), still)
+    bottom = max(piece.y for state in states for piece in state.pieces)
+    return MovingFigure(states, (16, bottom + 1.3), still)
 
 
 PAGE = """\
