@@ -233,9 +233,8 @@ class ContinuousScheduler(RequestQueues):
         self, config: "EngineConfig", num_blocks: int, kv_cache: str = "paged"
     ) -> None:
         self.block_size = config.block_size
+        self.max_num_seqs = config.max_num_seqs
         self.max_num_batched_tokens = config.max_num_batched_tokens
-        # Each one that runs has a token in every step, so there is room for no more.
-        self.max_num_running = min(config.max_num_seqs, self.max_num_batched_tokens)
         make = pkgutil.resolve_name(KV_CACHE_MANAGERS[kv_cache])
         super().__init__(
             make(num_blocks, config.block_size, config.enable_prefix_caching)
@@ -284,7 +283,7 @@ class ContinuousScheduler(RequestQueues):
         new_requests: list[NewRequest] = []
         passed_over: list[Request] = []  # what they need is being written in this step
         while self.waiting and budget:
-            if len(self.running) + len(passed_over) >= self.max_num_running:
+            if len(self.running) + len(passed_over) >= self.max_num_seqs:
                 break
             request = self.waiting[0]
             computed = self.kv_cache.get_computed_blocks(request)

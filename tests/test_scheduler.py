@@ -82,7 +82,8 @@ class Harness:
     def check(self, plan: StepPlan, before: Sequence[Request]) -> None:
         scheduler, size = self.scheduler, self.scheduler.block_size
         ids = [one.request_id for one in plan.scheduled]
-        assert len(set(ids)) == len(ids) <= scheduler.max_num_running
+        most = min(scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
+        assert len(set(ids)) == len(ids) <= most
         total = sum(one.num_tokens for one in plan.scheduled)
         assert total <= scheduler.max_num_batched_tokens
         for one in plan.scheduled:
