@@ -307,11 +307,12 @@ class TestPreemption:
         assert all(len(one.output_token_ids) == 8 for one in h.requests.values())
 
     def test_nobody_joins_in_a_step_that_preempts(self) -> None:
-        h = Harness(make_scheduler(num_blocks=2, seqs=3))
-        h.add(make_request("a", 4, 3), make_request("b", 4, 3))
-        h.step()
-        h.add(make_request("c", 1, 1))
+        h = Harness(make_scheduler(num_blocks=3, budget=5))
+        h.add(make_request("a", 4, 9), make_request("b", 8, 3))
+        assert h.step() == {"a": 4, "b": 1}
+        # a takes the third block, b wants a second, and one would do for its return.
         assert h.step() == {"a": 1}
+        assert h.step() == {"a": 1, "b": 4}
 
     def test_a_prompt_in_chunks_gives_way_to_a_token(self) -> None:
         h = Harness(make_scheduler(num_blocks=3, budget=8))
