@@ -476,7 +476,7 @@ class Request(RequestSpec):
         self.metrics.record_token(now)  # last: it says that the token came whole
 
     def rewind(self) -> None:
-        """After a step that broke off: keeps the tokens that came whole, and no cache."""
+        """Once a step broke off: keeps the tokens that came whole, and no blocks."""
         self.block_ids, self.num_computed_tokens = [], 0
         num_whole = self.metrics.num_output_tokens
         if self.status.is_finished or len(self.output_token_ids) == num_whole:

@@ -466,8 +466,8 @@ def wait_until(condition: Any, seconds: float = 20) -> None:
 
 
 def free_blocks(engine: LLMEngine) -> int:
-    scheduler: Any = engine.scheduler
-    return int(scheduler.allocator.num_free_blocks)
+    stats = engine.stats()
+    return stats.num_blocks - stats.num_used_blocks
 
 
 def test_stop_aborts_and_frees_the_blocks(

@@ -253,11 +253,9 @@ class LiveGeneration(CourseWidget):
             f"{ends[sample.finish_reason or 'error']}: finish_reason is "
             f"\u201c{sample.finish_reason}\u201d, {count} tokens in {seconds:.1f} s."
         )
-        allocator = getattr(self.engine.scheduler, "allocator", None)
-        if allocator is not None:
-            free, all_blocks = allocator.num_free_blocks, allocator.num_blocks
-            text += f" Cache blocks free: {free} of {all_blocks}."
-        return text
+        stats = self.engine.stats()
+        free = stats.num_blocks - stats.num_used_blocks
+        return f"{text} Cache blocks free: {free} of {stats.num_blocks}."
 
 
 def live_generation(engine: LLMEngine, prompt: str) -> LiveGeneration:
