@@ -478,14 +478,15 @@ class Request(RequestSpec):
     def rewind(self) -> None:
         """Once a step broke off: keeps the tokens that came whole, and no blocks."""
         self.block_ids, self.num_computed_tokens = [], 0
-        num_whole = self.metrics.num_output_tokens
-        if self.status.is_finished or len(self.output_token_ids) == num_whole:
-            return
-        del self.output_token_ids[num_whole:], self.logprobs[num_whole:]
-        drawn = (next(iter(entry.values())).logprob for entry in self.logprobs)
-        *_, self.cumulative_logprob = accumulate(drawn, initial=0.0)
-        if self.detokenizer is not None:  # it may have read half of a token
-            self.detokenizer = self.detokenizer.restart(self.output_token_ids)
+        ids, num_whole = self.output_token_ids, self.metrics.num_output_tokens
+        if self.status.is_finished:
+            self.metrics.num_output_tokens = len(ids)
+        elif len(ids) > num_whole:
+            del ids[num_whole:], self.logprobs[num_whole:]
+            drawn = (next(iter(entry.values())).logprob for entry in self.logprobs)
+            *_, self.cumulative_logprob = accumulate(drawn, initial=0.0)
+            if self.detokenizer is not None:  # it may have read half of a token
+                self.detokenizer = self.detokenizer.restart(ids)
 
     def finish(
         self, status: RequestStatus, error: str | None = None, now: float | None = None
