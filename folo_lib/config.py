@@ -41,8 +41,14 @@ class EngineConfig:
         kv_cache_memory_bytes: set aside for the cache; None: see `get_kv_cache_memory`.
         decode: a name in `MODEL_RUNNERS`, or `"auto"`, which is `"eager"` on every device.
         enforce_eager: the same as `decode="eager"`.
-        scheduler: a name in `SCHEDULERS`, or what makes a scheduler of the cache's
-            `BlockAllocator`.
+        scheduler: a name in `SCHEDULERS`, or what makes a scheduler of an `EngineConfig` and
+            the number of blocks in the cache.
+        max_num_seqs: most requests that run at a time; each has a row in the runner.
+        max_num_batched_tokens: most tokens of a step, of all its requests together. A longer
+            prompt is read in chunks, so that others are not kept waiting for it. A request that
+            runs has a token in every step, so no more than this many run at a time either.
+        enable_prefix_caching: whether requests that begin alike share the blocks of their
+            beginnings. These two and `max_num_seqs` are for `scheduler="continuous"`.
         seed: of the seeds for requests that have none; 0 to 2**64 - 1.
         use_tqdm: show progress bars while loading.
 
@@ -89,8 +95,8 @@ class EngineConfig:
             )
         self.get_model_runner(device)
         self._check_int("block_size", 1)
-        self._check_int("max_num_seqs", 1)
-        self._check_int("max_num_batched_tokens", 1)
+        self._check_int("max_num_seqs", 1, hint=", the requests that run at a time")
+        self._check_int("max_num_batched_tokens", 1, hint=", the tokens of a step")
         self._check_int("seed", 0, 2**64 - 1)
         for name in ("max_model_len", "kv_cache_memory_bytes"):
             if getattr(self, name) is not None:
@@ -100,8 +106,8 @@ class EngineConfig:
         elif not callable(self.scheduler):
             raise TypeError(
                 f"scheduler={self.scheduler!r} must be a name or a class: one of "
-                f"{', '.join(map(repr, SCHEDULERS))}, or what makes a scheduler of a "
-                "BlockAllocator."
+                f"{', '.join(map(repr, SCHEDULERS))}, or what makes a scheduler of an "
+                "EngineConfig and a number of blocks."
             )
 
     def _check_int(

@@ -10,6 +10,7 @@ __all__ = [
     "Conversation",
     "Params",
     "Groups",
+    "Outputs",
     "NOT_FINITE",
     "describe_request",
     "EngineStats",
@@ -19,7 +20,9 @@ __all__ = [
     "take_output",
     "Inbox",
     "RequestTable",
+    "run_step",
     "load_parts",
+    "show_progress",
     "LLMEngine",
 ]
 
@@ -28,7 +31,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -39,6 +42,14 @@ from folo_lib.inputs import (
     get_eos_token_ids,
     load_generation_config,
 )
+from folo_lib.runner import (
+    GPUExecutor,
+    NewRequest,
+    ScheduledRequest,
+    Source,
+    StepOutput,
+    StepPlan,
+)
 
 from . import bundled_model_path
 from .checkpoint import load_tokenizer
@@ -47,14 +58,6 @@ from .kv_cache import BlockAllocator
 from .platform import FairLock
 from .qwen3 import Qwen3ForCausalLM
 from .request import Request, RequestOutput, RequestStatus
-from .runner import (
-    GPUExecutor,
-    NewRequest,
-    ScheduledRequest,
-    Source,
-    StepOutput,
-    StepPlan,
-)
 from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -66,6 +69,7 @@ Prompts = Prompt | Sequence[Prompt]
 Conversation = Sequence[Mapping[str, Any]]
 Params = SamplingParams | Sequence[SamplingParams] | None
 Groups = list[list[Request]]  # the samples of each prompt
+Outputs = Generator[RequestOutput, None, None]
 
 
 # %% ../notebooks/10_engine.ipynb #describe-request
@@ -94,8 +98,8 @@ class EngineStats:
         num_blocks, num_used_blocks: of the cache, and those that requests have.
         num_cached_blocks: blocks that nobody has, and whose contents may serve again.
         num_preemptions: how often a request lost its blocks to another.
-        num_prefix_tokens, num_prefix_hits: tokens of requests that started, and those of
-            them that were found in the cache.
+        num_prefix_tokens, num_prefix_hits: tokens of requests that started, and those
+            of them that were found in the cache.
     """
 
     num_running: int
@@ -190,10 +194,11 @@ class FCFSScheduler:
         self.allocator = BlockAllocator(
             self.allocator.num_blocks, self.config.block_size
         )
-        self.running, self.waiting, self.finished_ids = None, deque(), []
+        self.running, self.waiting, self.finished_ids = None, deque(requests), []
         for request in requests:
             request.block_ids, request.num_computed_tokens = [], 0
-            self.add(request)
+            if request.status is RequestStatus.RUNNING:
+                request.status = RequestStatus.PREEMPTED
 
     def get_stats(self) -> EngineStats:
         """How full it is now."""
@@ -263,30 +268,33 @@ class RequestTable:
         self.unfinished: dict[str, Request] = {}  # by sample id
         self.groups: dict[str, tuple[list[Request], Inbox]] = {}  # by request id
 
-    def add(self, group: list[Request], inbox: Inbox) -> None:
-        """Queues the samples of a prompt; a ValueError if their id is in use."""
-        request_id = group[0].request_id
-        if request_id in self.groups:
-            raise ValueError(
-                f"request_id {request_id!r} is in use: wait for that request, abort "
-                "it, or leave the id out to get a fresh one."
-            )
-        self.groups[request_id] = group, inbox
-        for request in group:
-            self.unfinished[request.sample_id] = request
-            self.scheduler.add(request)
+    def add(self, groups: Groups, inbox: Inbox) -> None:
+        """Queues prompts; a ValueError, and nothing is queued, if an id is in use."""
+        for [first, *_] in groups:
+            if first.request_id in self.groups:
+                raise ValueError(
+                    f"request_id {first.request_id!r} is in use: wait for that request,"
+                    " abort it, or leave the id out to get a fresh one."
+                )
+        for group in groups:
+            self.groups[group[0].request_id] = group, inbox
+            for request in group:
+                self.unfinished[request.sample_id] = request
+                self.scheduler.add(request)
 
     def update(self, request: Request) -> None:
         """Puts news where the caller looks; who has ended gives the blocks back."""
         if request.sample_id not in self.unfinished:
-            return  # it was aborted in the meantime
-        if has_ended := request.status.is_finished:
-            del self.unfinished[request.sample_id]
-            self.scheduler.finish(request)
+            return  # it ended before
+        has_ended = request.status.is_finished
         group, inbox = self.groups[request.request_id]
-        ended = has_ended and all(one.status.is_finished for one in group)
-        if ended or inbox.every_token:
+        if inbox.every_token or (
+            has_ended and all(one.status.is_finished for one in group)
+        ):
             inbox.updated[request.request_id] = group
+        if has_ended:
+            self.scheduler.finish(request)
+            del self.unfinished[request.sample_id]
 
     def abort(self, request_id: str) -> None:
         """Ends what is unfinished of a prompt, if there is such a prompt."""
@@ -296,20 +304,60 @@ class RequestTable:
 
     def collect(self, inbox: Inbox) -> list[RequestOutput]:
         """Empties an inbox; prompts that have ended are forgotten, their ids free."""
-        groups = list(inbox.updated.values())
-        inbox.updated.clear()
+        groups = inbox.updated.values()
         outputs = [RequestOutput.from_requests(group) for group in groups]
         for output in outputs:
             if output.finished:
-                del self.groups[output.request_id]
+                self.groups.pop(output.request_id, None)
+        inbox.updated.clear()
         return outputs
 
-    def remove(self, group: list[Request]) -> None:
-        """Aborts and forgets a prompt; one that is not here is left alone."""
-        request_id = group[0].request_id
-        if self.groups.get(request_id, ([],))[0] is group:
-            self.abort(request_id)
-            del self.groups[request_id]
+    def remove(self, groups: Groups) -> None:
+        """Aborts and forgets prompts; one that is not here is left alone."""
+        for group in groups:
+            request_id = group[0].request_id
+            if self.groups.get(request_id, ([],))[0] is group:
+                self.abort(request_id)
+                del self.groups[request_id]
+
+    def restart(self, failed_ids: Sequence[str], error: BaseException) -> None:
+        """After a step that broke off: all begin again, but those that failed in it.
+
+        Args:
+            failed_ids: samples that end with the error.
+            error: what broke it off.
+        """
+        requests = list(self.unfinished.values())
+        for request in requests:
+            request.rewind()
+            if isinstance(error, Exception) and request.sample_id in failed_ids:
+                fail(request, error)
+        self.scheduler.reset([one for one in requests if not one.status.is_finished])
+        for request in requests:
+            if request.status.is_finished:
+                self.update(request)
+
+
+# %% ../notebooks/10_engine.ipynb #run-step
+def run_step(executor: GPUExecutor, table: RequestTable) -> None:
+    """Schedules, launches, reads, and gives each request its token or its error.
+
+    Raises:
+        BaseException: of Ctrl-C, and of a scheduler that fails; the requests go on.
+    """
+    plan = StepPlan([])
+    try:
+        plan = table.scheduler.schedule()
+        output = executor.launch(plan).read()
+        for one in plan.scheduled:
+            if request := table.unfinished.get(one.request_id):
+                take_output(request, output, executor)
+                table.update(request)
+    except BaseException as error:
+        executor.reset()
+        table.restart([one.request_id for one in plan.scheduled], error)
+        if not plan.scheduled or not isinstance(error, Exception):
+            raise
 
 
 # %% ../notebooks/10_engine.ipynb #find-parts
@@ -335,6 +383,26 @@ def load_parts(
         config.seed,
     )
     return executor, config.make_scheduler(executor.num_blocks), processor
+
+
+# %% ../notebooks/10_engine.ipynb #show-progress
+def show_progress(
+    outputs: Iterable[RequestOutput], total: int, use_tqdm: bool
+) -> Iterator[RequestOutput]:
+    """Passes outputs on, and counts them in a bar with tokens per second in and out."""
+    from tqdm.auto import tqdm
+
+    start, num_read, num_written = time.perf_counter(), 0, 0
+    with tqdm(desc="Processed prompts", total=total, disable=not use_tqdm) as bar:
+        for output in outputs:
+            num_read += len(output.prompt_token_ids)
+            num_written += output.metrics.num_output_tokens
+            seconds = time.perf_counter() - start
+            rates = num_read / seconds, num_written / seconds
+            text = "in {:.0f} tokens/s, out {:.0f} tokens/s".format(*rates)
+            bar.set_postfix_str(text, refresh=False)
+            bar.update()
+            yield output
 
 
 # %% ../notebooks/10_engine.ipynb #llm-engine
@@ -436,7 +504,7 @@ class LLMEngine:
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
-    ) -> Generator[RequestOutput, None, None]:
+    ) -> Outputs:
         """An output after every token; texts only grow. To stop listening aborts it."""
         group = self.processor.process_request(prompt, sampling_params)
         return self._run([group], every_token=True)
@@ -449,55 +517,21 @@ class LLMEngine:
             inbox: read by `advance`.
         """
         with self._lock:
-            for group in groups:
-                self._table.add(group, inbox)
+            self._table.add(groups, inbox)
 
     def advance(self, inbox: Inbox) -> list[RequestOutput]:
         """An output for each prompt with news; if there are none, runs a step first."""
         with self._lock:
             if not inbox.updated and self._table.unfinished:
-                self._run_step()
+                run_step(self.executor, self._table)
             return self._table.collect(inbox) if inbox.updated else []
-
-    def _run_step(self) -> None:
-        """Schedules, launches, reads, and gives each request its token or its error."""
-        plan = StepPlan([])
-        try:
-            plan = self.scheduler.schedule()
-            output = self.executor.launch(plan).read()
-        except BaseException as error:
-            self._recover(plan, error)
-            return
-        for one in plan.scheduled:
-            request = self._table.unfinished.get(one.request_id)
-            if request is not None:  # else it was aborted during the step
-                take_output(request, output, self.executor)
-                self._table.update(request)
-
-    def _recover(self, plan: StepPlan, error: BaseException) -> None:
-        """After a step that broke off: nothing is certain of what the cache holds.
-
-        An error ends the requests of the step; the others begin again. Ctrl-C ends none.
-        """
-        if isinstance(error, Exception):
-            for one in plan.scheduled:
-                request = self._table.unfinished[one.request_id]
-                fail(request, error)
-                self._table.update(request)
-        self.executor.reset()
-        self.scheduler.reset(list(self._table.unfinished.values()))
-        if not isinstance(error, Exception) or not plan.scheduled:
-            raise error
 
     def withdraw(self, groups: Groups) -> None:
         """Aborts what is unfinished of these requests, and forgets them."""
         with self._lock:
-            for group in groups:
-                self._table.remove(group)
+            self._table.remove(groups)
 
-    def _run(
-        self, groups: Groups, every_token: bool
-    ) -> Generator[RequestOutput, None, None]:
+    def _run(self, groups: Groups, every_token: bool) -> Outputs:
         inbox, num_left = Inbox(every_token), len(groups)
         try:
             self.submit(groups, inbox)
@@ -509,19 +543,7 @@ class LLMEngine:
             self.withdraw(groups)
 
     def _wait_for(self, groups: Groups, use_tqdm: bool) -> list[RequestOutput]:
-        from tqdm.auto import tqdm
-
-        bar = tqdm(desc="Processed prompts", total=len(groups), disable=not use_tqdm)
-        outputs: dict[str, RequestOutput] = {}
-        start, num_read, num_written = time.perf_counter(), 0, 0
-        with bar, closing(self._run(groups, every_token=False)) as ended:
-            for output in ended:
-                outputs[output.request_id] = output
-                num_read += len(output.prompt_token_ids)
-                num_written += output.metrics.num_output_tokens
-                seconds = time.perf_counter() - start
-                rates = num_read / seconds, num_written / seconds
-                text = "in {:.0f} tokens/s, out {:.0f} tokens/s".format(*rates)
-                bar.set_postfix_str(text, refresh=False)
-                bar.update()
+        with closing(self._run(groups, every_token=False)) as ended:
+            shown = show_progress(ended, len(groups), use_tqdm)
+            outputs = {output.request_id: output for output in shown}
         return [outputs[group[0].request_id] for group in groups]

@@ -92,7 +92,9 @@ class FairLock:
         with self._guard:
             self._depth -= 1
             if self._depth == 0:
-                self._pass_on()
+                self._owner = None
+                if self._waiting:
+                    self._pass_on()
 
     def _pass_on(self) -> None:
         self._owner, self._depth = None, 0

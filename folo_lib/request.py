@@ -15,6 +15,7 @@ __all__ = [
     "merge_metrics",
     "Logprob",
     "label_logprobs",
+    "RequestSpec",
     "Request",
     "CompletionOutput",
     "RequestOutput",
@@ -28,6 +29,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Self
 
 from .runner import SampledToken, TokenLogprobs
@@ -167,7 +169,7 @@ class IncrementalDetokenizer:
     """
 
     def __init__(self, token_bytes: TokenBytes, params: SamplingParams) -> None:
-        self.token_bytes = token_bytes
+        self.token_bytes, self.params = token_bytes, params
         self.stop = tuple(params.stop or ())
         self.include_stop = params.include_stop_str_in_output
         self.num_tokens_to_ignore_stop = params.min_tokens
@@ -192,6 +194,13 @@ class IncrementalDetokenizer:
             return self._show(new)
         self._shown.append(new)  # nothing to look for, nothing to hold back
         return None
+
+    def restart(self, token_ids: Sequence[int]) -> Self:
+        """A fresh one that has read these tokens, none of which ended the text."""
+        fresh = type(self)(self.token_bytes, self.params)
+        for token_id in token_ids:
+            fresh.append(token_id)
+        return fresh
 
     def flush(self) -> str | None:
         """Ends the text; returns the stop string that its last � completed, if any."""
@@ -233,7 +242,7 @@ class RequestMetrics:
         decode_time, num_decode_tokens: from the first token of a sample to its last,
             and the tokens made in that time.
         peak_memory: bytes in use on the GPU at most; None on a CPU.
-        num_cached_tokens: of the prompt, found in the cache when it started.
+        num_cached_tokens: of the prompt, found in the cache when it first started.
     """
 
     arrival_time: float
@@ -343,18 +352,16 @@ def label_logprobs(
     return labelled
 
 
-# %% ../notebooks/09_request.ipynb #request
+# %% ../notebooks/09_request.ipynb #request-spec
 @dataclass(kw_only=True, eq=False)
-class Request:
-    """One sample of one prompt: the unit that a scheduler runs.
+class RequestSpec:
+    """What was asked for, once defaults and limits are settled.
 
     Attributes:
         index: which of the prompt's `n` samples, which share `request_id`.
         max_tokens: of the params, or less where the model's length leaves less room.
         eos_token_id, eos_token_ids: the tokenizer's own, and all that end a text.
-        detokenizer: None: no text is made.
-        block_ids: where its keys and values are kept.
-        num_computed_tokens: how many of its tokens have keys and values there.
+        bad_words_ids: the ids of each word that it must not write.
     """
 
     request_id: str
@@ -366,18 +373,6 @@ class Request:
     max_tokens: int
     eos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
-    detokenizer: IncrementalDetokenizer | None = None
-    metrics: RequestMetrics
-    status: RequestStatus = RequestStatus.WAITING
-    output_token_ids: list[int] = field(default_factory=list)
-    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
-    cumulative_logprob: float = 0.0
-    prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)
-    stop_reason: int | str | None = None
-    error: str | None = None
-    block_ids: list[int] = field(default_factory=list)
-    num_computed_tokens: int = 0
-    block_hashes: list[bytes] = field(default_factory=list)
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
 
     @cached_property
@@ -391,6 +386,35 @@ class Request:
         eos = () if self.params.ignore_eos else self.eos_token_ids
         return tuple(dict.fromkeys([*eos, *(self.params.stop_token_ids or ())]))
 
+
+# %% ../notebooks/09_request.ipynb #request
+@dataclass(kw_only=True, eq=False)
+class Request(RequestSpec):
+    """One sample of one prompt: the unit that a scheduler runs.
+
+    Attributes:
+        detokenizer: None: no text is made.
+        prompt_logprobs: of the prompt's second token and of those after it, as far as
+            they have run; empty unless asked for.
+        block_ids: where its keys and values are kept.
+        num_computed_tokens: how many of its tokens have keys and values there, or will
+            when the step that runs is over.
+        block_hashes: names for the contents of its full blocks; page 12 makes them.
+    """
+
+    detokenizer: IncrementalDetokenizer | None = None
+    metrics: RequestMetrics
+    status: RequestStatus = RequestStatus.WAITING
+    output_token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    prompt_logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    stop_reason: int | str | None = None
+    error: str | None = None
+    block_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    block_hashes: list[bytes] = field(default_factory=list)
+
     @property
     def text(self) -> str:
         """What may be shown of the output."""
@@ -403,28 +427,23 @@ class Request:
 
     def get_token_ids(self, start: int = 0, stop: int | None = None) -> list[int]:
         """The tokens at places `start` to `stop - 1` of prompt and output together."""
-        stop, num_prompt = stop or self.num_tokens, len(self.prompt_token_ids)
-        written = self.output_token_ids[
-            max(0, start - num_prompt) : max(0, stop - num_prompt)
-        ]
-        return self.prompt_token_ids[start:stop] + written
+        stop = self.num_tokens if stop is None else stop
+        num_prompt = len(self.prompt_token_ids)
+        first, last = max(0, start - num_prompt), max(0, stop - num_prompt)
+        return self.prompt_token_ids[start:stop] + self.output_token_ids[first:last]
 
     def start(self, now: float | None = None) -> None:
         """It goes on the device, for the first time or again."""
         self.status = RequestStatus.RUNNING
-        if self.params.prompt_logprobs is not None:
-            self.prompt_logprobs = [None]  # nothing predicts the first token
         if self.metrics.first_scheduled_time is None:
             now = time.perf_counter() if now is None else now
             self.metrics.first_scheduled_time = now
             self.metrics.num_cached_tokens = self.num_computed_tokens
 
-    def take_prompt_logprobs(
-        self, first: int, entries: Sequence[TokenLogprobs]
-    ) -> None:
-        """Of the prompt's tokens from place `first` on; after a preemption once more."""
-        labelled = [label_logprobs(own, self.detokenizer) for own in entries]
-        self.prompt_logprobs[first:] = labelled
+    def take_prompt_logprobs(self, first: int, entries: list[TokenLogprobs]) -> None:
+        """Takes those of the prompt's tokens from place `first` on; perhaps again."""
+        labelled = [label_logprobs(entry, self.detokenizer) for entry in entries]
+        self.prompt_logprobs[first - 1 : first - 1 + len(labelled)] = labelled
 
     def append_token(self, sampled: SampledToken, now: float | None = None) -> None:
         """Takes the token of a step, and ends if the token ends it.
@@ -436,16 +455,12 @@ class Request:
             raise RuntimeError(f"{self.sample_id} got a token when {self.status.name}.")
         now = time.perf_counter() if now is None else now
         self.output_token_ids.append(sampled.token_id)
-        self.metrics.record_token(now)
         if sampled.logprobs is not None:
             self.logprobs.append(label_logprobs(sampled.logprobs, self.detokenizer))
             self.cumulative_logprob += sampled.logprobs[0][1]
+        limits = self.eos_token_id, self.eos_token_ids, self.max_tokens
         ending: tuple[str, int | str | None] | None = Sampler.check_stop_conditions(
-            self.output_token_ids,
-            self.params,
-            self.eos_token_id,
-            self.eos_token_ids,
-            self.max_tokens,
+            self.output_token_ids, self.params, *limits
         )
         if self.detokenizer is not None:
             stopped_by_id = ending is not None and ending[0] == "stop"
@@ -456,8 +471,22 @@ class Request:
             if found and not stopped_by_id:
                 ending = "stop", found
         if ending is not None:
-            self.status, self.stop_reason = RequestStatus(ending[0]), ending[1]
-            self.metrics.finished_time = now
+            self.stop_reason, self.metrics.finished_time = ending[1], now
+            self.status = RequestStatus(ending[0])
+        self.metrics.record_token(now)  # last: it says that the token came whole
+
+    def rewind(self) -> None:
+        """Once a step broke off: keeps the tokens that came whole, and no blocks."""
+        self.block_ids, self.num_computed_tokens = [], 0
+        ids, num_whole = self.output_token_ids, self.metrics.num_output_tokens
+        if self.status.is_finished:
+            self.metrics.num_output_tokens = len(ids)
+        elif len(ids) > num_whole:
+            del ids[num_whole:], self.logprobs[num_whole:]
+            drawn = (next(iter(entry.values())).logprob for entry in self.logprobs)
+            *_, self.cumulative_logprob = accumulate(drawn, initial=0.0)
+            if self.detokenizer is not None:  # it may have read half of a token
+                self.detokenizer = self.detokenizer.restart(ids)
 
     def finish(
         self, status: RequestStatus, error: str | None = None, now: float | None = None
@@ -523,6 +552,8 @@ class RequestOutput:
         outputs: one for each of the `n` samples.
         finished: whether all of them have ended.
         error: what went wrong, if anything did.
+        prompt_logprobs: for each token of the prompt, None for the first; None unless
+            asked for.
     """
 
     request_id: str
@@ -543,6 +574,7 @@ class RequestOutput:
     def from_requests(cls, requests: Sequence[Request]) -> Self:
         """The output of all samples of a prompt, as they are now."""
         first = requests[0]
+        scored = first.params.prompt_logprobs is not None
         return cls(
             request_id=first.request_id,
             prompt=first.prompt,
@@ -551,5 +583,5 @@ class RequestOutput:
             finished=all(request.status.is_finished for request in requests),
             metrics=merge_metrics([request.metrics for request in requests]),
             error=next((r.error for r in requests if r.error is not None), None),
-            prompt_logprobs=list(first.prompt_logprobs) or None,
+            prompt_logprobs=[None, *first.prompt_logprobs] if scored else None,
         )

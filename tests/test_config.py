@@ -11,8 +11,8 @@ import torch
 from folo_lib import LLMEngine
 from folo_lib.config import MODEL_RUNNERS, SCHEDULERS, EngineConfig
 from folo_lib.engine import FCFSScheduler
-from folo_lib.kv_cache import BlockAllocator
 from folo_lib.runner import ModelRunner
+from folo_lib.scheduler import ContinuousScheduler
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -29,10 +29,18 @@ class TestValues:
             ({"device": "tpu"}, "tpu"),
             ({"attention_backend": "flash"}, "unknown attention backend 'flash'"),
             ({"decode": "fast"}, r"unknown decode 'fast': .* 'auto', 'eager'"),
-            ({"scheduler": "lifo"}, "unknown scheduler 'lifo': choose one of 'fcfs'"),
+            ({"scheduler": "lifo"}, "'lifo': choose one of 'continuous', 'fcfs'"),
             ({"max_model_len": 0}, "max_model_len=0 must be at least 1; None"),
             ({"kv_cache_memory_bytes": 0}, "kv_cache_memory_bytes=0 must be at least"),
             ({"block_size": 0}, "block_size=0 must be at least 1"),
+            (
+                {"max_num_seqs": 0},
+                "max_num_seqs=0 must be at least 1, the requests that run at a time",
+            ),
+            (
+                {"max_num_batched_tokens": -3},
+                "max_num_batched_tokens=-3 must be at least 1, the tokens of a step",
+            ),
             ({"seed": -5}, "seed=-5 must be from 0 to 18446744073709551615"),
             ({"seed": 2**64}, "must be from 0 to"),
             ({"decode": "eager", "enforce_eager": True}, None),
@@ -59,6 +67,12 @@ class TestValues:
             {"max_model_len": True},
             {"block_size": None},
             {"kv_cache_memory_bytes": 1e9},
+            {"max_num_seqs": None},
+            {"max_num_seqs": 8.0},
+            {"max_num_batched_tokens": "2048"},
+            {"max_num_batched_tokens": True},
+            {"enable_prefix_caching": 1},
+            {"enable_prefix_caching": None},
             {"seed": None},
             {"seed": 1.5},
             {"enforce_eager": 1},
@@ -79,9 +93,12 @@ class TestValues:
     def test_numbers_of_numpy(self) -> None:
         numpy = pytest.importorskip("numpy")
         config = EngineConfig(
-            max_model_len=numpy.int64(7), seed=numpy.uint64(2**64 - 1)
+            max_model_len=numpy.int64(7),
+            max_num_seqs=numpy.int32(3),
+            seed=numpy.uint64(2**64 - 1),
         )
         assert (config.max_model_len, config.seed) == (7, 2**64 - 1)
+        assert type(config.max_num_seqs) is int
         assert type(config.max_model_len) is int
 
     def test_is_frozen(self) -> None:
@@ -99,6 +116,9 @@ class TestOptions:
             ("kv_cache_memory", "kv_cache_memory_bytes"),
             ("eager", "enforce_eager"),
             ("random_seed", "seed"),
+            ("max_seqs", "max_num_seqs"),
+            ("max_batched_tokens", "max_num_batched_tokens"),
+            ("prefix_caching", "enable_prefix_caching"),
         ],
     )
     def test_one_that_does_not_exist(self, wrong: str, right: str) -> None:
@@ -127,21 +147,29 @@ class TestLookUp:
             assert EngineConfig(scheduler=name).make_scheduler(3) is not None
 
     def test_schedulers(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        made = EngineConfig(block_size=4).make_scheduler(9)
+        made = EngineConfig(scheduler="fcfs", block_size=4).make_scheduler(9)
         assert type(made) is FCFSScheduler
         assert (made.allocator.num_blocks, made.allocator.block_size) == (9, 4)
-        assert (
-            type(EngineConfig(scheduler=OwnScheduler).make_scheduler(1)) is OwnScheduler
-        )
+        own = EngineConfig(scheduler=OwnScheduler)
+        assert type(own.make_scheduler(1)) is OwnScheduler
         monkeypatch.setitem(SCHEDULERS, "own", f"{__name__}:OwnScheduler")
         assert type(EngineConfig(scheduler="own").make_scheduler(1)) is OwnScheduler
 
-    def test_what_makes_a_scheduler_gets_the_allocator(self) -> None:
-        got: list[BlockAllocator] = []
+    def test_the_default_runs_many_requests(self) -> None:
+        config = EngineConfig()
+        assert (config.max_num_seqs, config.max_num_batched_tokens) == (256, 2048)
+        assert config.enable_prefix_caching
+        made = EngineConfig(block_size=4).make_scheduler(9)
+        assert type(made) is ContinuousScheduler
+        assert made.get_stats().num_blocks == 9
 
-        def make(allocator: BlockAllocator) -> FCFSScheduler:
-            got.append(allocator)
-            return FCFSScheduler(allocator)
+    def test_what_makes_a_scheduler_gets_the_config_and_the_blocks(self) -> None:
+        got: list[tuple[EngineConfig, int]] = []
 
-        EngineConfig(scheduler=make, block_size=8).make_scheduler(5)
-        assert [(a.num_blocks, a.block_size) for a in got] == [(5, 8)]
+        def make(config: EngineConfig, num_blocks: int) -> FCFSScheduler:
+            got.append((config, num_blocks))
+            return FCFSScheduler(config, num_blocks)
+
+        config = EngineConfig(scheduler=make, block_size=8)
+        config.make_scheduler(5)
+        assert got == [(config, 5)]

@@ -25,11 +25,17 @@ from transformers import (
 )
 
 from folo_lib import LLMEngine, SamplingParams, bundled_model_path, load_model
-from folo_lib.engine import FCFSScheduler, schedule_request
+from folo_lib.config import EngineConfig
+from folo_lib.engine import FCFSScheduler, describe_request
 from folo_lib.inputs import get_eos_token_ids, load_generation_config
-from folo_lib.kv_cache import BlockAllocator
-from folo_lib.request import Request, RequestOutput
-from folo_lib.runner import ScheduledRequest
+from folo_lib.request import (
+    CompletionOutput,
+    Request,
+    RequestMetrics,
+    RequestOutput,
+)
+from folo_lib.runner import InFlightStep, SampledToken, ScheduledRequest, StepPlan
+from folo_lib.sampler import Sampler
 
 FOLDER = bundled_model_path()
 IM_END, END_OF_TEXT = 2045, 2043
@@ -53,6 +59,12 @@ def fresh() -> LLMEngine:
     return LLMEngine(FOLDER, device="cpu", use_tqdm=False)
 
 
+@pytest.fixture
+def fcfs() -> LLMEngine:
+    """One request at a time."""
+    return LLMEngine(FOLDER, device="cpu", scheduler="fcfs", use_tqdm=False)
+
+
 @pytest.fixture(scope="module")
 def hugging_face() -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(FOLDER, dtype="float32").eval()
@@ -62,10 +74,9 @@ def assert_idle(engine: LLMEngine) -> None:
     """Nobody waits, nothing is left to tell, and every block is free."""
     assert not engine.has_unfinished_requests()
     assert not engine._table.unfinished and not engine._table.groups
-    scheduler = engine.scheduler
-    assert isinstance(scheduler, FCFSScheduler)
-    assert not scheduler.has_unfinished()
-    assert scheduler.allocator.num_free_blocks == engine.executor.num_blocks
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting, stats.num_used_blocks) == (0, 0, 0)
+    assert stats.num_blocks == engine.executor.num_blocks
 
 
 def run(engine: LLMEngine, *args: Any) -> list[RequestOutput]:
@@ -77,8 +88,26 @@ def text_of(engine: LLMEngine, *args: Any) -> str:
     return output.outputs[0].text
 
 
+def ids_of_outputs(outputs: list[RequestOutput]) -> list[list[int]]:
+    return [sample.token_ids for output in outputs for sample in output.outputs]
+
+
 def ids_of(engine: LLMEngine, *args: Any) -> list[list[int]]:
-    return [sample.token_ids for out in run(engine, *args) for sample in out.outputs]
+    return ids_of_outputs(run(engine, *args))
+
+
+def assert_same_sample(ours: CompletionOutput, theirs: CompletionOutput) -> None:
+    """All of it; log-probabilities up to the last bits, which company changes."""
+    assert dataclasses.replace(ours, logprobs=None, cumulative_logprob=None) == (
+        dataclasses.replace(theirs, logprobs=None, cumulative_logprob=None)
+    )
+    close = pytest.approx(theirs.cumulative_logprob, abs=1e-4)
+    assert ours.cumulative_logprob == close
+    for our, their in zip(ours.logprobs or [], theirs.logprobs or [], strict=True):
+        assert list(our) == list(their)
+        for token_id, entry in our.items():
+            assert entry.rank == their[token_id].rank
+            assert entry.logprob == pytest.approx(their[token_id].logprob, abs=1e-4)
 
 
 def assert_equals_generate(
@@ -267,7 +296,7 @@ class TestGenerate:
     def test_all_prompts_are_judged_before_any_work(
         self, fresh: LLMEngine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(fresh.executor, "execute_model", None)
+        monkeypatch.setattr(fresh.executor, "launch", None)
         for bad, message in [
             ("", "empty"),
             ([], "empty"),
@@ -384,13 +413,22 @@ class TestStream:
 
 
 class TestSteps:
-    def test_first_come_first_served(self, engine: LLMEngine) -> None:
-        names = [engine.add_request("The fox", GREEDY, name) for name in "abc"]
+    def test_first_come_first_served(self, fcfs: LLMEngine) -> None:
+        names = [fcfs.add_request("The fox", GREEDY, name) for name in "abc"]
         assert names == ["a", "b", "c"]
         seen = []
-        while engine.has_unfinished_requests():
-            seen += [output.request_id for output in engine.step()]
+        while fcfs.has_unfinished_requests():
+            seen += [output.request_id for output in fcfs.step()]
         assert seen == ["a"] * 8 + ["b"] * 8 + ["c"] * 8
+        assert_idle(fcfs)
+
+    def test_everybody_in_every_step(self, engine: LLMEngine) -> None:
+        for name in "abc":
+            engine.add_request("The fox", GREEDY, name)
+        steps = []
+        while engine.has_unfinished_requests():
+            steps.append("".join(output.request_id for output in engine.step()))
+        assert steps == ["abc"] * 8
 
     def test_fresh_ids_are_uuids(self, engine: LLMEngine) -> None:
         one, two = (engine.add_request("The fox", GREEDY) for _ in range(2))
@@ -413,7 +451,8 @@ class TestSteps:
     def test_news_that_generate_passes_over_is_kept(self, engine: LLMEngine) -> None:
         engine.add_request("The fox", GREEDY, "mine")
         engine.step()
-        [other] = run(engine, "One day", GREEDY)
+        longer = SamplingParams(temperature=0, max_tokens=12)
+        [other] = run(engine, "One day", longer)
         assert other.prompt == "One day"
         assert engine.has_unfinished_requests()
         [output] = engine.step()
@@ -591,7 +630,8 @@ def fail_on_call(
 
 
 PLACES: dict[str, Callable[[LLMEngine], tuple[Any, str]]] = {
-    "prepare": lambda e: (e.executor.worker.runner, "prepare_inputs"),
+    "schedule": lambda e: (e.scheduler, "schedule"),
+    "launch": lambda e: (e.executor.worker.runner, "launch"),
     "model": lambda e: (e.executor.worker.runner.model, "forward"),
     "layer": lambda e: (e.executor.worker.runner.model.model.layers[3], "forward"),
     "sampler": lambda e: (e.executor.worker.runner.sampler, "sample"),
@@ -600,9 +640,28 @@ PLACES: dict[str, Callable[[LLMEngine], tuple[Any, str]]] = {
         "append",
     ),
 }
-each_place = pytest.mark.parametrize("place", PLACES)
+each_place = pytest.mark.parametrize("place", list(PLACES)[1:])
+# Where a step hands out what it brought; an error there belongs to the whole step.
+UPDATES: dict[str, Callable[[LLMEngine], tuple[Any, str]]] = {
+    "read": lambda e: (InFlightStep, "read"),
+    "append": lambda e: (Request, "append_token"),
+    "stop": lambda e: (Sampler, "check_stop_conditions"),
+    "count": lambda e: (RequestMetrics, "record_token"),
+    "update": lambda e: (e._table, "update"),
+    "finish": lambda e: (e.scheduler, "finish"),
+}
 LIVELY = SamplingParams(
     temperature=0.9, seed=3, max_tokens=8, frequency_penalty=0.5, repetition_penalty=1.1
+)
+LISTENING = SamplingParams(
+    temperature=0.9, seed=3, max_tokens=8, presence_penalty=0.5, logprobs=1, stop="###"
+)
+STRICT = SamplingParams(
+    temperature=0,
+    presence_penalty=2,
+    frequency_penalty=2,
+    max_tokens=12,
+    ignore_eos=True,
 )
 
 
@@ -620,16 +679,16 @@ class TestBadDays:
     @pytest.mark.parametrize("call", [1, 2, 9, 12, 16])
     def test_an_exception_ends_its_request_and_no_other(
         self,
-        fresh: LLMEngine,
+        fcfs: LLMEngine,
         monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture,
         right: list[list[int]],
         place: str,
         call: int,
     ) -> None:
-        fail_on_call(monkeypatch, *PLACES[place](fresh), call, Injected)
+        fail_on_call(monkeypatch, *PLACES[place](fcfs), call, Injected)
         with caplog.at_level(logging.ERROR):
-            outputs = run(fresh, PROMPTS, LIVELY)
+            outputs = run(fcfs, PROMPTS, LIVELY)
         assert "injected" in caplog.text
         hurt = (call - 1) // 8
         for i, output in enumerate(outputs):
@@ -641,47 +700,149 @@ class TestBadDays:
             else:
                 assert (sample.finish_reason, output.error) == ("length", None)
                 assert sample.token_ids == right[i]
+        assert_idle(fcfs)
+        assert ids_of(fcfs, PROMPTS, LIVELY) == right
+
+    @pytest.mark.parametrize("place", ["launch", "model", "layer", "sampler"])
+    @pytest.mark.parametrize("call", [1, 2, 7, 9, 16])
+    def test_an_exception_ends_the_requests_of_its_step_and_no_other(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        right: list[list[int]],
+        place: str,
+        call: int,
+    ) -> None:
+        """Two run at a time, six ask; what waits and what comes later is as alone."""
+        engine = LLMEngine(FOLDER, device="cpu", max_num_seqs=2, use_tqdm=False)
+        running: list[set[str]] = []
+        original = engine.scheduler.schedule
+
+        def noting() -> StepPlan:
+            plan = original()
+            running.append({one.request_id[0] for one in plan.scheduled})
+            return plan
+
+        monkeypatch.setattr(engine.scheduler, "schedule", noting)
+        fail_on_call(monkeypatch, *PLACES[place](engine), call, Injected)
+        for i, name in enumerate("abcdef"):
+            engine.add_request(PROMPTS[i % 3], LIVELY, name)
+        last: dict[str, RequestOutput] = {}
+        while engine.has_unfinished_requests():
+            last |= {output.request_id: output for output in engine.step()}
+        hurt = running[call - 1]
+        assert len(hurt) == 2
+        for i, name in enumerate("abcdef"):
+            sample = last[name].outputs[0]
+            if name in hurt:
+                assert sample.finish_reason == "error"
+                assert last[name].error == "Injected: injected"
+                assert sample.token_ids == right[i % 3][: len(sample.token_ids)]
+            else:
+                assert (sample.finish_reason, last[name].error) == ("length", None)
+                assert sample.token_ids == right[i % 3]
+        assert_idle(engine)
+
+    def test_those_who_were_not_in_the_step_begin_again(
+        self, monkeypatch: pytest.MonkeyPatch, right: list[list[int]]
+    ) -> None:
+        """All run; a prompt of 40 takes the whole budget of a step, which fails."""
+        engine = LLMEngine(FOLDER, device="cpu", scheduler=Alternate, use_tqdm=False)
+        fail_on_call(monkeypatch, engine.executor, "launch", 7, Injected)
+        outputs = run(engine, PROMPTS, LIVELY)  # a b c a b c, and a fails
+        reasons = [output.outputs[0].finish_reason for output in outputs]
+        assert reasons == ["error", "length", "length"]
+        assert ids_of_outputs(outputs) == [right[0][:2], *right[1:]]
+        assert not engine.has_unfinished_requests()
+
+    def test_a_broken_detokenizer_hurts_its_request_alone(
+        self, fresh: LLMEngine, monkeypatch: pytest.MonkeyPatch, right: list[list[int]]
+    ) -> None:
+        fail_on_call(monkeypatch, *PLACES["detokenizer"](fresh), 11, Injected)
+        outputs = run(fresh, PROMPTS, LIVELY)  # the second request's fourth token
+        reasons = [output.outputs[0].finish_reason for output in outputs]
+        assert reasons == ["length", "error", "length"]
+        assert ids_of_outputs(outputs) == [right[0], right[1][:4], right[2]]
         assert_idle(fresh)
-        assert ids_of(fresh, PROMPTS, LIVELY) == right
+
+    def test_a_broken_scheduler_is_told_to_the_caller_and_ends_nobody(
+        self, fresh: LLMEngine, monkeypatch: pytest.MonkeyPatch, right: list[list[int]]
+    ) -> None:
+        fresh.add_request(PROMPTS[0], LIVELY, "mine")
+        fresh.step()
+        fail_on_call(monkeypatch, *PLACES["schedule"](fresh), 2, Injected)
+        with pytest.raises(Injected):
+            run(fresh, PROMPTS[1:], LIVELY)
+        while fresh.has_unfinished_requests():
+            [output] = fresh.step()
+        assert output.outputs[0].token_ids == right[0]
+        assert_idle(fresh)
 
     @each_place
     @pytest.mark.parametrize("call", [1, 3, 12])
     def test_ctrl_c_in_generate(
         self,
-        fresh: LLMEngine,
+        fcfs: LLMEngine,
         monkeypatch: pytest.MonkeyPatch,
         right: list[list[int]],
         place: str,
         call: int,
     ) -> None:
-        fail_on_call(monkeypatch, *PLACES[place](fresh), call, KeyboardInterrupt)
+        fail_on_call(monkeypatch, *PLACES[place](fcfs), call, KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
-            run(fresh, PROMPTS, LIVELY)
-        assert_idle(fresh)
-        assert ids_of(fresh, PROMPTS, LIVELY) == right
+            run(fcfs, PROMPTS, LIVELY)
+        assert_idle(fcfs)
+        assert ids_of(fcfs, PROMPTS, LIVELY) == right
 
-    @pytest.mark.parametrize("place", ["prepare", "model", "layer", "sampler"])
-    @pytest.mark.parametrize("call", [1, 4, 10])
+    @pytest.mark.parametrize("scheduler", ["fcfs", "continuous"])
+    @pytest.mark.parametrize("place", [*PLACES, *UPDATES])
+    @pytest.mark.parametrize("call", [1, 4, 8])
     def test_ctrl_c_leaves_the_requests_of_others_unchanged(
         self,
-        fresh: LLMEngine,
         monkeypatch: pytest.MonkeyPatch,
-        right: list[list[int]],
+        scheduler: str,
         place: str,
         call: int,
     ) -> None:
-        fresh.add_request(PROMPTS[0], LIVELY, "mine")
-        fail_on_call(monkeypatch, *PLACES[place](fresh), call, KeyboardInterrupt)
-        with pytest.raises(KeyboardInterrupt):
-            run(fresh, PROMPTS[1:], LIVELY)
+        """Wherever it falls, in whosever step: same tokens, text, log-probabilities."""
+        engine = LLMEngine(FOLDER, device="cpu", scheduler=scheduler, use_tqdm=False)
+        [alone] = run(engine, PROMPTS[0], LISTENING)
+        engine.add_request(PROMPTS[0], LISTENING, "mine")
+        where = (PLACES | UPDATES)[place](engine)
+        call = min(call, 3) if place == "finish" else call  # three requests end
+        fail_on_call(monkeypatch, *where, call, KeyboardInterrupt)
+        texts, interrupted = [""], 0
+        try:
+            run(engine, PROMPTS[1:], LISTENING)
+        except KeyboardInterrupt:
+            interrupted += 1
+        while engine.has_unfinished_requests():
+            try:
+                for output in engine.step():
+                    texts.append(output.outputs[0].text)
+            except KeyboardInterrupt:
+                interrupted += 1
+        assert interrupted == 1
+        assert output.request_id == "mine" and output.finished
+        assert_same_sample(output.outputs[0], alone.outputs[0])
+        assert all(new.startswith(old) for old, new in itertools.pairwise(texts))
+        assert output.metrics.num_output_tokens == 8
+        assert_idle(engine)
+
+    def test_ctrl_c_forgets_no_penalty(
+        self, fresh: LLMEngine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It counts what was written before, and nothing twice."""
+        [alone] = ids_of(fresh, [[5, 6, 7]], STRICT)
+        fresh.add_request([5, 6, 7], STRICT, "mine")
+        for call in (6, 3):
+            where = PLACES["sampler"](fresh)
+            fail_on_call(monkeypatch, *where, call, KeyboardInterrupt)
+            with pytest.raises(KeyboardInterrupt):
+                while fresh.has_unfinished_requests():
+                    fresh.step()
         while fresh.has_unfinished_requests():
             [output] = fresh.step()
-        assert output.request_id == "mine"
-        assert output.outputs[0].token_ids == right[0]
-        assert_idle(fresh)
-        if call <= 8:  # it was interrupted itself, and ran last
-            counts = fresh.executor.worker.runner.running.sampling.output_counts
-            assert counts.sum() == 7  # all tokens but the last, none counted twice
+        assert output.outputs[0].token_ids == alone
 
     def test_abort_waiting_and_running(
         self, engine: LLMEngine, right: list[list[int]]
@@ -690,8 +851,9 @@ class TestBadDays:
             engine.add_request(prompt, LIVELY, name)
         for _ in range(3):
             engine.step()
+        engine.add_request(PROMPTS[2], LIVELY, "d")
         engine.abort_request("a")  # runs
-        engine.abort_request("c")  # waits
+        engine.abort_request("d")  # waits
         engine.abort_request("nobody")
         outputs: dict[str, RequestOutput] = {}
         while engine.has_unfinished_requests():
@@ -700,19 +862,21 @@ class TestBadDays:
         assert {n: s.finish_reason for n, s in samples.items()} == {
             "a": "abort",
             "b": "length",
-            "c": "abort",
+            "c": "length",
+            "d": "abort",
         }
         assert samples["a"].token_ids == right[0][:3]
         assert samples["b"].token_ids == right[1]
-        assert samples["c"].token_ids == []
+        assert samples["c"].token_ids == right[2]
+        assert samples["d"].token_ids == []
         engine.abort_request("a")  # finished and forgotten
 
-    def test_abort_all_samples(self, engine: LLMEngine) -> None:
-        engine.add_request("The fox", SamplingParams(n=3, max_tokens=4), "x")
+    def test_abort_all_samples(self, fcfs: LLMEngine) -> None:
+        fcfs.add_request("The fox", SamplingParams(n=3, max_tokens=4), "x")
         for _ in range(6):
-            engine.step()
-        engine.abort_request("x")
-        [output] = engine.step()
+            fcfs.step()
+        fcfs.abort_request("x")
+        [output] = fcfs.step()
         reasons = [sample.finish_reason for sample in output.outputs]
         assert reasons == ["length", "abort", "abort"]
         assert [len(s.token_ids) for s in output.outputs] == [4, 2, 0]
@@ -724,16 +888,16 @@ class TestBadDays:
         caplog: pytest.LogCaptureFixture,
     ) -> None:
         """As from another thread: the token of that step is not shown."""
-        original = engine.executor.execute_model
+        original = engine.executor.launch
 
-        def aborting(plans: Any) -> Any:
-            sampled = original(plans)
+        def aborting(plan: StepPlan) -> Any:
+            launched = original(plan)
             engine.abort_request("x")
-            return sampled
+            return launched
 
         engine.add_request("The fox", GREEDY, "x")
         engine.step()
-        monkeypatch.setattr(engine.executor, "execute_model", aborting)
+        monkeypatch.setattr(engine.executor, "launch", aborting)
         [output] = engine.step()
         assert output.outputs[0].finish_reason == "abort"
         assert len(output.outputs[0].token_ids) == 1
@@ -788,20 +952,18 @@ class TestNaN:
         self, fresh: LLMEngine, monkeypatch: pytest.MonkeyPatch, right: list[list[int]]
     ) -> None:
         """All three in every step; the row of the second is spoiled in the fourth."""
-        runner = fresh.executor.worker.runner
-        original, calls = runner.get_next_token_logits, 0
+        model = fresh.executor.worker.runner.model
+        original, calls = model.compute_logits, 0
 
-        def spoiled(hidden_states: Any, batch: Any) -> torch.Tensor:
+        def spoiled(hidden_states: Any) -> torch.Tensor:
             nonlocal calls
             calls += 1
-            logits = original(hidden_states, batch)
+            logits = original(hidden_states)
             if calls == 4:
                 logits[1, 7] = float("nan")
             return logits
 
-        monkeypatch.setattr(runner, "get_next_token_logits", spoiled)
-        fresh.scheduler = Together(fresh.executor.num_blocks)
-        fresh._table.scheduler = fresh.scheduler
+        monkeypatch.setattr(model, "compute_logits", spoiled)
         outputs = run(fresh, PROMPTS, LIVELY)
         assert [out.outputs[0].token_ids for out in outputs] == [
             right[0],
@@ -810,6 +972,7 @@ class TestNaN:
         ]
         reasons = [out.outputs[0].finish_reason for out in outputs]
         assert reasons == ["length", "error", "length"]
+        assert_idle(fresh)
 
 
 @pytest.fixture(scope="module")
@@ -852,7 +1015,8 @@ class TestThreads:
             for turn in range(rounds):
                 who = [(turn + i) % 4 for i in range(callers)]
                 got = pool.map(lambda i: self.generated(small, i), who)
-                assert list(got) == [alone[i] for i in who], f"round {turn}"
+                for i, [ours] in zip(who, got, strict=True):
+                    assert_same_sample(ours, alone[i][0])
         assert_idle(small)
 
     def test_every_way_to_ask(self, small: LLMEngine) -> None:
@@ -861,7 +1025,8 @@ class TestThreads:
         with ThreadPoolExecutor(4) as pool:
             for _ in range(8):
                 got = list(pool.map(lambda i: ways[i](small, i), range(4)))
-                assert got == alone
+                for [ours], [theirs] in zip(got, alone, strict=True):
+                    assert_same_sample(ours, theirs)
         assert_idle(small)
 
     def test_asyncio(self, small: LLMEngine) -> None:
@@ -890,13 +1055,13 @@ class TestThreads:
     ) -> None:
         """While both wait for their prompts, both run steps."""
         stepping: list[int] = []
-        original = small.executor.execute_model
+        original = small.executor.launch
 
-        def noting(plans: Any) -> Any:
+        def noting(plan: StepPlan) -> Any:
             stepping.append(threading.get_ident())
-            return original(plans)
+            return original(plan)
 
-        monkeypatch.setattr(small.executor, "execute_model", noting)
+        monkeypatch.setattr(small.executor, "launch", noting)
         start = threading.Barrier(2)
 
         def long(prompt: str) -> None:
@@ -907,6 +1072,37 @@ class TestThreads:
             list(pool.map(long, ["The fox", "One day"]))
         shares = [stepping[5:55].count(thread) for thread in set(stepping)]
         assert len(shares) == 2 and min(shares) > 10
+
+    def test_all_ways_to_ask_share_the_steps(
+        self, small: LLMEngine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Two threads that generate, a stream and steps by hand: 40 tokens each."""
+        batches: list[int] = []
+        original = small.executor.launch
+
+        def noting(plan: StepPlan) -> Any:
+            batches.append(len(plan.scheduled))
+            return original(plan)
+
+        monkeypatch.setattr(small.executor, "launch", noting)
+        params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+        stream = small.stream("The fox", params)  # queued when it is first asked
+        small.add_request("A kite", params, "by hand")
+        next(stream)
+        with ThreadPoolExecutor(2) as pool:
+            waiting = [pool.submit(run, small, t, params) for t in ("Tom", "One day")]
+            while small.stats().num_running < 4 and not waiting[0].done():
+                next(stream, None)
+            for future in waiting:
+                future.result(60)
+        *_, last = stream
+        while small.has_unfinished_requests():
+            outputs = small.step()
+        assert last.finished and outputs[0].finished
+        assert sum(batches) == 4 * 40
+        assert batches.count(4) > 20  # all four in one step, most of the time
+        assert len(batches) < 2 * 40  # and not one after the other
+        assert_idle(small)
 
     def test_errors_and_aborts_of_one_leave_the_others(
         self, small: LLMEngine, monkeypatch: pytest.MonkeyPatch
@@ -947,8 +1143,8 @@ class TestThreads:
 
 
 class TestMetrics:
-    def test_times_add_up(self, engine: LLMEngine) -> None:
-        first, second = run(engine, ["The fox", "One day"], GREEDY)
+    def test_times_add_up(self, fcfs: LLMEngine) -> None:
+        first, second = run(fcfs, ["The fox", "One day"], GREEDY)
         for output in (first, second):
             metrics = output.metrics
             assert metrics.ttft == pytest.approx(
@@ -1109,72 +1305,109 @@ class TestMaking:
 class Chunks(FCFSScheduler):
     """Reads prompts seven tokens at a time."""
 
-    def schedule(self) -> list[ScheduledRequest]:
-        return [
-            dataclasses.replace(plan, token_ids=plan.token_ids[:7])
-            for plan in super().schedule()
-        ]
+    def schedule(self) -> StepPlan:
+        plan = super().schedule()
+        [one], request = plan.scheduled, self.running
+        assert request is not None
+        size = min(one.num_tokens, 7)
+        request.num_computed_tokens -= one.num_tokens - size
+        return dataclasses.replace(
+            plan, scheduled=[dataclasses.replace(one, num_tokens=size)]
+        )
 
 
 class Together(FCFSScheduler):
     """Everybody in every step, each with blocks of its own, in disorder."""
 
-    def __init__(self, allocator: BlockAllocator | int) -> None:
-        if isinstance(allocator, int):
-            allocator = BlockAllocator(allocator)
-        super().__init__(allocator)
+    def __init__(self, config: EngineConfig, num_blocks: int) -> None:
+        super().__init__(config, num_blocks)
         self.all: list[Request] = []
+        self.rng = random.Random(0)
 
     def choose(self) -> list[Request]:
         return self.all
 
-    def schedule(self) -> list[ScheduledRequest]:
+    def move(self, request: Request) -> None:
+        """It is preempted, and comes back at once, in other blocks."""
+        self.finished_ids.append(request.sample_id)
+        old = request.block_ids
+        self.begin(request)
+        self.allocator.free(old)
+
+    def begin(self, request: Request) -> None:
+        length = len(request.prompt_token_ids) + request.max_tokens
+        request.block_ids = self.allocator.allocate(length)
+        self.rng.shuffle(request.block_ids)
+        request.num_computed_tokens = 0
+        request.start()
+        self.new[request.sample_id] = describe_request(request)
+        self.untold[request.sample_id] = request.block_ids
+
+    def schedule(self) -> StepPlan:
+        self.new: dict[str, Any] = {}
+        self.untold: dict[str, list[int]] = getattr(self, "untold", {})
         while self.waiting:
-            request = self.waiting.popleft()
-            length = len(request.prompt_token_ids) + request.max_tokens
-            request.block_ids = self.allocator.allocate(length)[::-1]
-            request.start()
-            self.all.append(request)
-        return [schedule_request(request) for request in self.choose()]
+            self.all.append(self.waiting.popleft())
+            self.begin(self.all[-1])
+        scheduled = []
+        for request in self.choose():
+            num_tokens = request.num_tokens - request.num_computed_tokens
+            request.num_computed_tokens += num_tokens
+            blocks = self.untold.pop(request.sample_id, [])
+            scheduled.append(ScheduledRequest(request.sample_id, num_tokens, blocks))
+        finished_ids, self.finished_ids = self.finished_ids, []
+        return StepPlan(scheduled, list(self.new.values()), finished_ids)
 
     def finish(self, request: Request) -> None:
         if request in self.all:
             self.all.remove(request)
+            self.finished_ids.append(request.sample_id)
         super().finish(request)
 
-    def has_unfinished(self) -> bool:
-        return bool(self.waiting or self.all)
+    def reset(self, requests: Any) -> None:
+        super().reset(requests)
+        self.all, self.untold = [], {}
 
 
 class SitOut(Together):
-    """Some of them in each step, chosen at random; at times one moves or starts over."""
-
-    def __init__(self, allocator: BlockAllocator | int) -> None:
-        super().__init__(allocator)
-        self.rng = random.Random(0)
+    """Some of them in each step, chosen at random; at times one starts over elsewhere."""
 
     def choose(self) -> list[Request]:
         if not self.all:
             return []
-        if self.rng.random() < 0.2:  # it is recomputed elsewhere
-            request = self.rng.choice(self.all)
-            self.allocator.free(request.block_ids)
-            length = len(request.prompt_token_ids) + request.max_tokens
-            request.block_ids = self.allocator.allocate(length)
-            self.rng.shuffle(request.block_ids)
-            request.num_computed_tokens = 0
+        if self.rng.random() < 0.2:
+            self.move(self.rng.choice(self.all))
         return self.rng.sample(self.all, self.rng.randint(1, len(self.all)))
 
 
-class AfterSix(FCFSScheduler):
+class Alternate(Together):
+    """One in each step, in turn."""
+
+    def choose(self) -> list[Request]:
+        self.all.append(self.all.pop(0))
+        return self.all[-1:]
+
+
+class Moves(Together):
+    """Before every third step all move to as many other blocks."""
+
+    num_steps = 0
+
+    def choose(self) -> list[Request]:
+        self.num_steps += 1
+        if self.num_steps % 3 == 0:
+            for request in self.all:
+                self.move(request)
+        return self.all
+
+
+class AfterSix(Together):
     """The first request writes six tokens; then another runs a step; then it goes on."""
 
-    def schedule(self) -> list[ScheduledRequest]:
-        if self.running and len(self.running.output_token_ids) == 6 and self.waiting:
-            other = self.waiting.popleft()
-            other.block_ids = self.allocator.allocate(8)
-            return [schedule_request(other)]
-        return super().schedule()
+    def choose(self) -> list[Request]:
+        first = self.all[0]
+        others = self.all[1:] if len(first.output_token_ids) == 6 else []
+        return others or [first]
 
 
 class TestScheduler:
@@ -1187,18 +1420,11 @@ class TestScheduler:
 
     def test_penalties_outlive_a_step_of_somebody_else(self) -> None:
         engine = LLMEngine(FOLDER, device="cpu", scheduler=AfterSix, use_tqdm=False)
-        params = SamplingParams(
-            temperature=0,
-            presence_penalty=2,
-            frequency_penalty=2,
-            max_tokens=12,
-            ignore_eos=True,
-        )
         one = SamplingParams(temperature=0, max_tokens=1)
-        first, _ = ids_of(engine, [[5, 6, 7], [9]], [params, one])
+        first, _ = ids_of(engine, [[5, 6, 7], [9]], [STRICT, one])
         assert first[6:] == [688, 340, 1530, 13, 2045, 583]
 
-    @pytest.mark.parametrize("scheduler", [Together, SitOut])
+    @pytest.mark.parametrize("scheduler", [Together, SitOut, Alternate, Moves])
     def test_company_changes_nothing(
         self, engine: LLMEngine, scheduler: type[Together]
     ) -> None:
@@ -1216,24 +1442,71 @@ class TestScheduler:
             assert ids_of(own, prompts, params) == ids_of(engine, prompts, params)
         assert not own.has_unfinished_requests()
 
+    def test_a_request_that_moved_reads_its_new_blocks(
+        self, engine: LLMEngine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Same ids, as many blocks, but others: what it left behind becomes NaN."""
+        prompts = [[5 + i] * n for i, n in enumerate((20, 33))]
+        own = LLMEngine(FOLDER, device="cpu", scheduler=Moves, use_tqdm=False)
+        original, caches = own.executor.launch, own.executor.worker.runner.kv_caches
+
+        def spoiling(plan: StepPlan) -> Any:
+            taken = {i for r in own._table.unfinished.values() for i in r.block_ids}
+            free = [i for i in range(40) if i not in taken]
+            for pair in caches:
+                for cache in pair:
+                    cache[free] = float("nan")
+            return original(plan)
+
+        monkeypatch.setattr(own.executor, "launch", spoiling)
+        assert ids_of(own, prompts, LIVELY) == ids_of(engine, prompts, LIVELY)
+
     def test_blocks_for_all_that_may_be_written(self, engine: LLMEngine) -> None:
-        allocator = BlockAllocator(10, 16)
-        scheduler = FCFSScheduler(allocator)
+        scheduler = FCFSScheduler(EngineConfig(device="cpu", block_size=16), 10)
         params = SamplingParams(max_tokens=20)
         [one] = engine.processor.process_request([5] * 40, params)
         [two] = engine.processor.process_request([5], params)
         scheduler.add(one)
         scheduler.add(two)
-        [plan] = scheduler.schedule()
-        assert plan.request_id == one.sample_id
-        assert plan.block_ids == [0, 1, 2, 3]  # 60 tokens
-        assert scheduler.schedule()[0].request_id == one.sample_id
+        plan = scheduler.schedule()
+        blocks = [0, 1, 2, 3]  # 60 tokens
+        assert plan.scheduled == [ScheduledRequest(one.sample_id, 40, blocks)]
+        assert plan.new_requests == [
+            dataclasses.replace(describe_request(one), num_computed_tokens=0)
+        ]
+        one.append_token(SampledToken(7))
+        assert scheduler.schedule() == StepPlan(
+            [ScheduledRequest(one.sample_id, 1, [])], [], []
+        )
+        assert scheduler.get_stats().num_used_blocks == 4
         scheduler.finish(two)  # while it waits
         scheduler.finish(one)
         scheduler.finish(one)
-        assert allocator.num_free_blocks == 10
-        assert not scheduler.has_unfinished()
-        assert scheduler.schedule() == []
+        stats = scheduler.get_stats()
+        assert (stats.num_used_blocks, stats.num_running, stats.num_waiting) == (0,) * 3
+        assert scheduler.schedule() == StepPlan([], [], [one.sample_id])
+        assert scheduler.schedule() == StepPlan([], [], [])
+
+    def test_reset_queues_anew(self, engine: LLMEngine) -> None:
+        scheduler = FCFSScheduler(EngineConfig(device="cpu"), 10)
+        one, two = (engine.processor.process_request([5], GREEDY)[0] for _ in range(2))
+        scheduler.add(one)
+        scheduler.add(two)
+        scheduler.schedule()
+        one.append_token(SampledToken(7))
+        scheduler.reset([one, two])
+        assert (one.status.name, two.status.name) == ("PREEMPTED", "WAITING")
+        stats = scheduler.get_stats()
+        assert (stats.num_used_blocks, stats.num_running, stats.num_waiting) == (
+            0,
+            0,
+            2,
+        )
+        plan = scheduler.schedule()
+        assert plan.finished_ids == []  # the runner has forgotten all by itself
+        [new], [scheduled] = plan.new_requests, plan.scheduled
+        assert (new.token_ids, new.num_prompt_tokens) == ([5, 7], 1)
+        assert (scheduled.request_id, scheduled.num_tokens) == (one.sample_id, 2)
 
     def test_tokenizer_type(self, engine: LLMEngine) -> None:
         assert isinstance(engine.tokenizer, PreTrainedTokenizerBase)

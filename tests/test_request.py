@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from itertools import pairwise, takewhile
 from typing import Any
@@ -24,6 +25,7 @@ from folo_lib.request import (
     Request,
     RequestMetrics,
     RequestOutput,
+    RequestSpec,
     RequestStatus,
     TokenBytes,
     byte_of_character,
@@ -32,6 +34,7 @@ from folo_lib.request import (
     merge_metrics,
 )
 from folo_lib.runner import SampledToken
+from folo_lib.sampler import Sampler
 from folo_lib.sampling_params import SamplingParams
 
 V = 2048
@@ -870,22 +873,109 @@ class TestStates:
         request.finish(RequestStatus.FINISHED_ERROR, "the model is ill")
         assert (request.text, request.error) == ("ok#", "the model is ill")
 
-    def test_next_token_ids(self) -> None:
+    def test_token_ids_of_prompt_and_output(self) -> None:
         request = make(prompt=[7, 8, 9])
-        assert request.next_token_ids == [7, 8, 9]
+        assert (request.num_tokens, request.get_token_ids()) == (3, [7, 8, 9])
+        for i in (10, 11):
+            request.append_token(SampledToken(i))
+        whole = [7, 8, 9, 10, 11]
+        assert (request.num_tokens, request.get_token_ids()) == (5, whole)
+        for start in range(7):
+            assert request.get_token_ids(start) == whole[start:]
+            for stop in range(7):
+                assert request.get_token_ids(start, stop) == whole[start:stop]
+
+    def test_preempted_and_back(self) -> None:
+        request = make(prompt=[7, 8, 9])
         request.num_computed_tokens = 2
-        assert request.next_token_ids == [9]
-        request.num_computed_tokens = 3
-        assert request.next_token_ids == []
-        request.append_token(SampledToken(10))
-        assert request.next_token_ids == [10]
-        request.num_computed_tokens = 4
-        request.append_token(SampledToken(11))
-        assert request.next_token_ids == [11]
-        request.num_computed_tokens = 0  # preempted: all of it again
-        assert request.next_token_ids == [7, 8, 9, 10, 11]
-        request.num_computed_tokens = 1
-        assert request.next_token_ids == [8, 9, 10, 11]
+        request.start(now=2.0)
+        assert request.metrics.num_cached_tokens == 2
+        request.append_token(SampledToken(10), now=3.0)
+        request.status, request.num_computed_tokens = RequestStatus.PREEMPTED, 0
+        assert not request.status.is_finished
+        assert request.status.finish_reason is None
+        request.num_computed_tokens = 3  # found in the cache, this time more of it
+        request.start(now=9.0)
+        assert request.status is RequestStatus.RUNNING
+        assert request.metrics.first_scheduled_time == 2.0
+        assert request.metrics.num_cached_tokens == 2
+        assert request.get_token_ids(3) == [10]
+
+    @pytest.mark.parametrize("place", ["ids", "logprobs", "stop", "text", "count"])
+    def test_rewind_keeps_what_came_whole(
+        self, monkeypatch: pytest.MonkeyPatch, place: str
+    ) -> None:
+        """Ctrl-C in the middle of any token; then the same token once more."""
+        owner, name = {
+            "ids": (module, "label_logprobs"),
+            "logprobs": (Sampler, "check_stop_conditions"),
+            "stop": (IncrementalDetokenizer, "append"),
+            "text": (RequestMetrics, "record_token"),
+            "count": (IncrementalDetokenizer, "flush"),
+        }[place]
+        original = getattr(owner, name)
+        ids = as_tokens("a ##🙂#é".encode())
+        tokens = [SampledToken(i, [(i, -0.1 * n, 1)]) for n, i in enumerate(ids)]
+        wanted: dict[str, Any] = {"stop": "###", "max_tokens": len(ids), "logprobs": 0}
+        alone = make(**wanted)
+        for token in tokens:
+            alone.append_token(token, now=1.0)
+        for fails_at in range(len(ids)):
+            request = make(**wanted)
+            request.start(now=0.0)
+            request.block_ids, request.num_computed_tokens = [3], 2
+            for n, token in enumerate(tokens):
+                if n == fails_at:
+                    monkeypatch.setattr(owner, name, interrupt)
+                    with suppress(KeyboardInterrupt):
+                        request.append_token(token, now=1.0)
+                    monkeypatch.setattr(owner, name, original)
+                    request.rewind()
+                    assert (request.block_ids, request.num_computed_tokens) == ([], 0)
+                if len(request.output_token_ids) == n:
+                    request.append_token(token, now=1.0)
+            ours, theirs = map(CompletionOutput.from_request, (request, alone))
+            assert ours == theirs
+            assert request.metrics.num_output_tokens == len(ids)
+
+    def test_rewind_of_what_is_whole_changes_nothing(self) -> None:
+        request = make(stop="###")
+        for i in as_tokens(b"ok#"):
+            request.append_token(SampledToken(i))
+        detokenizer = request.detokenizer
+        request.rewind()
+        assert request.detokenizer is detokenizer
+        assert request.text == "ok" and request.metrics.num_output_tokens == 3
+
+    def test_prompt_logprobs_come_in_chunks_and_again(self) -> None:
+        request = make(prompt=[5, 6, 7, 8], prompt_logprobs=0)
+        scores = [[(6, -1.0, 2)], [(7, -2.0, 3)], [(8, -3.0, 4)]]
+
+        def told() -> list[Any] | None:
+            return RequestOutput.from_requests([request]).prompt_logprobs
+
+        assert told() == [None]
+        request.take_prompt_logprobs(1, scores[:2])
+        request.take_prompt_logprobs(3, scores[2:])
+        whole = told()
+        assert whole is not None and len(whole) == 4
+        assert [next(iter(one)) for one in whole[1:]] == [6, 7, 8]
+        assert whole[2] == {7: Logprob(-2.0, 3, tokenizer().decode([7]))}
+        request.take_prompt_logprobs(1, scores[:1])  # after a preemption: none is lost
+        assert told() == whole
+        assert RequestOutput.from_requests([make()]).prompt_logprobs is None
+
+    def test_what_was_asked_for(self) -> None:
+        assert issubclass(Request, RequestSpec)
+        spec = RequestSpec(
+            request_id="r",
+            index=2,
+            prompt_token_ids=[5],
+            params=SamplingParams(),
+            seed=0,
+            max_tokens=1,
+        )
+        assert (spec.sample_id, spec.stop_token_ids) == ("r-2", ())
 
     def test_stop_token_ids(self) -> None:
         assert make().stop_token_ids == (EOS, EOS_2)
@@ -953,7 +1043,7 @@ class TestMetrics:
 
     def test_of_several_samples(self) -> None:
         one = RequestMetrics(0.0, 1.0, peak_memory=5)
-        two = RequestMetrics(0.0, 4.0, peak_memory=9)
+        two = RequestMetrics(0.0, 4.0, peak_memory=9, num_cached_tokens=16)
         for now in (2.0, 3.0, 4.0):
             one.record_token(now)
         one.finished_time = 4.0
@@ -968,7 +1058,7 @@ class TestMetrics:
         assert (both.first_token_time, both.last_token_time) == (2.0, 9.0)
         assert both.tpot == (2.0 + 4.0) / (2 + 1)  # not the pause between the samples
         assert both.throughput == 5 / 9
-        assert both.peak_memory == 9
+        assert (both.peak_memory, both.num_cached_tokens) == (9, 16)
         assert merge_metrics([one]) == one
         assert merge_metrics([RequestMetrics(2.0), RequestMetrics(1.0)]) == (
             RequestMetrics(1.0)
@@ -1030,6 +1120,10 @@ class TestOutputs:
         assert output.logprobs is output.cumulative_logprob is None
         output = CompletionOutput.from_request(make(logprobs=0))
         assert (output.logprobs, output.cumulative_logprob) == ([], 0.0)
+
+
+def interrupt(*args: object, **kwargs: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_random_seeded_soak() -> None:

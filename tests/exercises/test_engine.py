@@ -14,12 +14,12 @@ from folo_lib.course.exercises.engine import (
 )
 from folo_lib.engine import FCFSScheduler, Inbox, LLMEngine, Prompt
 from folo_lib.request import RequestOutput
-from folo_lib.runner import ScheduledRequest
+from folo_lib.runner import StepPlan
 from folo_lib.sampling_params import SamplingParams
 
 
 class LongestFirst(FCFSScheduler):
-    def schedule(self) -> list[ScheduledRequest]:
+    def schedule(self) -> StepPlan:
         if self.running is None and self.waiting:
             one = max(self.waiting, key=lambda r: len(r.prompt_token_ids))
             self.waiting.remove(one)
@@ -28,7 +28,7 @@ class LongestFirst(FCFSScheduler):
 
 
 class LastOfEquals(FCFSScheduler):
-    def schedule(self) -> list[ScheduledRequest]:
+    def schedule(self) -> StepPlan:
         if self.running is None and self.waiting:
             turned = list(reversed(self.waiting))
             one = min(turned, key=lambda r: len(r.prompt_token_ids))
@@ -40,7 +40,7 @@ class LastOfEquals(FCFSScheduler):
 class Impatient(FCFSScheduler):
     """Takes the place of whoever runs."""
 
-    def schedule(self) -> list[ScheduledRequest]:
+    def schedule(self) -> StepPlan:
         if self.running is not None:
             self.allocator.free(self.running.block_ids)
             self.waiting.append(self.running)
@@ -55,7 +55,7 @@ class Impatient(FCFSScheduler):
 class Careless(FCFSScheduler):
     """Runs the shortest and leaves it in the queue."""
 
-    def schedule(self) -> list[ScheduledRequest]:
+    def schedule(self) -> StepPlan:
         if self.running is None and self.waiting:
             one = min(self.waiting, key=lambda r: len(r.prompt_token_ids))
             self.waiting.appendleft(one)
@@ -63,7 +63,7 @@ class Careless(FCFSScheduler):
 
 
 class NotNobody(FCFSScheduler):
-    def schedule(self) -> list[ScheduledRequest]:
+    def schedule(self) -> StepPlan:
         one = min(self.waiting, key=lambda r: len(r.prompt_token_ids))
         self.waiting.remove(one)
         self.waiting.appendleft(one)

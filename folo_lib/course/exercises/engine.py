@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest import mock
 
 import torch
 
+from folo_lib.config import EngineConfig
 from folo_lib.course.exercises import exercise, require
 from folo_lib.engine import FCFSScheduler, LLMEngine, Prompt
 from folo_lib.inputs import InputProcessor
-from folo_lib.kv_cache import BlockAllocator
 from folo_lib.request import Request, RequestOutput
-from folo_lib.runner import GPUExecutor, SampledToken, ScheduledRequest
+from folo_lib.runner import GPUExecutor, SampledToken, StepOutput, StepPlan
 from folo_lib.sampling_params import SamplingParams
 
 __all__ = ["check_ShortestFirstScheduler", "check_generate_within"]
 
 VOCAB_SIZE = 50
 NUM_BLOCKS, BLOCK_SIZE = 64, 16
+CONFIG = EngineConfig(device="cpu", scheduler="fcfs", block_size=BLOCK_SIZE)
+
+
+class FinishedStep:
+    """What `launch` returns when there is no device to wait for."""
+
+    def __init__(self, output: StepOutput) -> None:
+        self.output = output
+
+    def read(self) -> StepOutput:
+        return self.output
 
 
 class CountingExecutor(GPUExecutor):
@@ -33,16 +44,27 @@ class CountingExecutor(GPUExecutor):
         self.step_time, self.fails_at = step_time, -1
         self.error: BaseException = RuntimeError("the device failed")
         self.steps: list[str] = []
+        self.reset()
 
-    def execute_model(
-        self, scheduled: Sequence[ScheduledRequest]
-    ) -> list[SampledToken]:
+    def launch(self, plan: StepPlan) -> FinishedStep:  # type: ignore[override]
         time.sleep(self.step_time)
-        self.steps += [request.request_id for request in scheduled]
+        self.steps += [one.request_id for one in plan.scheduled]
+        for new in plan.new_requests:
+            self.num_tokens[new.request_id] = len(new.token_ids)
+            self.num_computed[new.request_id] = new.num_computed_tokens
         if len(self.steps) == self.fails_at:
             raise self.error
-        ends = [r.num_computed_tokens + len(r.token_ids) for r in scheduled]
-        return [SampledToken(end % VOCAB_SIZE) for end in ends]
+        tokens = {}
+        for one in plan.scheduled:
+            self.num_computed[one.request_id] += one.num_tokens
+            end = self.num_computed[one.request_id]
+            if end >= self.num_tokens[one.request_id]:
+                tokens[one.request_id] = SampledToken(end % VOCAB_SIZE)
+        return FinishedStep(StepOutput(tokens, {}))
+
+    def reset(self) -> None:
+        self.num_tokens: dict[str, int] = {}
+        self.num_computed: dict[str, int] = {}
 
     def get_peak_memory(self) -> int | None:
         return None
@@ -51,7 +73,7 @@ class CountingExecutor(GPUExecutor):
 def make_engine(step_time: float = 0.0) -> LLMEngine:
     """The real engine, on an executor that counts."""
     executor = CountingExecutor(step_time)
-    scheduler = FCFSScheduler(BlockAllocator(NUM_BLOCKS, BLOCK_SIZE))
+    scheduler = FCFSScheduler(CONFIG, NUM_BLOCKS)
     processor = InputProcessor(None, VOCAB_SIZE, executor.max_model_len)
     parts = executor, scheduler, processor
     with mock.patch("folo_lib.engine.load_parts", lambda *args: parts):
@@ -62,18 +84,20 @@ def queue_of(scheduler: FCFSScheduler) -> list[str]:
     """Runs a scheduler dry, one step a request; the ids in the order in which they ran."""
     order: list[str] = []
     for _ in range(100):
-        plans = scheduler.schedule()
-        if not plans:
-            return order
+        plan = scheduler.schedule()
         require(
-            isinstance(plans, list) and len(plans) == 1,
-            f"schedule() returns {plans!r}: a list with one request is wanted.",
+            isinstance(plan, StepPlan) and len(plan.scheduled) <= 1,
+            f"schedule() returns {plan!r}: a StepPlan with one request is wanted, or "
+            "with none.",
         )
-        order.append(plans[0].request_id.removesuffix("-0"))
+        if not plan.scheduled:
+            return order
+        [one] = plan.scheduled
+        order.append(one.request_id.removesuffix("-0"))
         running = scheduler.running
         require(
-            running is not None and running.sample_id == plans[0].request_id,
-            f"{plans[0].request_id} is scheduled, and scheduler.running is {running}.",
+            running is not None and running.sample_id == one.request_id,
+            f"{one.request_id} is scheduled, and scheduler.running is {running}.",
         )
         assert running is not None
         scheduler.finish(running)
@@ -83,7 +107,7 @@ def queue_of(scheduler: FCFSScheduler) -> list[str]:
 
 @exercise
 def check_ShortestFirstScheduler(
-    scheduler_class: Callable[[BlockAllocator], FCFSScheduler],
+    scheduler_class: Callable[[EngineConfig, int], FCFSScheduler],
 ) -> None:
     """Of `ShortestFirstScheduler`: the order, the running request, and the blocks."""
     processor = InputProcessor(None, VOCAB_SIZE, NUM_BLOCKS * BLOCK_SIZE)
@@ -100,26 +124,26 @@ def check_ShortestFirstScheduler(
         "many": dict(zip("abcdefgh", [9, 3, 40, 3, 1, 9, 25, 2], strict=True)),
     }
     for name, lengths in cases.items():
-        allocator = BlockAllocator(NUM_BLOCKS, BLOCK_SIZE)
-        scheduler = scheduler_class(allocator)
-        require(scheduler.schedule() == [], "with nobody there, schedule() is [].")
+        scheduler = scheduler_class(CONFIG, NUM_BLOCKS)
+        require(
+            not scheduler.schedule().scheduled,
+            "with nobody there, schedule() schedules somebody.",
+        )
         for request_id, length in lengths.items():
             scheduler.add(make(request_id, length))
-        require(scheduler.has_unfinished(), f"{name}: has_unfinished() is False.")
         got, wanted = queue_of(scheduler), sorted(lengths, key=lengths.__getitem__)
         require(
             got == wanted,
             f"{name}, prompt lengths {lengths}: they run in the order {got}, and "
             f"{wanted} is wanted; equals in the order in which they came.",
         )
-        require(
-            not scheduler.has_unfinished(),
-            f"{name}: all have run, and has_unfinished() is True.",
-        )
-        free = allocator.num_free_blocks
-        require(free == NUM_BLOCKS, f"{name}: {NUM_BLOCKS - free} blocks stay taken.")
+        stats = scheduler.get_stats()
+        left = stats.num_running + stats.num_waiting
+        require(not left, f"{name}: all have run, and {left} are still there.")
+        taken = stats.num_used_blocks
+        require(not taken, f"{name}: {taken} blocks stay taken.")
 
-    scheduler = scheduler_class(BlockAllocator(NUM_BLOCKS, BLOCK_SIZE))
+    scheduler = scheduler_class(CONFIG, NUM_BLOCKS)
     first, short, long = make("first", 20), make("short", 2), make("long", 30)
     scheduler.add(first)
     scheduler.schedule()
@@ -128,9 +152,10 @@ def check_ShortestFirstScheduler(
     require(len(blocks) == 2, f"20 + 3 tokens need 2 blocks, and it has {blocks}.")
     scheduler.add(long)
     scheduler.add(short)
-    [plan] = scheduler.schedule()
+    first.append_token(SampledToken(1))
+    [one] = scheduler.schedule().scheduled
     require(
-        plan.request_id == "first-0",
+        one.request_id == "first-0",
         "a shorter request came while one was running, and took its place: who runs "
         "runs to its end.",
     )
@@ -155,10 +180,9 @@ def quiet() -> Iterator[None]:
 
 def require_clean(engine: LLMEngine, when: str) -> None:
     """Nothing of anybody is left in the engine."""
-    assert isinstance(engine.scheduler, FCFSScheduler)
     left = unfinished(engine) or list(engine._table.groups)
     require(not left, f"{when} the engine still has the requests {left}.")
-    taken = NUM_BLOCKS - engine.scheduler.allocator.num_free_blocks
+    taken = engine.stats().num_used_blocks
     require(not taken, f"{when} {taken} blocks are still taken.")
 
 

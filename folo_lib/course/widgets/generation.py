@@ -255,8 +255,7 @@ class LiveGeneration(CourseWidget):
         )
         stats = self.engine.stats()
         free = stats.num_blocks - stats.num_used_blocks
-        text += f" Cache blocks free: {free} of {stats.num_blocks}."
-        return text
+        return f"{text} Cache blocks free: {free} of {stats.num_blocks}."
 
 
 def live_generation(engine: LLMEngine, prompt: str) -> LiveGeneration:
