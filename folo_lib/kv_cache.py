@@ -113,7 +113,7 @@ def allocate_kv_caches(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> list[tuple[Tensor, Tensor]]:
-    """The key cache and the value cache of every layer, as zeros.
+    """The key cache and the value cache of every layer, of which nothing is written yet.
 
     Returns:
         Per layer a pair, each `[num_blocks, block_size, H_kv, D]`.
@@ -121,10 +121,10 @@ def allocate_kv_caches(
     num_kv_heads = config.num_key_value_heads or config.num_attention_heads
     shape = (num_blocks, block_size, num_kv_heads, get_head_dim(config))
 
-    def zeros() -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
+    def reserve() -> Tensor:  # what is never written never takes up main memory
+        return torch.empty(shape, dtype=dtype, device=device)
 
-    return [(zeros(), zeros()) for _ in range(config.num_hidden_layers)]
+    return [(reserve(), reserve()) for _ in range(config.num_hidden_layers)]
 
 
 # %% ../notebooks/06_kv_cache.ipynb #compute-slot-mapping
@@ -296,7 +296,7 @@ def pad_sequences(
 ) -> PaddedRead:
     """The padded read of those sequences, and the tokens with which they ask."""
     device, size = metadata.block_table.device, metadata.block_size
-    rows = torch.tensor(members, device=device)
+    rows = torch.tensor(members).to(device, non_blocking=True)
     seq_lens = metadata.seq_lens.index_select(0, rows)[:, None]  # [b, 1]
     longest = max(metadata.seq_lens_list[i] for i in members)
     places = torch.arange(longest, device=device)  # [T]
@@ -305,7 +305,8 @@ def pad_sequences(
     mask = torch.zeros(own.shape, device=device)
     mask = mask.masked_fill(places >= seq_lens, float("-inf"))
     slots = blocks * size + own % size
-    return PaddedRead(torch.tensor(tokens, device=device), slots, mask[:, None, None])
+    places_of = torch.tensor(tokens).to(device, non_blocking=True)
+    return PaddedRead(places_of, slots, mask[:, None, None])
 
 
 # %% ../notebooks/06_kv_cache.ipynb #plan-reads
