@@ -509,6 +509,15 @@ class TestFinishAndReset:
             pass
         assert len(c.output_token_ids) == len(d.output_token_ids) == 5
 
+    def test_reset_forgets_who_was_to_be_forgotten(self) -> None:
+        h = Harness(make_scheduler())
+        h.add(make_request("a"), make_request("b"))
+        a, b = h.requests.values()
+        h.step()
+        h.scheduler.finish(a)
+        h.scheduler.reset([b])
+        assert h.scheduler.schedule().finished_ids == []
+
 
 class Model:
     """The rules once more, with numbers alone: `[name, tokens, computed, to write]`."""
