@@ -871,7 +871,7 @@ class TestEngine:
             )
             scheduler: Any = engine.scheduler
             ids = [engine.add_request(prompt, params) for prompt in prompts]
-            outputs = {}
+            outputs: dict[str, Any] = {}
             while engine.has_unfinished_requests():
                 outputs |= {one.request_id: one for one in engine.step()}
                 scheduler.kv_cache.check_integrity(scheduler.running)
