@@ -317,6 +317,7 @@ class SequenceRead:
     Attributes:
         start, stop: its tokens in the step.
         blocks, seq_len, first_slot: see `read_cache`.
+        mask: `[S, T]`, causal, for all layers; None where none is needed.
     """
 
     start: int
@@ -324,6 +325,7 @@ class SequenceRead:
     blocks: Tensor
     seq_len: int
     first_slot: int | None
+    mask: Tensor | None
 
 
 def plan_reads(
@@ -351,8 +353,11 @@ def plan_reads(
         [i] = members
         blocks, seq_len = metadata.block_table[i], metadata.seq_lens_list[i]
         first_slot = find_first_slot(blocks, num_blocks[i], size)
-        read = SequenceRead(starts[i], starts[i + 1], blocks, seq_len, first_slot)
-        alone.append(read)
+        mask, query_len = None, metadata.query_lens_list[i]
+        if 1 < query_len < seq_len:
+            mask = create_causal_mask(query_len, seq_len, device=blocks.device)[0, 0]
+        where = blocks, seq_len, first_slot, mask
+        alone.append(SequenceRead(starts[i], starts[i + 1], *where))
     return alone, padded
 
 
@@ -399,7 +404,9 @@ class PerSequenceBackend(AttentionBackend):
         """`[S, H, D] -> [S, H, D]`, over one sequence."""
         where = read.blocks, read.seq_len, read.first_slot
         keys, values = (read_cache(cache, *where)[None] for cache in kv_cache)
-        output = self.attend(query.transpose(0, 1)[None], keys, values)  # [1, H, S, D]
+        mask = None if read.mask is None else read.mask.to(query.dtype)
+        queries = query.transpose(0, 1)[None]  # [1, H, S, D]
+        output = self.attend(queries, keys, values, mask)
         return output[0].transpose(0, 1)
 
     def attend_padded(
