@@ -113,7 +113,7 @@ def allocate_kv_caches(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> list[tuple[Tensor, Tensor]]:
-    """The key cache and the value cache of every layer, of which nothing is written yet.
+    """The key cache and the value cache of every layer, with nothing written yet.
 
     Returns:
         Per layer a pair, each `[num_blocks, block_size, H_kv, D]`.
@@ -208,8 +208,8 @@ class AttentionMetadata:
     Attributes:
         block_size: slots per block.
         slot_mapping: `[N]` int64, the slot that takes each token's key and value.
-        block_table: `[B, max_blocks]` int64, the blocks of each sequence in the order of
-            its tokens; entries after its last block are ignored.
+        block_table: `[B, max_blocks]` int64, the blocks of each sequence in the order
+            of its tokens; entries after its last block are ignored.
         query_start_loc: `[B + 1]`, sequence `i` owns the tokens `query_start_loc[i]` to
             `query_start_loc[i + 1] - 1` of the step.
         seq_lens: `[B]`, the length of each sequence after this step, cached tokens and
@@ -371,7 +371,8 @@ class PerSequenceBackend(AttentionBackend):
     ) -> Tensor:
         """Queries `[..., H, S, D]` over keys and values `[..., H_kv, T, D]`.
 
-        `mask` is added to the scores; None: causal, the queries are the last `S` of `T`.
+        `mask` is added to the scores. None: causal, where the queries are the last
+        `S` of the `T` tokens.
         Returns `[..., H, S, D]`.
         """
 

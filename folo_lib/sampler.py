@@ -227,11 +227,11 @@ def read_wishes(
     bad_words_ids: Sequence[Sequence[int]],
     vocab_size: int,
 ) -> dict[str, Any]:
-    """What a request asks for, by the names of `SamplingMetadata`; what is off is left out.
+    """What a request asks for, by names of `SamplingMetadata`; what is off is left out.
 
     Filters of a greedy request are off, as its best token survives them. Penalties come
-    as three or not at all. `min_positions` stands for `min_tokens`, if there is an id that
-    it forbids; the tables `logit_bias` and `bad_words` have the value True.
+    as three or not at all. `min_positions` stands for `min_tokens`, if there is an id
+    that it forbids; the tables `logit_bias` and `bad_words` have the value True.
     """
     values = {name: getattr(params, name) for name in OFF}
     if params.temperature == 0 or params.top_k == 1:
@@ -327,7 +327,7 @@ class SamplingMetadata:
         vocab_size: int,
         device: torch.device | str,
     ) -> "SamplingMetadata":
-        """For the first step of these requests, with the tables of penalties still empty.
+        """For the first step of these requests, with the penalties' tables still empty.
 
         Args:
             params, seeds, sample_indices, num_prompt_tokens: `B` of each.
@@ -384,7 +384,7 @@ ANY, NONE, NEVER = -1, -2, -3  # matches every token; no token yet; no word
 
 
 class BadWords:
-    """Words of several tokens that must not be written, and the latest tokens of each row.
+    """Words of several tokens that must not be written, and each row's latest tokens.
 
     Attributes:
         words: `[R, M, L]` int32, each ends in the last column; before it `ANY`. A row
@@ -463,7 +463,7 @@ class TokenTables:
         self.made: dict[str, Tensor] = {}
 
     def get(self, name: str) -> Tensor:
-        """The table of that name, `[R, V]`, full of zeros if nobody has asked before."""
+        """The table of that name, `[R, V]`, full of zeros when first asked for."""
         if name not in self.made:
             with torch.inference_mode(False):  # a tensor that anybody may change
                 self.made[name] = torch.zeros(
@@ -487,10 +487,8 @@ class TokenTables:
         to_ids = partial(move, dtype=torch.int64, device=self.device)
         if "repetition_penalty" in asked:
             self.get("prompt_mask")[row].index_fill_(0, to_ids(prompt_token_ids), True)
-            ones = torch.ones(
-                len(output_token_ids), dtype=torch.int32, device=self.device
-            )
             written = to_ids(output_token_ids)
+            ones = torch.ones_like(written, dtype=torch.int32)
             self.get("output_counts")[row].scatter_add_(0, written, ones)
         if "min_positions" in asked:
             stops = to_ids([i for i in stop_token_ids if 0 <= i < self.shape[1]])
@@ -596,9 +594,8 @@ class SamplingRows:
             self.gathered = list(rows), self.gather_columns(rows, index)
         found = SamplingMetadata(positions=positions, rows=index, **self.gathered[1])
         if found.repetition_penalty is not None:
-            found.output_counts = self.tables.get("output_counts").index_select(
-                0, index
-            )
+            counts = self.tables.get("output_counts")
+            found.output_counts = counts.index_select(0, index)
         if found.bad_words is not None:
             found.recent_tokens = self.bad_words.recent.index_select(0, index)
         return found

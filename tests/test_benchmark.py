@@ -842,7 +842,9 @@ class TestSections:
         lengths: list[int] = []
         rungs = [Scripted("low", []), Scripted("high", [])], {"fused": "no GPU"}
         monkeypatch.setattr(
-            benchmark_bench, "make_rungs", lambda *args: lengths.append(args[-1]) or rungs
+            benchmark_bench,
+            "make_rungs",
+            lambda *args: lengths.append(args[-1]) or rungs,
         )
         assert sections.run_ladder(bench)["left_out"] == {"fused": "no GPU"}
         assert asked == [

@@ -373,7 +373,7 @@ PROVOKED: list[Callable[[Path], Any]] = [
     lambda path: LLMEngine(decode="cuda_graph"),
     lambda path: LLMEngine(attention_backend="flash"),
     lambda path: LLMEngine(dtype="fp16"),
-    lambda path: LLMEngine(max_model_len=4096, kv_cache_memory_bytes=10**6, **CPU),
+    lambda path: LLMEngine(kv_cache_memory_bytes=50_000, **CPU),
     lambda path: LLMEngine(kv_cache_memory_bytes=10**7, **CPU),
     lambda path: ask("word " * 200),
     lambda path: ask(""),
