@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = [
+    "Groups",
+    "Outputs",
     "logger",
+    "NOT_FINITE",
     "Prompt",
     "Prompts",
     "Conversation",
     "Params",
-    "Groups",
-    "Outputs",
-    "NOT_FINITE",
     "describe_request",
     "EngineStats",
     "Scheduler",
@@ -36,12 +36,6 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from folo_lib.inputs import (
-    InputProcessor,
-    default_sampling_params,
-    get_eos_token_ids,
-    load_generation_config,
-)
 from folo_lib.runner import (
     GPUExecutor,
     NewRequest,
@@ -51,7 +45,7 @@ from folo_lib.runner import (
     StepPlan,
 )
 
-from . import bundled_model_path
+from . import bundled_model_path, inputs
 from .checkpoint import load_tokenizer
 from .config import EngineConfig
 from .kv_cache import BlockAllocator
@@ -63,11 +57,6 @@ from .sampling_params import SamplingParams
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
-Prompt = str | Sequence[int]
-Prompts = Prompt | Sequence[Prompt]
-Conversation = Sequence[Mapping[str, Any]]
-Params = SamplingParams | Sequence[SamplingParams] | None
 Groups = list[list[Request]]  # the samples of each prompt
 Outputs = Generator[RequestOutput, None, None]
 
@@ -212,6 +201,9 @@ class FCFSScheduler:
 
 
 # %% ../notebooks/10_engine.ipynb #fail
+logger = logging.getLogger(__name__)
+
+
 def fail(request: Request, error: Exception) -> None:
     """Ends a request with an error, of which the log has the details."""
     logger.error("Request %s failed.", request.request_id, exc_info=error)
@@ -361,25 +353,31 @@ def run_step(executor: GPUExecutor, table: RequestTable) -> None:
 
 
 # %% ../notebooks/10_engine.ipynb #find-parts
+Prompt = str | Sequence[int]
+Prompts = Prompt | Sequence[Prompt]
+Conversation = Sequence[Mapping[str, Any]]
+Params = SamplingParams | Sequence[SamplingParams] | None
+
+
 def load_parts(
     model: Source | None,
     tokenizer: "PreTrainedTokenizerBase | None",
     generation_config: "GenerationConfig | None",
     config: EngineConfig,
-) -> tuple[GPUExecutor, Scheduler, InputProcessor]:
+) -> tuple[GPUExecutor, Scheduler, inputs.InputProcessor]:
     """What an engine is made of; see `LLMEngine`."""
     if model is None:
         model = os.environ.get("FOLO_MODEL") or bundled_model_path()
     if not isinstance(model, Qwen3ForCausalLM):
         tokenizer = tokenizer or load_tokenizer(model)
-        generation_config = generation_config or load_generation_config(model)
+        generation_config = generation_config or inputs.load_generation_config(model)
     executor = GPUExecutor(model, config)
-    processor = InputProcessor(
+    processor = inputs.InputProcessor(
         tokenizer,
         executor.config.vocab_size,
         executor.max_model_len,
-        get_eos_token_ids(generation_config, executor.config, tokenizer),
-        default_sampling_params(generation_config),
+        inputs.get_eos_token_ids(generation_config, executor.config, tokenizer),
+        inputs.default_sampling_params(generation_config),
         config.seed,
     )
     return executor, config.make_scheduler(executor.num_blocks), processor

@@ -131,15 +131,14 @@ class Attention(nn.Module):
         qkv = self.qkv_proj(hidden_states)
         qkv = qkv.unflatten(-1, (-1, self.head_dim))  # [..., H + 2 * H_kv, D]
         num_heads, num_kv_heads, _ = self.heads
-        shares = [num_heads + num_kv_heads, num_kv_heads]
-        query_key, value = torch.split(qkv, shares, dim=-2)
-        if self.q_norm is not None and self.k_norm is not None:
+        query_key, value = qkv[..., :-num_kv_heads, :], qkv[..., -num_kv_heads:, :]
+        q_norm, k_norm = self.q_norm, self.k_norm
+        if q_norm is not None and k_norm is not None:
             # One root mean square per head, whosever it is; only the weights differ.
-            weights: list[Tensor] = [self.q_norm.weight] * num_heads
-            weights += [self.k_norm.weight] * num_kv_heads
-            query_key = torch.stack(weights) * self.q_norm.normalize(query_key)
+            weights = [q_norm.weight] * num_heads + [k_norm.weight] * num_kv_heads
+            query_key = torch.stack(weights) * q_norm.normalize(query_key)
         rotated = apply_rotary_emb(query_key, cos, sin)  # [..., H + H_kv, D]
-        query, key = torch.split(rotated, [num_heads, num_kv_heads], dim=-2)
+        query, key = rotated[..., :num_heads, :], rotated[..., num_heads:, :]
         if kv_cache is not None and metadata is not None:
             output = self.backend.forward(query, key, value, kv_cache, metadata)
         else:  # [..., S, H, D] -> [..., H, S, D] and back

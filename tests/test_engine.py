@@ -71,12 +71,14 @@ def hugging_face() -> PreTrainedModel:
 
 
 def assert_idle(engine: LLMEngine) -> None:
-    """Nobody waits, nothing is left to tell, and every block is free."""
+    """Nobody waits, nothing is left to tell, and no block or row is lost."""
     assert not engine.has_unfinished_requests()
     assert not engine._table.unfinished and not engine._table.groups
     stats = engine.stats()
     assert (stats.num_running, stats.num_waiting, stats.num_used_blocks) == (0, 0, 0)
     assert stats.num_blocks == engine.executor.num_blocks
+    rows = engine.executor.worker.runner.rows  # each is free, or held by one request
+    assert len(rows.free_rows) + len(rows.by_id) == len(rows.block_table)
 
 
 def run(engine: LLMEngine, *args: Any) -> list[RequestOutput]:

@@ -104,14 +104,15 @@ class MovingFigure:
         """The first state."""
         width, height = self.size
         figure, ax = plt.subplots(figsize=(8, 8 * height / width))
+        fontsize = min(9, 165 / width)  # in a wide figure the boxes are small
         for piece in [*self.still, *self.states[0].pieces]:
             x, y, text = piece.x, piece.y, piece.text
             if piece.look is None:
                 middle = x + piece.width / 2, y + piece.height / 2
-                ax.text(*middle, text, ha="center", va="center", fontsize=9)
+                ax.text(*middle, text, ha="center", va="center", fontsize=fontsize)
             else:
                 extent = piece.width, piece.height
-                draw_box(ax, (x, y), extent, text, fontsize=9, **piece.look.bar)
+                draw_box(ax, (x, y), extent, text, fontsize=fontsize, **piece.look.bar)
         ax.set(xlim=(0, width), ylim=(height, 0))
         ax.axis("off")
         target = io.BytesIO()
