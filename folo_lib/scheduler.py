@@ -141,8 +141,8 @@ class RequestQueues:
         running: in the order in which they joined.
         finished_ids: those that the runner may forget, and has not been told of yet.
         num_preemptions: how often a request had to give its blocks back.
-        num_prefix_tokens, num_prefix_hits: tokens of requests that started, and those of
-            them that were found in the cache.
+        num_prefix_tokens, num_prefix_hits: tokens of requests that started, and those
+            of them that were found in the cache.
     """
 
     def __init__(self, kv_cache: KVCacheManager) -> None:
@@ -278,7 +278,7 @@ class ContinuousScheduler(RequestQueues):
         return new
 
     def schedule_waiting(self, scheduled: list[ScheduledRequest]) -> list[NewRequest]:
-        """Who joins the step, in the order of their turns; `scheduled` gets them too."""
+        """Who joins the step, in the order of turns; `scheduled` gets them too."""
         budget = self.max_num_batched_tokens - sum(one.num_tokens for one in scheduled)
         new_requests: list[NewRequest] = []
         passed_over: list[Request] = []  # what they need is being written in this step
