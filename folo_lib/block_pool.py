@@ -10,6 +10,7 @@ from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 from hashlib import sha256
+from heapq import heappop, heappush
 from itertools import chain
 
 from .request import Request
@@ -42,14 +43,15 @@ class BlockPool:
 
     Attributes:
         ref_counts: by block id, how many requests have the block in their table.
-        empty: free blocks without a hash; the last one is the next to be taken.
+        empty: free blocks without a hash, as a heap, from which the lowest number is taken
+            first: so the blocks of a request tend to follow one another.
         evictable: free blocks with a hash, in the order in which they were freed.
         cached_blocks, block_hashes: the block of a hash, and the hash of a block.
     """
 
     def __init__(self, num_blocks: int) -> None:
         self.ref_counts = [0] * num_blocks
-        self.empty = list(range(num_blocks))[::-1]
+        self.empty = list(range(num_blocks))
         self.evictable: OrderedDict[int, None] = OrderedDict()
         self.cached_blocks: dict[bytes, int] = {}
         self.block_hashes: dict[int, bytes] = {}
@@ -72,7 +74,7 @@ class BlockPool:
         new = []
         for _ in range(num_blocks):
             if self.empty:
-                block_id = self.empty.pop()
+                block_id = heappop(self.empty)
             else:
                 block_id, _ = self.evictable.popitem(last=False)
                 del self.cached_blocks[self.block_hashes.pop(block_id)]
@@ -102,7 +104,7 @@ class BlockPool:
             if block_id in self.block_hashes:
                 self.evictable[block_id] = None
             else:
-                self.empty.append(block_id)
+                heappush(self.empty, block_id)
 
     def cache_block(self, block_id: int, block_hash: bytes) -> None:
         """From now on the hash finds this block, unless it finds another already."""

@@ -21,6 +21,7 @@ __all__ = [
     "Inbox",
     "RequestTable",
     "run_step",
+    "undisturbed",
     "load_parts",
     "show_progress",
     "LLMEngine",
@@ -32,7 +33,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -268,11 +269,15 @@ class RequestTable:
                     f"request_id {first.request_id!r} is in use: wait for that request,"
                     " abort it, or leave the id out to get a fresh one."
                 )
-        for group in groups:
-            self.groups[group[0].request_id] = group, inbox
-            for request in group:
-                self.unfinished[request.sample_id] = request
-                self.scheduler.add(request)
+        try:
+            for group in groups:
+                self.groups[group[0].request_id] = group, inbox
+                for request in group:
+                    self.unfinished[request.sample_id] = request
+                    self.scheduler.add(request)
+        except KeyboardInterrupt:  # all of them, or none
+            self.remove(groups)
+            raise
 
     def update(self, request: Request) -> None:
         """Puts news where the caller looks; who has ended gives the blocks back."""
@@ -350,6 +355,17 @@ def run_step(executor: GPUExecutor, table: RequestTable) -> None:
         table.restart([one.request_id for one in plan.scheduled], error)
         if not plan.scheduled or not isinstance(error, Exception):
             raise
+
+
+@contextmanager
+def undisturbed(executor: GPUExecutor, table: RequestTable) -> Iterator[None]:
+    """Changes of the table between two steps; if Ctrl-C comes, all begin again."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        executor.reset()
+        table.restart([], error)
+        raise
 
 
 # %% ../notebooks/10_engine.ipynb #find-parts
@@ -450,7 +466,7 @@ class LLMEngine:
 
         The next `step`, or the stream that is reading it, brings its last output.
         """
-        with self._lock:
+        with self._lock, undisturbed(self.executor, self._table):
             self._table.abort(request_id)
 
     def stats(self) -> EngineStats:
@@ -514,7 +530,7 @@ class LLMEngine:
             groups: as `processor` makes them.
             inbox: read by `advance`.
         """
-        with self._lock:
+        with self._lock, undisturbed(self.executor, self._table):
             self._table.add(groups, inbox)
 
     def advance(self, inbox: Inbox) -> list[RequestOutput]:
@@ -526,7 +542,7 @@ class LLMEngine:
 
     def withdraw(self, groups: Groups) -> None:
         """Aborts what is unfinished of these requests, and forgets them."""
-        with self._lock:
+        with self._lock, undisturbed(self.executor, self._table):
             self._table.remove(groups)
 
     def _run(self, groups: Groups, every_token: bool) -> Outputs:

@@ -338,7 +338,6 @@ def test_ctrl_c_leaves_the_engine_whole(stage: str, seed: int) -> None:
         check_result(items[name], output)
 
 
-@pytest.mark.xfail(reason="what Ctrl-C leaves of them is not yet settled", strict=True)
 @pytest.mark.parametrize("stage", ["add", "abort"])
 def test_ctrl_c_while_requests_come_and_go(stage: str) -> None:
     """A request is here with all its samples or not at all; the others do not notice."""
