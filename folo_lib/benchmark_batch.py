@@ -307,7 +307,8 @@ def run_prefix(bench: Bench, sizes: BatchSizes) -> Result:
     rng, vocabulary = random.Random(3), range(bench.config.vocab_size)
     system = rng.choices(vocabulary, k=sizes.system_tokens)
     lengths = [
-        rng.randint(sizes.shortest, sizes.longest) for _ in range(sizes.conversations)
+        rng.randint(sizes.shortest, sizes.question_tokens)
+        for _ in range(sizes.conversations)
     ]
     prompts = [system + rng.choices(vocabulary, k=length) for length in lengths]
     num_tokens = 8
@@ -335,6 +336,7 @@ def run_prefix(bench: Bench, sizes: BatchSizes) -> Result:
     return {
         "conversations": sizes.conversations,
         "system_tokens": sizes.system_tokens,
+        "question_tokens": [min(lengths), max(lengths)],
         "times": summarize(paired_ratios(rows[1], rows[0], "ttft")),
         "rows": rows,
     }

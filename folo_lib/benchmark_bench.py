@@ -45,6 +45,7 @@ class BatchSizes:
         shortest, longest: tokens of a prompt, and of an answer.
         before: requests that put the blocks in disorder, before one runs alone.
         conversations, system_tokens: that share a system prompt, and its length.
+        question_tokens: the longest that follows it; the shortest has `shortest`.
         max_tokens, num_tokens: what requests ask for, and about what they take.
         num_steps: of which a share is one value.
         contexts: after which the plan of a step is weighed.
@@ -57,6 +58,7 @@ class BatchSizes:
     before: int = 200
     conversations: int = 32
     system_tokens: int = 1024
+    question_tokens: int = 32
     max_tokens: int = 2048
     num_tokens: int = 100
     num_steps: int = 10
