@@ -43,8 +43,8 @@ class BlockPool:
 
     Attributes:
         ref_counts: by block id, how many requests have the block in their table.
-        empty: free blocks without a hash, as a heap, from which the lowest number is taken
-            first: so the blocks of a request tend to follow one another.
+        empty: free blocks without a hash, as a heap. The lowest number is taken first,
+            so the blocks of a request tend to follow one another.
         evictable: free blocks with a hash, in the order in which they were freed.
         cached_blocks, block_hashes: the block of a hash, and the hash of a block.
     """

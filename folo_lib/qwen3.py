@@ -135,7 +135,7 @@ class Attention(nn.Module):
         q_norm, k_norm = self.q_norm, self.k_norm
         if q_norm is not None and k_norm is not None:
             # One root mean square per head, whosever it is; only the weights differ.
-            weights = [q_norm.weight] * num_heads + [k_norm.weight] * num_kv_heads
+            weights = (q_norm.weight,) * num_heads + (k_norm.weight,) * num_kv_heads
             query_key = torch.stack(weights) * q_norm.normalize(query_key)
         rotated = apply_rotary_emb(query_key, cos, sin)  # [..., H + H_kv, D]
         query, key = rotated[..., :num_heads, :], rotated[..., num_heads:, :]

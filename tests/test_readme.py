@@ -382,3 +382,35 @@ def test_python_in_the_readme_runs(
     assert printed[2].startswith("The KV cache")
     assert all(f"# {printed[-1]}\n" in text for text in TEXTS.values())
     assert module.__dict__["logits"].shape[0] == 1
+
+
+@each_language
+def test_figures_of_many_requests_are_the_recorded_ones(name: str) -> None:
+    path = ROOT / "notebooks" / "data" / "batch_cpu.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    section = record["sections"]["batch"][-1]
+
+    def ratio(rows: list[dict[str, Any]], slow: str, time: str = "total") -> str:
+        values = {row["system"]: row[time]["values"] for row in rows}
+        fast = values.get("folo_lib") or values["with prefix caching"]
+        pairs = zip(values[slow], fast, strict=True)
+        return f"{statistics.median(a / b for a, b in pairs):.1f}"
+
+    together, many = section["together"]["rows"], section["many"]["rows"]
+    prefix = ratio(section["prefix"]["rows"], "without", "ttft")
+    times = {
+        "en": [
+            f"{ratio(together, 'huggingface, padded')} times as fast as in one padded",
+            f"{ratio(together, 'folo_lib, one by one')} times as fast as one after",
+            f"{ratio(many, 'huggingface, batches')} times as fast as in batches of 64",
+            f"wait {prefix} times less",
+        ],
+        "zh": [
+            f"填充成一个批次的 {ratio(together, 'huggingface, padded')} 倍",
+            f"逐个运行的 {ratio(together, 'folo_lib, one by one')} 倍",
+            f"每批 64 个的 {ratio(many, 'huggingface, batches')} 倍",
+            f"缩短到 1/{prefix}",
+        ],
+    }
+    for text in [section["date"][:10], *times["zh" if "zh" in name else "en"]]:
+        assert text in TEXTS[name]
