@@ -419,13 +419,6 @@ def check_blocks(manager: Any, requests: Sequence[Request]) -> None:
 
 def read_books(pool: Any) -> tuple[list[int], list[int], dict[int, bytes], Any]:
     """Of a block pool: counts, free blocks, the hash of a block and the block of a hash."""
-    if hasattr(pool, "num_references"):
-        return (
-            pool.num_references,
-            list(pool.free_blocks),
-            pool.hash_of,
-            pool.block_of,
-        )
     free = [*pool.empty, *pool.evictable]
     return pool.ref_counts, free, pool.block_hashes, pool.cached_blocks
 
