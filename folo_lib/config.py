@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 __all__ = ["MODEL_RUNNERS", "SCHEDULERS", "EngineConfig"]
 
-MODEL_RUNNERS = {"eager": "folo_lib.runner:ModelRunner"}
+MODEL_RUNNERS = {
+    "eager": "folo_lib.runner:ModelRunner",
+    "compile": "folo_lib.cuda_graph:CompiledRunner",
+    "graph_plain": "folo_lib.cuda_graph:PlainGraphRunner",
+    "graph": "folo_lib.cuda_graph:GraphRunner",
+}
 SCHEDULERS = {
     "continuous": "folo_lib.scheduler:ContinuousScheduler",
     "fcfs": "folo_lib.engine:FCFSScheduler",

@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 # %% ../notebooks/07_sampler.ipynb #imports
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -536,6 +536,7 @@ class SamplingRows:
         self.bad_words = BadWords(num_rows, self.device)
         self.asked: list[dict[str, Any]] = [{} for _ in range(num_rows)]
         self.gathered: tuple[list[int], dict[str, Any]] | None = None
+        self.united: tuple[list[int], set[str]] | None = None
 
     def set_row(
         self,
@@ -578,7 +579,14 @@ class SamplingRows:
             host = torch.tensor([known[name] for name in names], dtype=packed.dtype)
             host = host.pin_memory() if self.device.type == "cuda" else host
             packed[row].copy_(host, non_blocking=True)
-        self.asked[row], self.gathered = asked, None
+        self.asked[row], self.gathered, self.united = asked, None, None
+
+    def get_wishes(self, rows: Sequence[int]) -> set[str]:
+        """What these rows ask for, all together; see `read_wishes`."""
+        if self.united is None or self.united[0] != list(rows):
+            wishes = (self.asked[row] for row in rows)
+            self.united = list(rows), set().union(*wishes)
+        return self.united[1]
 
     def gather(
         self, rows: Sequence[int], index: Tensor, positions: Tensor
@@ -644,6 +652,11 @@ class LogprobsTensors:
     token_ids: Tensor
     logprobs: Tensor
     ranks: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "LogprobsTensors":
+        """The same with each tensor changed, moved to another device perhaps."""
+        tensors = self.token_ids, self.logprobs, self.ranks
+        return LogprobsTensors(*(change(tensor) for tensor in tensors))
 
 
 def gather_logprobs(
