@@ -24,7 +24,7 @@ from .runner import (
     lay_end_to_end,
     make_input_batch,
 )
-from .sampler import SamplingMetadata, apply_filters, draw_tokens, move
+from .sampler import SamplingMetadata, apply_filters, draw_tokens, make_jumps, move
 
 logger = logging.getLogger(__name__)
 
@@ -187,6 +187,7 @@ def draw_rows(
     rows: Tensor,
     floats: Tensor,
     ints: Tensor,
+    jumps: Tensor,
     is_random: bool,
 ) -> Tensor:
     """Page 07's draw for rows that ask for nothing but a temperature, `[B]`."""
@@ -195,7 +196,7 @@ def draw_rows(
     if is_random:
         metadata.temperature = floats[rows, 0].float()
         logits = apply_filters(logits, metadata)
-    return draw_tokens(logits, metadata)
+    return draw_tokens(logits, metadata, jumps)
 
 
 # --- recording
@@ -246,6 +247,7 @@ class GraphRunner(ModelRunner):
         self.inputs = StaticInputs(sizes, num_seqs, device)
         vocab_size = self.model.config.vocab_size
         self.logits = torch.zeros(num_seqs, vocab_size, dtype=self.dtype, device=device)
+        self.jumps = make_jumps(vocab_size, device)
         self.tokens = torch.zeros(num_seqs, dtype=torch.int64, device=device)
         pool = stream = None
         if device.type == "cuda":
@@ -285,10 +287,9 @@ class GraphRunner(ModelRunner):
     def run_draw(self, size: GraphSize, is_random: bool) -> None:
         """From `logits` to `tokens`."""
         rows, seq_lens, *_ = self.inputs.split(size)
-        sampling, n = self.rows.sampling, size.num_seqs
-        drawn = self.draw_rows(
-            self.logits[:n], seq_lens, rows, sampling.floats, sampling.ints, is_random
-        )
+        n, sampling = size.num_seqs, self.rows.sampling
+        kept = sampling.floats, sampling.ints, self.jumps
+        drawn = self.draw_rows(self.logits[:n], seq_lens, rows, *kept, is_random)
         self.tokens[:n].copy_(drawn)
         self.rows.last_token_ids.index_copy_(0, rows, drawn.clamp(min=0))
 

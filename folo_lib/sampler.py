@@ -18,6 +18,7 @@ __all__ = [
     "needed_mass",
     "apply_top_p_filtering",
     "mix_bits",
+    "make_jumps",
     "gumbel_noise",
     "apply_penalties",
     "read_wishes",
@@ -154,8 +155,18 @@ def mix_bits(x: Tensor) -> Tensor:
 
 
 # %% ../notebooks/07_sampler.ipynb #gumbel-noise
+def make_jumps(vocab_size: int, device: torch.device | str) -> Tensor:
+    """How far `gumbel_noise` jumps ahead for each token id, `[V]` int64."""
+    jumps = torch.arange(1, vocab_size + 1, device=device)
+    return jumps * (0x9E3779B97F4A7C15 - 2**64)  # 2**64 / golden ratio
+
+
 def gumbel_noise(
-    seeds: Tensor, sample_indices: Tensor, positions: Tensor, vocab_size: int
+    seeds: Tensor,
+    sample_indices: Tensor,
+    positions: Tensor,
+    vocab_size: int,
+    jumps: Tensor | None = None,
 ) -> Tensor:
     """Gumbel noise that is a function of its arguments and nothing else.
 
@@ -167,6 +178,7 @@ def gumbel_noise(
         sample_indices: `[B]` int64, which of the `n` samples of a request this is.
         positions: `[B]` int64, the place in the sequence that the token will take.
         vocab_size: `V`.
+        jumps: of `make_jumps`, if they are at hand.
 
     Returns:
         `[B, V]` float32, all finite.
@@ -174,8 +186,8 @@ def gumbel_noise(
     state = seeds * (0xD1342543DE82EF95 - 2**64)  # [B]
     state = state.add(sample_indices, alpha=0xAEF17502108EF2D9 - 2**64)  # alpha * index
     state = mix_bits(state.add(positions, alpha=0xF1357AEA2E62A9C5 - 2**64))
-    jumps = torch.arange(1, vocab_size + 1, device=seeds.device)
-    jumps = jumps * (0x9E3779B97F4A7C15 - 2**64)  # 2**64 / golden ratio
+    if jumps is None:
+        jumps = make_jumps(vocab_size, seeds.device)
     bits = mix_bits(state[:, None] + jumps)  # [B, V]
     minus_v = (bits & (2**63 - 1)).float().mul_(-(2.0**-63))
     minus_v.clamp_(2.0**-24 - 1, -(2.0**-63))  # -1 and 0 would give infinite noise
@@ -772,14 +784,16 @@ def apply_filters(logits: Tensor, metadata: SamplingMetadata) -> Tensor:
     return logits
 
 
-def draw_tokens(logits: Tensor, metadata: SamplingMetadata) -> Tensor:
+def draw_tokens(
+    logits: Tensor, metadata: SamplingMetadata, jumps: Tensor | None = None
+) -> Tensor:
     """`[B]`: drawn from the softmax, or the likeliest where temperature is 0.
 
     -1 where the best is not finite: a NaN came in, or nothing is left to draw.
     """
     m, size = metadata, logits.shape[-1]
     if m.temperature is not None:
-        noise = gumbel_noise(m.seeds, m.sample_indices, m.positions, size)
+        noise = gumbel_noise(m.seeds, m.sample_indices, m.positions, size, jumps)
         is_random = m.temperature.sign()[:, None]  # [B, 1], 0 or 1
         logits = torch.addcmul(logits, noise, is_random)
     best, token_ids = logits.max(dim=-1)
