@@ -120,8 +120,7 @@ class Step:
         slots = torch.tensor(old, dtype=torch.int64, device=DEVICE)
         for cache, whole in zip(self.kv_cache, (self.keys, self.values), strict=True):
             cached = torch.cat([x[was] for x, (_, was) in zip(whole, new, strict=True)])
-            for slot, row in zip(slots.tolist(), cached, strict=True):
-                cache[slot // block_size, slot % block_size] = row
+            cache[slots // block_size, slots % block_size] = cached
         self.key, self.value = (
             torch.cat([x[now] for x, (now, _) in zip(whole, new, strict=True)])
             for whole in (self.keys, self.values)
@@ -481,9 +480,18 @@ class TestOnTheCard:
         else:
             assert ours <= 1.2 * max(error(sdpa, exact), error(naive, exact))
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-    @pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
-    @pytest.mark.parametrize("group", [1, 2, 3, 5, 8])
+    @pytest.mark.parametrize(
+        ("group", "head_dim", "dtype"),
+        [
+            (2, 128, torch.bfloat16),
+            (1, 64, torch.bfloat16),
+            (3, 80, torch.bfloat16),
+            (8, 96, torch.bfloat16),
+            (5, 128, torch.float16),
+            (2, 64, torch.float32),
+            (3, 80, torch.float32),
+        ],
+    )
     def test_shapes(self, group: int, head_dim: int, dtype: torch.dtype) -> None:
         query_lens = [1, 1, 300, 2, 1, 65, 128]
         seq_lens = [1, 777, 300, 1025, 4097, 700, 128]
