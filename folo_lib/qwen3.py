@@ -156,7 +156,7 @@ ATTENTION_BACKENDS = {
     "torch_sdpa": "folo_lib.kv_cache:TorchSDPABackend",
     "triton": "folo_lib.paged_attention:TritonBackend",
 }
-"""Where each backend is found; page 06 writes the first two."""
+"""Where each backend is found; page 06 writes the first two, page 13 the third."""
 
 
 def get_attention_backend(name: str = "auto") -> "type[AttentionBackend]":

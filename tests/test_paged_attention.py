@@ -1,0 +1,544 @@
+"""Triton's kernels against `naive_attention`, sequence by sequence.
+
+Without a GPU they run in Triton's interpreter, in float32 and on small shapes; with one the
+same tests run on it, and those marked `gpu` add every dtype and long contexts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+import torch
+from helpers import make_metadata
+from torch import Tensor
+
+from folo_lib.attention import create_causal_mask, naive_attention
+from folo_lib.kv_cache import AttentionMetadata, TorchSDPABackend, write_cache
+from folo_lib.qwen3 import get_attention_backend
+
+pytest.importorskip("triton", reason="Triton runs on Linux")
+
+from folo_lib import paged_attention as module
+from folo_lib.paged_attention import (
+    TileSizes,
+    TritonBackend,
+    choose_num_splits,
+    store_kv,
+)
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+NAN = float("nan")
+TILE = 16
+"""Tokens per tile in these tests, so that small contexts have several."""
+
+gpu = pytest.mark.gpu
+on_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    if "gpu" in request.keywords:
+        return
+    monkeypatch.setattr(module, "DECODE", TileSizes(TILE, 4, 2, min_chunk=TILE))
+    small = TileSizes(TILE, 4, 2, rows=16)
+    monkeypatch.setattr(module, "PREFILL", small)
+    monkeypatch.setattr(module, "SMALL_PREFILL", small)
+
+
+@pytest.fixture
+def splits(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> int:
+    monkeypatch.setattr(module, "choose_num_splits", lambda *_: request.param)
+    return request.param
+
+
+class Step:
+    """A step over sequences whose blocks lie anywhere, in caches full of NaN elsewhere.
+
+    What was cached before is there; the new tokens' keys and values are apart.
+    """
+
+    def __init__(
+        self,
+        query_lens: Sequence[int],
+        seq_lens: Sequence[int],
+        heads: tuple[int, int] = (4, 2),
+        head_dim: int = 16,
+        block_size: int = 4,
+        dtype: torch.dtype = torch.float32,
+        order: str = "NHD",
+        seed: int = 0,
+    ) -> None:
+        generator = torch.Generator(DEVICE).manual_seed(seed)
+
+        def draw(*shape: int) -> Tensor:
+            kwargs = {"device": DEVICE, "generator": generator}
+            return torch.randn(*shape, **kwargs).to(dtype)
+
+        num_heads, num_kv_heads = heads
+        needed = [-(-length // block_size) for length in seq_lens]
+        ids = list(range(sum(needed) + 3))
+        random.Random(seed).shuffle(ids)
+        blocks = [[ids.pop() for _ in range(n)] for n in needed]
+        metadata = make_metadata(blocks, query_lens, seq_lens, block_size)
+        moved = {
+            f.name: x.to(DEVICE)
+            for f in dataclasses.fields(metadata)
+            if isinstance(x := getattr(metadata, f.name), Tensor)
+        }
+        self.metadata = dataclasses.replace(metadata, **moved)
+        num_blocks = sum(needed) + 3
+
+        def reserve() -> Tensor:
+            places = (block_size, num_kv_heads)
+            if order == "HND":
+                cache = torch.full((num_blocks, *places[::-1], head_dim), NAN)
+                return cache.transpose(1, 2).to(DEVICE, dtype)
+            return torch.full((num_blocks, *places, head_dim), NAN).to(DEVICE, dtype)
+
+        self.kv_cache = reserve(), reserve()
+        self.keys, self.values = (
+            [draw(length, num_kv_heads, head_dim) for length in seq_lens]
+            for _ in range(2)
+        )
+        old = [
+            row[j // block_size] * block_size + j % block_size
+            for row, new, end in zip(blocks, query_lens, seq_lens, strict=True)
+            for j in range(end - new)
+        ]
+        new = [
+            (slice(n - q, n), slice(n - q))
+            for q, n in zip(query_lens, seq_lens, strict=True)
+        ]
+        slots = torch.tensor(old, dtype=torch.int64, device=DEVICE)
+        for cache, whole in zip(self.kv_cache, (self.keys, self.values), strict=True):
+            cached = torch.cat([x[was] for x, (_, was) in zip(whole, new, strict=True)])
+            cache[slots // block_size, slots % block_size] = cached
+        self.key, self.value = (
+            torch.cat([x[now] for x, (now, _) in zip(whole, new, strict=True)])
+            for whole in (self.keys, self.values)
+        )
+        self.query = draw(sum(query_lens), num_heads, head_dim)
+
+    def run(self, scale: float | None = None) -> Tensor:
+        new = self.query, self.key, self.value
+        return TritonBackend(scale).forward(*new, self.kv_cache, self.metadata)
+
+    def expect(self, scale: float | None = None, dtype: torch.dtype | None = None):
+        """Each sequence by itself."""
+        dtype = self.query.dtype if dtype is None else dtype
+        scale = self.query.shape[-1] ** -0.5 if scale is None else scale
+        outputs = []
+        queries = self.query.to(dtype).split(self.metadata.query_lens_list)
+        for query, key, value in zip(queries, self.keys, self.values, strict=True):
+            lengths = len(query), len(key)
+            mask = create_causal_mask(*lengths, dtype, DEVICE)
+            heads_first = (
+                x.to(dtype).transpose(0, 1)[None] for x in (query, key, value)
+            )
+            output = naive_attention(*heads_first, scale, mask)
+            outputs.append(output[0].transpose(0, 1))
+        return torch.cat(outputs)
+
+    def check(self, scale: float | None = None) -> None:
+        torch.testing.assert_close(
+            self.run(scale), self.expect(scale), rtol=2e-5, atol=5e-6
+        )
+
+
+EDGES = [1, 2, TILE - 1, TILE, TILE + 1, 3 * TILE - 1, 3 * TILE, 3 * TILE + 1]
+
+
+class TestStore:
+    def test_each_token_goes_to_its_slot_and_nothing_else_changes(self) -> None:
+        key, value = torch.randn(2, 5, 3, 16, device=DEVICE)
+        slots = torch.tensor([7, -1, 0, 23, 10], device=DEVICE)
+        kv_cache = torch.full((2, 6, 4, 3, 16), NAN, device=DEVICE)
+        store_kv(key, value, *kv_cache, slots)
+        kept = slots >= 0
+        expected = torch.full((2, 6, 4, 3, 16), NAN, device=DEVICE)
+        write_cache(expected[0], slots[kept], key[kept])
+        write_cache(expected[1], slots[kept], value[kept])
+        torch.testing.assert_close(kv_cache, expected, rtol=0, atol=0, equal_nan=True)
+
+    @pytest.mark.parametrize("head_dim", [16, 24])
+    @pytest.mark.parametrize("kv_heads", [1, 2, 5])
+    def test_slices_of_wider_tensors(self, kv_heads: int, head_dim: int) -> None:
+        qkv = torch.randn(6, 3 * kv_heads, head_dim, device=DEVICE)
+        key, value = qkv[:, kv_heads : 2 * kv_heads], qkv[:, 2 * kv_heads :]
+        slots = torch.tensor([5, 3, 2, 1, 9, 8], device=DEVICE)
+        cache = torch.zeros(2, 5, kv_heads, 2, head_dim, device=DEVICE).transpose(2, 3)
+        store_kv(key, value, cache[0], cache[1], slots)
+        for i, slot in enumerate(slots.tolist()):
+            assert torch.equal(cache[0, slot // 2, slot % 2], key[i])
+            assert torch.equal(cache[1, slot // 2, slot % 2], value[i])
+        assert (cache != 0).sum() == key.numel() + value.numel()
+
+    @gpu
+    @on_gpu
+    def test_a_block_beyond_two_to_the_31_numbers(self) -> None:
+        num_blocks = 2**31 // (16 * 8 * 128) + 3
+        cache = torch.zeros(2, num_blocks, 16, 8, 128, dtype=torch.bfloat16).to(DEVICE)
+        step = Step([1, 5], [40, 70], (16, 8), 128, 16, torch.bfloat16)
+        shift = num_blocks - len(step.kv_cache[0])
+        for big, small in zip(cache, step.kv_cache, strict=True):
+            big[shift:] = small
+        expected = step.run()
+        old = step.metadata
+        step.kv_cache = cache[0], cache[1]
+        step.metadata = dataclasses.replace(
+            old,
+            block_table=old.block_table + shift,
+            slot_mapping=old.slot_mapping + 16 * shift,
+        )
+        assert torch.equal(step.run(), expected)
+        assert not cache[:, :shift].any()
+
+
+class TestDecode:
+    @pytest.mark.parametrize("splits", [1, 2, 5, 64], indirect=True)
+    def test_contexts_at_the_edges_of_tiles_and_splits(self, splits: int) -> None:
+        lengths = [*EDGES, 5 * TILE, 5 * TILE + 1, 10 * TILE + 1]
+        Step([1] * len(lengths), lengths).check()
+
+    @pytest.mark.parametrize("splits", [1, 3], indirect=True)
+    @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 17])
+    def test_heads_that_share(self, group: int, splits: int) -> None:
+        Step([1, 1], [37, 9], (2 * group, 2)).check()
+
+    @pytest.mark.parametrize("splits", [1, 3], indirect=True)
+    @pytest.mark.parametrize("head_dim", [8, 16, 24, 64, 80, 96, 128])
+    def test_head_dims(self, head_dim: int, splits: int) -> None:
+        Step([1, 1], [37, 9], (6, 2), head_dim).check()
+
+    @pytest.mark.parametrize("splits", [1, 3], indirect=True)
+    @pytest.mark.parametrize("block_size", [1, 3, 4, 8, 16, 32, 64])
+    def test_block_sizes(self, block_size: int, splits: int) -> None:
+        Step([1, 1, 1], [37, 9, 70], block_size=block_size).check()
+
+    def test_short_sequences_are_not_split(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """No part is written for them: parts are allocated full of NaN here."""
+        monkeypatch.setattr(module, "DECODE", TileSizes(TILE, 4, 2, min_chunk=48))
+        monkeypatch.setattr(module, "choose_num_splits", lambda *_: 4)
+        made_here: list[Tensor] = []
+        new_empty = Tensor.new_empty
+
+        def new_nan(self: Tensor, *shape, **kwargs) -> Tensor:
+            made = new_empty(self, *shape, **kwargs)
+            if made.dtype == torch.float32:
+                made.fill_(NAN)
+            made_here.append(made)
+            return made
+
+        monkeypatch.setattr(Tensor, "new_empty", new_nan)
+        step = Step([1, 1, 1], [48, 49, 200])
+        step.check()
+        parts = next(x for x in made_here if x.shape == (3, 4, 4, 16))
+        used = ~parts.isnan().all(-1)  # [B, H, splits]
+        assert used.all(1).sum(-1).tolist() == [0, 2, 4]
+
+
+class TestPrefill:
+    @pytest.mark.parametrize("query_len", [2, 3, 7, 8, 9, 17, 33])
+    @pytest.mark.parametrize("cached", [0, 1, 15, 16, 17, 40])
+    def test_a_chunk_after_a_cached_prefix(self, query_len: int, cached: int) -> None:
+        Step([query_len], [cached + query_len]).check()
+
+    @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 17])
+    def test_heads_that_share(self, group: int) -> None:
+        Step([5, 19], [37, 19], (2 * group, 2)).check()
+
+    @pytest.mark.parametrize("head_dim", [8, 16, 24, 64, 80, 96, 128])
+    def test_head_dims(self, head_dim: int) -> None:
+        Step([5, 19], [37, 19], (6, 2), head_dim).check()
+
+    @pytest.mark.parametrize("block_size", [1, 3, 4, 8, 16, 32, 64])
+    def test_block_sizes(self, block_size: int) -> None:
+        Step([5, 19], [37, 19], block_size=block_size).check()
+
+    def test_more_sequences_than_are_looked_through_at_once(self) -> None:
+        lengths = [1 + i % 3 for i in range(131)]
+        Step([*lengths, 20], [*lengths, 25], (1, 1), 16).check()
+
+
+class TestMixed:
+    @pytest.mark.parametrize("splits", [1, 2, 5], indirect=True)
+    @pytest.mark.parametrize("seed", range(6))
+    def test_any_mix(self, seed: int, splits: int) -> None:
+        rng = random.Random(seed)
+        query_lens = [
+            rng.choice([1, 1, 2, 5, 17, 30]) for _ in range(rng.randint(2, 7))
+        ]
+        seq_lens = [n + rng.choice([0, 1, 14, 50]) for n in query_lens]
+        kv_heads = rng.choice([1, 2, 3])
+        heads = kv_heads * rng.choice([1, 2, 3, 4]), kv_heads
+        shape = rng.choice([8, 16, 24]), rng.choice([1, 3, 4, 16])
+        order = rng.choice(["NHD", "HND"])
+        Step(query_lens, seq_lens, heads, *shape, order=order, seed=seed).check()
+
+    @pytest.mark.parametrize("scale", [0.0, -0.1, 0.3, 2.0])
+    def test_scale(self, scale: float) -> None:
+        Step([1, 6], [20, 30]).check(scale)
+
+    @pytest.mark.parametrize("order", ["NHD", "HND"])
+    def test_the_order_inside_a_block(self, order: str) -> None:
+        Step([1, 6], [20, 30], order=order).check()
+
+    def test_large_scores_do_not_overflow(self) -> None:
+        step = Step([1, 6], [40, 30])
+        step.query *= 1000
+        assert step.run().isfinite().all()
+        step.check()
+
+    def test_the_query_may_be_a_slice(self) -> None:
+        step = Step([1, 6], [20, 30])
+        wide = torch.cat([step.query, step.key, step.value], dim=1)
+        step.query, step.key, step.value = wide.split([4, 2, 2], dim=1)
+        assert not step.query.is_contiguous()
+        step.check()
+
+    def test_integers_of_32_bits(self) -> None:
+        step = Step([1, 6], [40, 30])
+        names = "slot_mapping", "block_table", "query_start_loc", "seq_lens"
+        narrow = {
+            name: getattr(step.metadata, name).clamp(max=10**6).int() for name in names
+        }
+        step.metadata = dataclasses.replace(step.metadata, **narrow)
+        step.check()
+
+
+def pad(step: Step, num_rows: int) -> AttentionMetadata:
+    """The step as a CUDA graph runs it: rows that nobody asked for, with one token each."""
+    metadata = step.metadata
+    step.query, step.key, step.value = (
+        torch.cat([x, torch.full_like(x[:1], NAN).repeat(num_rows, 1, 1)])
+        for x in (step.query, step.key, step.value)
+    )
+    last = metadata.query_start_loc[-1]
+    more = torch.arange(1, num_rows + 1, device=DEVICE)
+    zeros = torch.zeros_like(more)
+    table = torch.full((num_rows, metadata.block_table.shape[1]), 10**9).to(DEVICE)
+    return dataclasses.replace(
+        metadata,
+        slot_mapping=torch.cat([metadata.slot_mapping, zeros - 1]),
+        block_table=torch.cat([metadata.block_table, table]),
+        query_start_loc=torch.cat([metadata.query_start_loc, last + more]),
+        seq_lens=torch.cat([metadata.seq_lens, zeros]),
+        query_lens_list=[*metadata.query_lens_list, *[1] * num_rows],
+        seq_lens_list=[*metadata.seq_lens_list, *[0] * num_rows],
+    )
+
+
+class TestPadding:
+    @pytest.mark.parametrize("splits", [1, 4], indirect=True)
+    @pytest.mark.parametrize("query_lens", [[1, 1, 1], [1, 6, 1]])
+    def test_rows_of_a_graph_that_nobody_asked_for(
+        self, query_lens: list[int], splits: int
+    ) -> None:
+        step = Step(query_lens, [20, 30, 70])
+        expected = step.expect()
+        before = [cache.clone() for cache in step.kv_cache]
+        step.metadata = pad(step, 5)
+        output = step.run()[: len(expected)]
+        torch.testing.assert_close(output, expected, rtol=2e-5, atol=5e-6)
+        for old, cache in zip(before, step.kv_cache, strict=True):
+            written = ~cache.isnan().any((-1, -2)) & old.isnan().any((-1, -2))
+            assert written.sum() == sum(query_lens)
+
+    def test_rows_without_a_token(self) -> None:
+        """Or the graph says that they run none."""
+        step = Step([1, 1], [20, 30])
+        expected, start = step.expect(), step.metadata.query_start_loc
+        padded = pad(step, 3)
+        step.metadata = dataclasses.replace(
+            padded, query_start_loc=torch.cat([start, start[-1:].repeat(3)])
+        )
+        torch.testing.assert_close(step.run()[:2], expected, rtol=2e-5, atol=5e-6)
+
+
+class TestNaN:
+    """What nobody uses never matters; what is used is never lost."""
+
+    @pytest.mark.parametrize("splits", [1, 4], indirect=True)
+    @pytest.mark.parametrize("which", [0, 1])
+    @pytest.mark.parametrize("place", [0, 17, 63, 69])
+    def test_in_a_used_key_or_value_reaches_the_output(
+        self, place: int, which: int, splits: int
+    ) -> None:
+        step = Step([1, 3, 1], [70, 70, 70])
+        for sequence in (0, 1):
+            block = step.metadata.block_table[sequence, place // 4]
+            step.kv_cache[which][block, place % 4, 1] = NAN
+            # The last token is stored by the step itself.
+            (step.key, step.value)[which][[0, 3][sequence], 1] = NAN
+        output = step.run().isnan()
+        assert output[0, 2:].any() and not output[0, :2].any()
+        assert output[3, 2:].any() and not output[:4, :2].any()
+        assert not output[4].any()
+
+    @pytest.mark.parametrize("splits", [1, 4], indirect=True)
+    def test_in_a_query(self, splits: int) -> None:
+        step = Step([1, 3], [70, 70])
+        step.query[0, 1, 3] = step.query[2, 0, 3] = NAN
+        wrong = step.run().isnan().all(-1)
+        assert wrong.nonzero().tolist() == [[0, 1], [2, 0]]
+
+
+class TestLaunch:
+    def test_only_what_the_step_needs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        ran = []
+        for name in ("decode", "prefill"):
+            monkeypatch.setattr(module, name, lambda *_, name=name: ran.append(name))
+        for query_lens, names in [
+            ([1, 1], ["decode"]),
+            ([3, 2], ["prefill"]),
+            ([3, 1], ["decode", "prefill"]),
+        ]:
+            ran.clear()
+            Step(query_lens, [9, 9]).run()
+            assert ran == names
+
+    def test_splits_fill_the_card_and_follow_from_host_numbers_alone(self) -> None:
+        programs = 4 * module.count_multiprocessors(DEVICE)
+        for num_seqs in (1, 2, 3, 7, 64, 256, 4096):
+            for kv_heads in (1, 2, 8):
+                found = choose_num_splits(num_seqs, kv_heads, DEVICE)
+                assert 1 <= found <= module.MAX_SPLITS
+                if 1 < found < module.MAX_SPLITS:
+                    assert (found - 1) * num_seqs * kv_heads < programs
+                if found < module.MAX_SPLITS:
+                    assert found * num_seqs * kv_heads >= programs
+
+    def test_compiled(self) -> None:
+        """The operator is taken whole, and its writes to the cache are kept."""
+        step = Step([1, 6], [40, 30])
+        backend = TritonBackend()
+
+        def layer(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            args = query * 1, key, value, step.kv_cache, step.metadata
+            return backend.forward(*args) + 1
+
+        compiled = torch.compile(
+            layer, fullgraph=True, dynamic=True, backend="aot_eager"
+        )
+        output = compiled(step.query, step.key, step.value)
+        torch.testing.assert_close(output, step.expect() + 1, rtol=2e-5, atol=5e-6)
+        assert not step.kv_cache[0].isnan().all()
+
+
+class TestBackend:
+    def test_name(self) -> None:
+        assert get_attention_backend("triton") is TritonBackend
+        assert TritonBackend.get_name() == "triton"
+
+    def test_says_what_it_needs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert TritonBackend.find_fault(DEVICE, torch.float32) is None
+        monkeypatch.setattr(module.triton.knobs.runtime, "interpret", False)
+        fault = TritonBackend.find_fault(torch.device("cpu"), torch.float32)
+        assert fault is not None
+        for part in ("'cpu'", "CUDA", "TRITON_INTERPRET=1", "torch_sdpa"):
+            assert part in fault
+
+    def test_without_triton_the_cure_is_named(self) -> None:
+        code = (
+            "import sys; sys.modules['triton'] = None\n"
+            "from folo_lib.qwen3 import get_attention_backend\n"
+            "try: get_attention_backend('triton')\n"
+            "except ValueError as error: print(error)"
+        )
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert "pip install triton" in done.stdout
+        assert "torch_sdpa" in done.stdout
+
+
+def error(output: Tensor, exact: Tensor) -> float:
+    return (output.float() - exact).norm().item() / exact.norm().item()
+
+
+@gpu
+@on_gpu
+class TestOnTheCard:
+    """With the tiles that it is used with. Error at most 1.2 times that of SDPA."""
+
+    def compare(self, step: Step) -> None:
+        exact, naive = step.expect(dtype=torch.float32), step.expect()
+        new = step.query, step.key, step.value
+        sdpa = TorchSDPABackend().forward(*new, step.kv_cache, step.metadata)
+        ours = error(step.run(), exact)
+        if step.query.dtype == torch.float32:
+            assert ours < 1e-5
+        else:
+            assert ours <= 1.2 * max(error(sdpa, exact), error(naive, exact))
+
+    @pytest.mark.parametrize(
+        ("group", "head_dim", "dtype"),
+        [
+            (2, 128, torch.bfloat16),
+            (1, 64, torch.bfloat16),
+            (3, 80, torch.bfloat16),
+            (8, 96, torch.bfloat16),
+            (5, 128, torch.float16),
+            (2, 64, torch.float32),
+            (3, 80, torch.float32),
+        ],
+    )
+    def test_shapes(self, group: int, head_dim: int, dtype: torch.dtype) -> None:
+        query_lens = [1, 1, 300, 2, 1, 65, 128]
+        seq_lens = [1, 777, 300, 1025, 4097, 700, 128]
+        self.compare(Step(query_lens, seq_lens, (2 * group, 2), head_dim, 16, dtype))
+
+    @pytest.mark.parametrize("block_size", [1, 4, 8, 16, 32, 64])
+    @pytest.mark.parametrize("order", ["NHD", "HND"])
+    def test_blocks(self, block_size: int, order: str) -> None:
+        lens = [1, 1, 300, 2], [1000, 64, 300, 65]
+        shape = (16, 8), 128, block_size, torch.bfloat16, order
+        self.compare(Step(*lens, *shape))
+
+    @pytest.mark.parametrize("splits", [1, 2, 7, 64], indirect=True)
+    def test_long_contexts(self, splits: int) -> None:
+        lens = [1, 1, 70], [40_960, 20_000, 30_000]
+        self.compare(Step(*lens, (16, 8), 128, 16, torch.bfloat16))
+
+    def test_many_sequences(self) -> None:
+        rng = random.Random(0)
+        seq_lens = [rng.randint(1, 600) for _ in range(256)]
+        query_lens = [rng.choice([1, 1, 1, n]) for n in seq_lens]
+        self.compare(Step(query_lens, seq_lens, (16, 8), 128, 16, torch.bfloat16))
+
+    @pytest.mark.parametrize("splits", [1, 8], indirect=True)
+    def test_captured_in_a_graph(self, splits: int) -> None:
+        """And replayed with other sequences, lengths and blocks."""
+        steps = [
+            Step([1] * 4, lengths, (16, 8), 128, 16, torch.bfloat16, seed=seed)
+            for seed, lengths in enumerate([[900, 16, 17, 300], [5, 1200, 64, 700]])
+        ]
+        static = steps[0]
+        static.run()  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = static.run()
+        for step in steps:
+            expected = step.run().clone()
+            width = min(s.metadata.block_table.shape[1] for s in (static, step))
+            for name in ("slot_mapping", "query_start_loc", "seq_lens"):
+                getattr(static.metadata, name).copy_(getattr(step.metadata, name))
+            static.metadata.block_table[:, :width] = step.metadata.block_table[
+                :, :width
+            ]
+            for name in ("query", "key", "value"):
+                getattr(static, name).copy_(getattr(step, name))
+            blocks = min(len(s.kv_cache[0]) for s in (static, step))
+            for old, new in zip(static.kv_cache, step.kv_cache, strict=True):
+                old[:blocks] = new[:blocks]
+            graph.replay()
+            assert torch.equal(output, expected)
