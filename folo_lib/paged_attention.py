@@ -578,6 +578,7 @@ class TritonBackend(AttentionBackend):
         needs: packages, and compute capability for bfloat16.
     """
 
+    supports_cuda_graph = True
     needs_packages = ("triton",)
     needs_compute_capability = (8, 0)
 
