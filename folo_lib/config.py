@@ -44,7 +44,7 @@ class EngineConfig:
             model was made for and the memory holds.
         block_size: tokens in a block of the KV cache.
         kv_cache_memory_bytes: set aside for the cache; None: see `get_kv_cache_memory`.
-        decode: a name in `MODEL_RUNNERS`, or `"auto"`, which is `"eager"` on every device.
+        decode: a name in `MODEL_RUNNERS`, or `"auto"`: `"graph"` on a GPU, else `"eager"`.
         enforce_eager: the same as `decode="eager"`.
         scheduler: a name in `SCHEDULERS`, or what makes a scheduler of an `EngineConfig` and
             the number of blocks in the cache.
@@ -147,15 +147,17 @@ class EngineConfig:
         return cls(**options)
 
     def get_model_runner(self, device: torch.device) -> type[ModelRunner]:
-        """The class that `decode` names; `"auto"` is `"eager"` on every device.
+        """The class that `decode` names; `"auto"` is `"graph"` on a GPU, else `"eager"`.
 
         Args:
-            device: where the model is, or will be; the one runner that there is runs on all.
+            device: where the model is, or will be.
 
         Raises:
             ValueError: if no runner has that name.
         """
-        name = "eager" if self.enforce_eager or self.decode == "auto" else self.decode
+        name = "eager" if self.enforce_eager else self.decode
+        if name == "auto":
+            name = "graph" if device.type == "cuda" else "eager"
         runner: type[ModelRunner] = _find("decode", name, MODEL_RUNNERS, "auto")
         return runner
 

@@ -264,6 +264,11 @@ class AttentionBackend(ABC):
     def get_name() -> str:
         """The name under which `get_attention_backend` finds it."""
 
+    @classmethod
+    def find_fault(cls, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why it cannot run there, with the cure; None: it can."""
+        return None
+
     @abstractmethod
     def forward(
         self,
