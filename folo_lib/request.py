@@ -425,6 +425,17 @@ class Request(RequestSpec):
         """Of prompt and output together."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """What is left to run: all but the very last token, which nobody continues.
+
+        A token that is drawn and not read yet counts, since it can run unread.
+        """
+        num_prompt, num_computed = len(self.prompt_token_ids), self.num_computed_tokens
+        num_tokens = num_prompt + len(self.output_token_ids)
+        most = num_prompt + self.max_tokens - 1
+        return min(max(num_tokens, num_computed + 1), most) - num_computed
+
     def get_token_ids(self, start: int = 0, stop: int | None = None) -> list[int]:
         """The tokens at places `start` to `stop - 1` of prompt and output together."""
         stop = self.num_tokens if stop is None else stop
