@@ -162,16 +162,15 @@ class EngineConfig:
         runner: type[ModelRunner] = _find("decode", name, MODEL_RUNNERS, "auto")
         return runner
 
-    def get_async_scheduling(self, device: torch.device) -> bool:
-        """Whether the engine runs a step ahead of what it has read.
+    def get_num_ahead(self, device: torch.device) -> int:
+        """How many steps may be unread when the next one is scheduled: none, or one.
 
         Args:
             device: of the model. On a CPU a step is computed when it is launched, so there is
                 nothing to gain.
         """
-        if self.async_scheduling is None:
-            return device.type == "cuda"
-        return self.async_scheduling
+        run_ahead = self.async_scheduling
+        return int(device.type == "cuda" if run_ahead is None else run_ahead)
 
     def make_scheduler(self, num_blocks: int) -> Scheduler:
         """A scheduler for a cache of that many blocks."""

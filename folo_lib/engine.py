@@ -32,14 +32,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import (
-    Collection,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -317,11 +310,11 @@ class RequestTable:
                 self.abort(request_id)
                 del self.groups[request_id]
 
-    def restart(self, failed: Collection[Request], error: BaseException) -> None:
+    def restart(self, failed: Mapping[Request, int], error: BaseException) -> None:
         """After a step that broke off: all begin again, but those that failed in it.
 
         Args:
-            failed: those that end with the error, if they have not ended yet.
+            failed: the requests of the step, which end with the error.
             error: what broke it off.
         """
         self.in_flight.clear()
@@ -373,7 +366,11 @@ def take_outputs(
             fail(request, error)
         if request.status.is_finished:
             request.metrics.peak_memory = executor.get_peak_memory()
-        table.update(request)
+        if (
+            request.status.is_finished
+            or table.groups[request.request_id][1].every_token
+        ):
+            table.update(request)
 
 
 # %% ../notebooks/10_engine.ipynb #run-step
@@ -408,7 +405,7 @@ def undisturbed(executor: GPUExecutor, table: RequestTable) -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         executor.reset()
-        table.restart([], error)
+        table.restart({}, error)
         raise
 
 
@@ -487,8 +484,7 @@ class LLMEngine:
         self.executor, self.scheduler, self.processor = parts
         self.tokenizer = self.processor.tokenizer
         self.max_model_len = self.executor.max_model_len
-        device = self.executor.worker.runner.device
-        num_ahead = int(config.get_async_scheduling(device))
+        num_ahead = config.get_num_ahead(self.executor.worker.runner.device)
         self._lock, self._table = FairLock(), RequestTable(self.scheduler, num_ahead)
         self._inbox = Inbox(every_token=True)  # of those who call `step`
 
