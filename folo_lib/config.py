@@ -54,6 +54,8 @@ class EngineConfig:
             runs has a token in every step, so no more than this many run at a time either.
         enable_prefix_caching: whether requests that begin alike share the blocks of their
             beginnings. These two and `max_num_seqs` are for `scheduler="continuous"`.
+        async_scheduling: whether a step is launched before the tokens of the last one are read,
+            so that the device does not wait for the host; None: on a CUDA device.
         seed: of the seeds for requests that have none; 0 to 2**64 - 1.
         use_tqdm: show progress bars while loading.
 
@@ -74,6 +76,7 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     enable_prefix_caching: bool = True
+    async_scheduling: bool | None = None
     seed: int = 0
     use_tqdm: bool = True
 
@@ -90,6 +93,11 @@ class EngineConfig:
             if not isinstance(value, kinds):
                 wanted = "True or False" if kinds is bool else "a name"
                 raise TypeError(f"{name}={value!r} must be {wanted}.")
+        if not isinstance(self.async_scheduling, bool | None):
+            raise TypeError(
+                f"async_scheduling={self.async_scheduling!r} must be True or False; None "
+                "leaves it to the engine."
+            )
         device = resolve_device(self.device)
         resolve_dtype(self.dtype, device, None)
         get_attention_backend(self.attention_backend)
@@ -160,6 +168,16 @@ class EngineConfig:
             name = "graph" if device.type == "cuda" else "eager"
         runner: type[ModelRunner] = _find("decode", name, MODEL_RUNNERS, "auto")
         return runner
+
+    def get_num_ahead(self, device: torch.device) -> int:
+        """How many steps may be unread when the next one is scheduled: none, or one.
+
+        Args:
+            device: of the model. On a CPU a step is computed when it is launched, so there is
+                nothing to gain.
+        """
+        run_ahead = self.async_scheduling
+        return int(device.type == "cuda" if run_ahead is None else run_ahead)
 
     def make_scheduler(self, num_blocks: int) -> Scheduler:
         """A scheduler for a cache of that many blocks."""
