@@ -374,8 +374,8 @@ class TileSizes:
     min_chunk: int = 256
 
 
-DECODE = TileSizes(tile=64, num_warps=4, num_stages=3)
-PREFILL = TileSizes(tile=64, num_warps=8, num_stages=3, rows=128)
+DECODE = TileSizes(tile=128, num_warps=4, num_stages=2)
+PREFILL = TileSizes(tile=128, num_warps=8, num_stages=3, rows=128)
 SMALL_PREFILL = TileSizes(tile=32, num_warps=4, num_stages=2, rows=32)
 """For float32 and for more than 128 numbers per head, of which fewer rows fit."""
 MAX_SPLITS = 64
