@@ -259,13 +259,13 @@ def resolve_attention_backend(
     """
     if name == "auto" and device.type != "cuda":
         return "torch_sdpa"
+    wanted = "triton" if name == "auto" else name
     try:
-        backend = get_attention_backend("triton" if name == "auto" else name)
-        fault = backend.find_fault(device, dtype)
+        fault = get_attention_backend(wanted).find_fault(device, dtype)
     except ValueError as error:  # Triton is not installed
         fault = str(error)
     if fault is None:
-        return backend.get_name()
+        return wanted
     if name != "auto":
         raise ValueError(fault)
     logger.warning("Attention runs on torch_sdpa. %s", fault)

@@ -371,7 +371,7 @@ class TileSizes:
     num_warps: int
     num_stages: int
     rows: int = 16
-    min_chunk: int = 256
+    min_chunk: int = 128
 
 
 DECODE = TileSizes(tile=128, num_warps=4, num_stages=2)
@@ -391,8 +391,8 @@ def count_multiprocessors(device: torch.device) -> int:
 
 def choose_num_splits(num_seqs: int, num_kv_heads: int, device: torch.device) -> int:
     """Into how many programs a long context is split, so that the card is full."""
-    wanted = 4 * count_multiprocessors(device)
-    return min(MAX_SPLITS, -(-wanted // (num_seqs * num_kv_heads)))  # rounded up
+    wanted = 2 * count_multiprocessors(device)
+    return max(1, min(MAX_SPLITS, wanted // (num_seqs * num_kv_heads)))
 
 
 # %% ../notebooks/13_paged_attention.ipynb #store-kv

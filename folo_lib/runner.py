@@ -449,8 +449,8 @@ SampledTokens = tuple[Tensor, LogprobsTensors | None]
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """Starts a copy to the host; on a CPU the tensor itself."""
-    return tensor.to("cpu", non_blocking=True)
+    """Starts a copy to the host, which a later step cannot overwrite."""
+    return tensor.to("cpu", non_blocking=True, copy=True)
 
 
 @dataclass(frozen=True)
@@ -480,12 +480,11 @@ class InFlightStep:
         prompt_logprobs: Sequence[tuple[PromptChunk, LogprobsTensors]],
     ) -> "InFlightStep":
         """Starts the copy of results to the host, which goes on meanwhile."""
-        if not token_ids.is_cuda:
-            return cls(drawing, token_ids, logprobs, prompt_logprobs)
-        logprobs = logprobs and logprobs.map(to_host)
+        arrival = torch.cuda.Event() if token_ids.is_cuda else None
+        token_ids, logprobs = to_host(token_ids), logprobs and logprobs.map(to_host)
         scores = [(chunk, tensors.map(to_host)) for chunk, tensors in prompt_logprobs]
-        token_ids, arrival = to_host(token_ids), torch.cuda.Event()
-        arrival.record()
+        if arrival is not None:
+            arrival.record()
         return cls(drawing, token_ids, logprobs, scores, arrival)
 
     def read(self) -> StepOutput:
