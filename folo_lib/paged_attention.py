@@ -11,25 +11,26 @@ __all__ = [
     "MAX_SPLITS",
     "TritonNotFoundError",
     "store_kv_kernel",
+    "store_kv",
     "find_places",
     "load_tile",
     "attend_tile",
     "find_chunk",
     "decode_kernel",
     "merge_kernel",
-    "prefill_kernel",
     "TileSizes",
     "count_multiprocessors",
     "choose_num_splits",
-    "store_kv",
     "decode",
+    "prefill_kernel",
     "prefill",
     "paged_attention",
     "TritonBackend",
 ]
 
 # %% ../notebooks/13_paged_attention.ipynb #imports
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: allow-untyped-calls, allow-untyped-decorators
 from dataclasses import dataclass
 from functools import cache
 from math import e, log2
@@ -55,26 +56,26 @@ except ImportError as error:
     ) from error
 
 
-# %% ../notebooks/13_paged_attention.ipynb #store-kv-kernel
+# %% ../notebooks/13_paged_attention.ipynb #store-kv
 @triton.jit(do_not_specialize_on_alignment=["slot_mapping"])
 def store_kv_kernel(
-    key,  # [N, H_kv, D]
-    value,
-    key_cache,  # [num_blocks, block_size, H_kv, D], in any order of the first three
-    value_cache,
+    key,
+    value,  # [N, H_kv, D]
+    key_cache,
+    value_cache,  # [num_blocks, block_size, H_kv, D]
     slot_mapping,  # [N]
-    key_stride,  # from token to token
-    key_head_stride,
+    key_stride,
+    key_head_stride,  # numbers from token to token, from head to head
     value_stride,
     value_head_stride,
     block_stride,
     slot_stride,
-    head_stride,
+    head_stride,  # of both caches
     num_kv_heads,
     D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    HEADS: tl.constexpr,  # H_kv and D, rounded up to powers of two
-    DIMS: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIMS: tl.constexpr,  # H_kv and D, rounded up to powers of two
 ):
     """One program per token stores its key and value of all heads."""
     token = tl.program_id(0).to(tl.int64)
@@ -91,6 +92,36 @@ def store_kv_kernel(
     tl.store(value_cache + place, tl.load(value, mask=exists), mask=exists)
 
 
+def store_kv(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+) -> None:
+    """Stores keys and values `[N, H_kv, D]` at their slots; slot -1 stores nothing.
+
+    The caches are `[num_blocks, block_size, H_kv, D]`, of the same strides, in any order
+    whose last dimension is contiguous.
+    """
+    num_tokens, num_kv_heads, head_dim = key.shape
+    store_kv_kernel[(num_tokens,)](
+        key,
+        value,
+        key_cache,
+        value_cache,
+        slot_mapping,
+        *key.stride()[:2],
+        *value.stride()[:2],
+        *key_cache.stride()[:3],
+        num_kv_heads,
+        D=head_dim,
+        BLOCK_SIZE=key_cache.shape[1],
+        HEADS=triton.next_power_of_2(num_kv_heads),
+        DIMS=triton.next_power_of_2(head_dim),
+    )
+
+
 # %% ../notebooks/13_paged_attention.ipynb #load-tile
 @triton.jit
 def find_places(
@@ -98,7 +129,7 @@ def find_places(
 ):
     """Where `tokens` of a sequence lie in the cache, by its row of the block table."""
     blocks = tl.load(table + tokens // BLOCK_SIZE, mask=exists, other=0)
-    # A cache has more than 2**31 numbers, so 32 bits would overflow without a word.
+    # A large cache has more than 2**31 numbers: 32 bits overflow without a word.
     blocks = blocks.to(tl.int64)
     return blocks * block_stride + tokens % BLOCK_SIZE * slot_stride
 
@@ -163,24 +194,24 @@ PER_STEP = {
 @triton.jit(**PER_STEP)
 def decode_kernel(
     query,  # [N, H, D]
-    key_cache,  # see store_kv_kernel
-    value_cache,
-    block_table,  # [B, max_blocks]
-    query_start_loc,  # [B + 1]
-    seq_lens,  # [B]
+    key_cache,
+    value_cache,  # [num_blocks, block_size, H_kv, D]
+    block_table,
+    query_start_loc,
+    seq_lens,  # [B, max_blocks], [B + 1], [B]
     output,  # [N, H, D], contiguous
-    parts,  # [B, H, num_splits, D] float32: the answer of each split
-    part_logs,  # [B, H, num_splits] float32: log2 of the weight behind it
+    parts,
+    part_logs,  # float32, [B, H, num_splits, D] and [B, H, num_splits]
     scale,  # times log2(e)
-    query_stride,  # from token to token
+    query_stride,
     query_head_stride,
     table_stride,
     block_stride,
     slot_stride,
     head_stride,
     num_splits,
-    GROUP: tl.constexpr,  # H / H_kv query heads share a key head
-    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,  # H / H_kv, and rows of the tile
     D: tl.constexpr,
     DIMS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -232,8 +263,8 @@ def decode_kernel(
 # %% ../notebooks/13_paged_attention.ipynb #merge-kernel
 @triton.jit(**PER_STEP)
 def merge_kernel(
-    parts,  # see decode_kernel
-    part_logs,
+    parts,
+    part_logs,  # see decode_kernel
     query_start_loc,
     seq_lens,
     output,
@@ -267,94 +298,6 @@ def merge_kernel(
     tl.store(answer, result, mask=dims < D)
 
 
-# %% ../notebooks/13_paged_attention.ipynb #prefill-kernel
-@triton.jit(**PER_STEP)
-def prefill_kernel(
-    query,  # these as in decode_kernel
-    key_cache,
-    value_cache,
-    block_table,
-    query_start_loc,
-    seq_lens,
-    output,
-    scale,
-    query_stride,  # from token to token
-    query_head_stride,
-    table_stride,
-    block_stride,
-    slot_stride,
-    head_stride,
-    num_seqs,
-    GROUP: tl.constexpr,
-    BQ: tl.constexpr,  # queries per tile, of GROUP heads each: BQ * GROUP <= ROWS
-    ROWS: tl.constexpr,
-    D: tl.constexpr,
-    DIMS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BT: tl.constexpr,
-):
-    """One program per key head and tile of queries; for sequences that run several."""
-    kv_head = tl.program_id(0)
-    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the last tiles have most to read
-    sequence = -1  # the last one that has begun
-    for first in tl.range(0, num_seqs, 128):
-        seqs = first + tl.arange(0, 128)
-        starts = tl.load(query_start_loc + seqs, mask=seqs < num_seqs, other=0)
-        begun = (starts // BQ + seqs <= tile) & (seqs < num_seqs)
-        sequence += tl.sum(begun.to(tl.int32), 0)
-    start = tl.load(query_start_loc + sequence)
-    query_len = (tl.load(query_start_loc + sequence + 1) - start).to(tl.int32)
-    seq_len = tl.load(seq_lens + sequence).to(tl.int32)
-    first_query = (tile - (start // BQ + sequence)).to(tl.int32) * BQ
-    if (query_len < 2) | (first_query >= query_len):
-        return
-    rows, dims = tl.arange(0, ROWS), tl.arange(0, DIMS)[None, :]
-    queries = first_query + rows // GROUP
-    own = (queries < query_len) & (rows < BQ * GROUP)
-    exists = own[:, None] & (dims < D)
-    heads = (kv_head * GROUP + rows % GROUP)[:, None]
-    asked = (start.to(tl.int64) + queries)[:, None]
-    from_here = query + asked * query_stride + heads * query_head_stride + dims
-    q = tl.load(from_here, mask=exists, other=0.0)
-    highest = tl.full([ROWS], -float("inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    result = tl.zeros([ROWS, DIMS], tl.float32)
-    table = block_table + sequence.to(tl.int64) * table_stride
-    key_cache += kv_head.to(tl.int64) * head_stride
-    value_cache += kv_head.to(tl.int64) * head_stride
-    cached = seq_len - query_len
-    positions = (cached + queries)[:, None]
-    end = tl.minimum(cached + first_query + BQ, seq_len)
-    seen_by_all = (cached + first_query + 1) // BT * BT
-    for first in tl.range(0, seen_by_all, BT):  # whole tiles, without a mask
-        tokens = first + tl.arange(0, BT)
-        exist = tokens < end
-        places = find_places(
-            table, tokens, exist, block_stride, slot_stride, BLOCK_SIZE
-        )
-        k = load_tile(key_cache, places, exist, False, D, DIMS)
-        v = load_tile(value_cache, places, exist, False, D, DIMS)
-        highest, total, result = attend_tile(
-            q, k, v, exist[None, :], highest, total, result, scale, False
-        )
-    for first in tl.range(seen_by_all, end, BT):  # the diagonal
-        tokens = first + tl.arange(0, BT)
-        exist = tokens < end
-        places = find_places(
-            table, tokens, exist, block_stride, slot_stride, BLOCK_SIZE
-        )
-        k = load_tile(key_cache, places, exist, True, D, DIMS)
-        v = load_tile(value_cache, places, exist, True, D, DIMS)
-        seen = tokens[None, :] <= positions
-        highest, total, result = attend_tile(
-            q, k, v, seen, highest, total, result, scale, True
-        )
-    num_heads = tl.num_programs(0) * GROUP
-    answer = output + (asked * num_heads + heads) * D + dims
-    result = (result / total[:, None]).to(output.dtype.element_ty)
-    tl.store(answer, result, mask=exists)
-
-
 # %% ../notebooks/13_paged_attention.ipynb #tile-sizes
 @dataclass(frozen=True)
 class TileSizes:
@@ -381,6 +324,7 @@ SMALL_PREFILL = TileSizes(tile=32, num_warps=4, num_stages=2, rows=32)
 MAX_SPLITS = 64
 
 
+# %% ../notebooks/13_paged_attention.ipynb #choose-num-splits
 @cache
 def count_multiprocessors(device: torch.device) -> int:
     """How many programs run at once, at one per multiprocessor; 8 without a GPU."""
@@ -393,37 +337,6 @@ def choose_num_splits(num_seqs: int, num_kv_heads: int, device: torch.device) ->
     """Into how many programs a long context is split, so that the card is full."""
     wanted = 2 * count_multiprocessors(device)
     return max(1, min(MAX_SPLITS, wanted // (num_seqs * num_kv_heads)))
-
-
-# %% ../notebooks/13_paged_attention.ipynb #store-kv
-def store_kv(
-    key: Tensor,
-    value: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    slot_mapping: Tensor,
-) -> None:
-    """Stores keys and values `[N, H_kv, D]` at their slots; slot -1 stores nothing.
-
-    The caches are `[num_blocks, block_size, H_kv, D]`, of the same strides, in any order
-    whose last dimension is contiguous.
-    """
-    num_tokens, num_kv_heads, head_dim = key.shape
-    store_kv_kernel[(num_tokens,)](
-        key,
-        value,
-        key_cache,
-        value_cache,
-        slot_mapping,
-        *key.stride()[:2],
-        *value.stride()[:2],
-        *key_cache.stride()[:3],
-        num_kv_heads,
-        D=head_dim,
-        BLOCK_SIZE=key_cache.shape[1],
-        HEADS=triton.next_power_of_2(num_kv_heads),
-        DIMS=triton.next_power_of_2(head_dim),
-    )
 
 
 # %% ../notebooks/13_paged_attention.ipynb #decode
@@ -477,6 +390,91 @@ def decode(
 
 
 # %% ../notebooks/13_paged_attention.ipynb #prefill
+@triton.jit(**PER_STEP)
+def prefill_kernel(
+    query,
+    key_cache,
+    value_cache,
+    block_table,
+    query_start_loc,
+    seq_lens,
+    output,
+    scale,
+    query_stride,
+    query_head_stride,
+    table_stride,
+    block_stride,
+    slot_stride,
+    head_stride,
+    num_seqs,
+    GROUP: tl.constexpr,
+    BQ: tl.constexpr,  # BQ queries of GROUP heads are a tile
+    ROWS: tl.constexpr,  # at least BQ * GROUP
+    D: tl.constexpr,
+    DIMS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """One program per key head and tile of queries; for sequences that run several."""
+    kv_head = tl.program_id(0)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the last tiles have most to read
+    sequence = -1  # the last one that has begun
+    for first in tl.range(0, num_seqs, 128):
+        seqs = first + tl.arange(0, 128)
+        starts = tl.load(query_start_loc + seqs, mask=seqs < num_seqs, other=0)
+        begun = (starts // BQ + seqs <= tile) & (seqs < num_seqs)
+        sequence += tl.sum(begun.to(tl.int32), 0)
+    start = tl.load(query_start_loc + sequence)
+    query_len = (tl.load(query_start_loc + sequence + 1) - start).to(tl.int32)
+    seq_len = tl.load(seq_lens + sequence).to(tl.int32)
+    first_query = (tile - (start // BQ + sequence)).to(tl.int32) * BQ
+    if (query_len < 2) | (first_query >= query_len):
+        return
+    rows, dims = tl.arange(0, ROWS), tl.arange(0, DIMS)[None, :]
+    queries = first_query + rows // GROUP
+    own = (queries < query_len) & (rows < BQ * GROUP)
+    exists = own[:, None] & (dims < D)
+    heads = (kv_head * GROUP + rows % GROUP)[:, None]
+    asked = (start.to(tl.int64) + queries)[:, None]
+    from_here = query + asked * query_stride + heads * query_head_stride + dims
+    q = tl.load(from_here, mask=exists, other=0.0)
+    highest = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    result = tl.zeros([ROWS, DIMS], tl.float32)
+    table = block_table + tl.cast(sequence, tl.int64) * table_stride
+    key_cache += kv_head.to(tl.int64) * head_stride
+    value_cache += kv_head.to(tl.int64) * head_stride
+    cached = seq_len - query_len
+    positions = (cached + queries)[:, None]
+    end = tl.minimum(cached + first_query + BQ, seq_len)
+    seen_by_all = (cached + first_query + 1) // BT * BT
+    for first in tl.range(0, seen_by_all, BT):  # whole tiles, without a mask
+        tokens = first + tl.arange(0, BT)
+        seen = tokens < end
+        places = find_places(table, tokens, seen, block_stride, slot_stride, BLOCK_SIZE)
+        k = load_tile(key_cache, places, seen, False, D, DIMS)
+        v = load_tile(value_cache, places, seen, False, D, DIMS)
+        highest, total, result = attend_tile(
+            q, k, v, seen[None, :], highest, total, result, scale, False
+        )
+    for first in tl.range(seen_by_all, end, BT):  # the diagonal
+        tokens = first + tl.arange(0, BT)
+        exist, seen = tokens < end, tokens[None, :] <= positions
+        places = find_places(
+            table, tokens, exist, block_stride, slot_stride, BLOCK_SIZE
+        )
+        k = load_tile(key_cache, places, exist, True, D, DIMS)
+        v = load_tile(value_cache, places, exist, True, D, DIMS)
+        highest, total, result = attend_tile(
+            q, k, v, seen, highest, total, result, scale, True
+        )
+    num_heads = tl.num_programs(0) * GROUP
+    answer = output + (asked * num_heads + heads) * D + dims
+    result = (result / total[:, None]).to(output.dtype.element_ty)
+    tl.store(answer, result, mask=exists)
+
+
+# %% ../notebooks/13_paged_attention.ipynb #prefill-launch
 def prefill(
     query: Tensor,
     key_cache: Tensor,
@@ -572,11 +570,7 @@ def _(query: Tensor, *_: object) -> Tensor:
 
 # %% ../notebooks/13_paged_attention.ipynb #triton-backend
 class TritonBackend(AttentionBackend):
-    """One launch for all sequences, whatever their lengths, over the cache as it lies.
-
-    Attributes:
-        needs: packages, and compute capability for bfloat16.
-    """
+    """One launch for all sequences, whatever their lengths, over the cache as it lies."""
 
     supports_cuda_graph = True
     needs_packages = ("triton",)
@@ -587,7 +581,7 @@ class TritonBackend(AttentionBackend):
         return "triton"
 
     @staticmethod
-    def find_fault(device: torch.device, dtype: torch.dtype) -> str | None:
+    def find_fault(device: torch.device) -> str | None:
         """Why it cannot run there, with the cure, or None if it can."""
         cure = "choose attention_backend='torch_sdpa'"
         if triton.knobs.runtime.interpret:
@@ -613,8 +607,8 @@ class TritonBackend(AttentionBackend):
         kv_cache: tuple[Tensor, Tensor],
         metadata: AttentionMetadata,
     ) -> Tensor:
-        query_lens = metadata.query_lens_list
-        return paged_attention(
+        lengths = metadata.query_lens_list
+        output: Tensor = paged_attention(
             query,
             key,
             value,
@@ -624,6 +618,7 @@ class TritonBackend(AttentionBackend):
             metadata.query_start_loc,
             metadata.seq_lens,
             query.shape[-1] ** -0.5 if self.scale is None else self.scale,
-            any(length == 1 for length in query_lens),
-            any(length > 1 for length in query_lens),
+            any(length == 1 for length in lengths),
+            any(length > 1 for length in lengths),
         )
+        return output

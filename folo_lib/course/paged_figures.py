@@ -1,0 +1,87 @@
+"""Figures of page 13: the splits of a context, and the tiles that a prefill reads."""
+
+from __future__ import annotations
+
+from matplotlib.axes import Axes
+
+from folo_lib.course.figures import CACHE, DECODE, KEYS, PREFILL, US, Look, draw_box
+from folo_lib.course.moving import MovingFigure, Piece, State
+
+__all__ = ["draw_tiles", "move_splits"]
+
+READ = Look("#E0E0E0", "..", "s", ":")  # a tile that has been read
+
+
+def move_splits(num_tiles: int, num_splits: int) -> MovingFigure:
+    """Programs that read their shares of a context at the same time, and a merge.
+
+    Args:
+        num_tiles: of the context; split evenly.
+        num_splits: programs; `num_tiles` is a multiple.
+    """
+    share = num_tiles // num_splits
+    width = 1.6 * num_tiles
+
+    def tiles(read: int, reading: bool) -> list[Piece]:
+        pieces = []
+        for i in range(num_tiles):
+            split, place = divmod(i, share)
+            text = f"tile {i}"
+            if reading and place == read:  # handed to its program
+                x = 1.6 * (split * share + (share - 1) / 2)
+                pieces.append(Piece(text, x, 1.6, 1.5, 0.9, text, KEYS))
+            else:
+                look = READ if place < read else CACHE
+                pieces.append(Piece(text, 1.6 * i, 0, 1.5, 0.9, text, look))
+        return pieces
+
+    def programs(read: int, y: float = 2.8) -> list[Piece]:
+        pieces = []
+        for split in range(num_splits):
+            x = 1.6 * split * share + (1.6 * share - 3) / 2
+            text = f"split {split}: {read} of {share}"
+            pieces.append(Piece(f"split {split}", x, y, 2.9, 0.9, text, DECODE))
+        return pieces
+
+    says = f"{num_tiles} tiles of keys and values lie in the cache."
+    states = [State([*tiles(0, False), *programs(0)], says)]
+    for read in range(share):
+        says = f"Every program has its tile number {read + 1}, all at the same time."
+        states.append(State([*tiles(read, True), *programs(read)], says))
+        says = "Maximum, sum and output are brought up to date."
+        states.append(State([*tiles(read + 1, False), *programs(read + 1)], says))
+    says = "Each split has an answer, and the logarithm of the weight behind it."
+    states.append(State([*tiles(share, False), *programs(share, 3.4)], says))
+    answer = Piece("answer", width / 2 - 1.75, 4.6, 3.4, 0.9, "merged answer", US)
+    says = "The answers are merged, each with its own weight."
+    states.append(State([*tiles(share, False), *programs(share, 3.4), answer], says))
+    return MovingFigure(states, (width, 5.6))
+
+
+def draw_tiles(ax: Axes, query_len: int, cached: int, rows: int, tile: int) -> None:
+    """Which tiles of keys the programs of one sequence read, and which need a mask.
+
+    Args:
+        ax: where to draw.
+        query_len: tokens that run.
+        cached: tokens before them.
+        rows: queries of a program.
+        tile: keys of a tile.
+    """
+    seq_len = cached + query_len
+    for top in range(0, query_len, rows):
+        height = min(rows, query_len - top)
+        for left in range(0, seq_len, tile):
+            width = min(tile, seq_len - left)
+            first, last = cached + top, cached + top + height - 1
+            if left > last:
+                look = {"facecolor": "white", "edgecolor": "0.8"}
+            else:
+                whole = left + tile - 1 <= first
+                look = KEYS.bar if whole else KEYS._replace(hatch=PREFILL.hatch).bar
+            draw_box(ax, (left, top), (width, height), **look)
+    ends = [cached + row for row in range(query_len + 1)]
+    ax.step([end + (end > 0 and 0) for end in ends], range(query_len + 1), "k", lw=1.5)
+    ax.set(xlim=(0, seq_len), ylim=(query_len, 0), xlabel="key", ylabel="query")
+    ax.set_title(f"{query_len} tokens after {cached}", fontsize=9)
+    ax.grid(False)

@@ -1,0 +1,79 @@
+"""Triton on a page: interpreted, so that no GPU is needed, or a stand-in where it is missing.
+
+    from folo_lib.course.triton_setup import prepare_triton
+
+    prepare_triton()    # before `import triton`
+
+Afterwards a cell that begins with `%%triton` runs if Triton is installed, and else prints one
+sentence. Cells that only define kernels need no mark: the stand-in takes them as they are.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+from IPython.core.getipython import get_ipython
+
+__all__ = ["Kernel", "prepare_triton"]
+
+MISSING = "Triton is not installed here, so this cell was not run."
+
+
+class Kernel:
+    """What `triton.jit` makes of a function where Triton is missing: a name that cannot run."""
+
+    def __init__(self, function: Any = None, **_: Any) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any, **_: Any) -> Any:
+        if self.function is None:  # @triton.jit(...) with options
+            return Kernel(*args)
+        raise ImportError(MISSING)
+
+    def __getitem__(self, grid: Any) -> Any:
+        raise ImportError(MISSING)
+
+
+def make_stand_in() -> ModuleType:
+    """A module `triton` in which kernels can be defined, and not run."""
+    package, language = ModuleType("triton"), ModuleType("triton.language")
+    for module in (package, language):
+        module.__spec__ = ModuleSpec(module.__name__, None)
+    vars(package).update(jit=Kernel, language=language, __path__=[])
+    vars(language)["constexpr"] = int  # all that stands in the head of a kernel
+    return package
+
+
+def prepare_triton() -> None:
+    """Sets Triton's interpreter, or puts the stand-in in its place, and prints which.
+
+    Raises:
+        RuntimeError: if Triton was imported before, when it is too late to choose.
+    """
+    shell = get_ipython()
+    has_triton = find_spec("triton") is not None
+    if "triton" in sys.modules and not os.environ.get("TRITON_INTERPRET"):
+        raise RuntimeError("Triton is loaded already: restart the kernel of this page.")
+    if has_triton:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+        import triton
+
+        print(f"Triton {triton.__version__.split('+')[0]}, interpreted")
+    else:
+        package = make_stand_in()
+        sys.modules.update({"triton": package, "triton.language": package.language})
+        print("Triton is not installed: kernels are shown and not run.")
+
+    def run_cell(_: str, cell: str) -> None:
+        if not has_triton:
+            print(MISSING)
+            return
+        shell.run_cell(cell).raise_error()
+
+    if shell is not None:
+        shell.register_magic_function(run_cell, "cell", "triton")
