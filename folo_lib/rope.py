@@ -67,9 +67,9 @@ def compute_cos_sin(
         attention_factor: multiplies both (section 5).
 
     Returns:
-        cos and sin, each `[..., 1, D]`, where the 1 stands for the heads, which all turn
-        alike. Both halves are equal, but for a minus in the first half of sin. float32
-        for integer positions.
+        cos and sin, each `[..., 1, D]`; the 1 stands for the heads, which turn alike.
+        Their halves are equal, but for a minus in the first half of sin. float32 for
+        integer positions.
     """
     angles = positions[..., None, None] * inv_freq  # [..., 1, D/2]
     cos, sin = angles.cos() * attention_factor, angles.sin() * attention_factor
