@@ -344,7 +344,9 @@ def can_compile(weight: Tensor) -> bool:
 def choose_wrap(weight: Tensor, compiles: bool) -> Callable[[Function], Function]:
     """What compiles a function, if that is wanted and possible, or leaves it."""
     if compiles and can_compile(weight):
-        return partial(torch.compile, dynamic=True)  # for any number of tokens
+        # For any number of tokens. Without the patterns the residual is not added in the
+        # matrix product, which is slow at that, but in the norm after it.
+        return partial(torch.compile, dynamic=True, options={"pattern_matcher": False})
     if compiles and weight.is_cuda:
         needs = "Triton, a C compiler, and for bfloat16 compute capability 8"
         logger.warning("Layers are not compiled: that needs %s.", needs)

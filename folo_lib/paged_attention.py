@@ -314,7 +314,7 @@ class TileSizes:
     num_warps: int
     num_stages: int
     rows: int = 16
-    min_chunk: int = 128
+    min_chunk: int = 256
 
 
 DECODE = TileSizes(tile=128, num_warps=4, num_stages=2)
