@@ -127,6 +127,7 @@ class PagedKVCacheManager:
     Attributes:
         pool: who needs which block.
         pending: the block of a hash, for those that the step being made up will fill.
+        num_named: how many blocks of a request have got their hash, of those that have any.
     """
 
     def __init__(
@@ -140,6 +141,7 @@ class PagedKVCacheManager:
         """Forgets who has what, and all that is cached."""
         self.pool = BlockPool(self.num_blocks)
         self.pending: dict[bytes, int] = {}
+        self.num_named: dict[Request, int] = {}
 
     def hash_blocks(self, request: Request, num_blocks: int) -> list[bytes]:
         """The hashes of a request's blocks, at least of its first `num_blocks`."""
@@ -194,11 +196,27 @@ class PagedKVCacheManager:
             pool.touch(computed)  # first, or they might be evicted for the new ones
             new = [*computed, *pool.get_new_blocks(num_new)]
             block_ids += new
-        first, stop = num_cached // size, length // size  # blocks that this step fills
-        if first < stop and self.enable_prefix_caching:
-            hashes = self.hash_blocks(request, stop)[first:stop]
-            self.pending.update(zip(hashes, block_ids[first:stop], strict=True))
+        if computed:
+            self.num_named[request] = len(computed)
+        self.name_blocks(request, length)
         return new
+
+    def name_blocks(self, request: Request, length: int) -> None:
+        """Gives blocks of a request their hashes: those that `length` tokens fill.
+
+        Not a block whose tokens are not all known: one may be drawn and not read yet.
+        What an earlier step wrote can be found at once, what this one writes later.
+        """
+        size, first = self.block_size, self.num_named.get(request, 0)
+        stop = min(length, request.num_tokens) // size
+        if first < stop and self.enable_prefix_caching:
+            hashes = self.hash_blocks(request, stop)
+            for i in range(first, stop):
+                if (i + 1) * size <= request.num_computed_tokens:
+                    self.pool.cache_block(request.block_ids[i], hashes[i])
+                else:
+                    self.pending[hashes[i]] = request.block_ids[i]
+            self.num_named[request] = stop
 
     def publish(self) -> None:
         """The step is made up: the blocks that it fills can be found from now on."""
@@ -207,7 +225,14 @@ class PagedKVCacheManager:
         self.pending.clear()
 
     def free(self, request: Request) -> None:
-        """Takes back all blocks of a request; again does nothing."""
+        """Takes back all blocks of a request; again does nothing.
+
+        A step that is still running may write to them. Whoever gets them next is not
+        disturbed, since its own steps run after that one.
+        """
+        if request.block_ids:
+            self.name_blocks(request, request.num_computed_tokens)
+        self.num_named.pop(request, None)
         self.pool.free_blocks(request.block_ids)
         request.block_ids = []
         if self.pending:  # what it was to write in this step will not be written

@@ -7,17 +7,20 @@ __all__ = [
     "PICKLES",
     "FLOAT_DTYPES",
     "DTYPES",
+    "logger",
     "find_checkpoint",
     "read_config",
     "find_weight_files",
     "read_weights",
     "resolve_device",
     "resolve_dtype",
+    "resolve_attention_backend",
     "load_model",
     "load_tokenizer",
 ]
 
 # %% ../notebooks/05_checkpoint.ipynb #imports
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -242,6 +245,33 @@ def resolve_dtype(
     return resolved
 
 
+# %% ../notebooks/05_checkpoint.ipynb #resolve-backend
+logger = logging.getLogger(__name__)
+
+
+def resolve_attention_backend(
+    name: str, device: torch.device, dtype: torch.dtype
+) -> str:
+    """`"auto"` is `"triton"` on a GPU that can run it, `"torch_sdpa"` elsewhere.
+
+    Raises:
+        ValueError: if there is no such backend, or it cannot run there.
+    """
+    if name == "auto" and device.type != "cuda":
+        return "torch_sdpa"
+    wanted = "triton" if name == "auto" else name
+    try:
+        fault = get_attention_backend(wanted).find_fault(device, dtype)
+    except ValueError as error:  # Triton is not installed
+        fault = str(error)
+    if fault is None:
+        return wanted
+    if name != "auto":
+        raise ValueError(fault)
+    logger.warning("Attention runs on torch_sdpa. %s", fault)
+    return "torch_sdpa"
+
+
 # %% ../notebooks/05_checkpoint.ipynb #load-model
 def load_model(
     model: str | os.PathLike[str],
@@ -257,7 +287,7 @@ def load_model(
         dtype: a name in `DTYPES`, or `"auto"`: the checkpoint's own on a GPU, float32
             on a CPU.
         device: `"cpu"`, `"cuda"`, `"mps"`, or `"auto"`: CUDA if there, else the CPU.
-        attention_backend: see `get_attention_backend`.
+        attention_backend: see `resolve_attention_backend`.
         use_tqdm: show a progress bar.
 
     Raises:
@@ -272,13 +302,15 @@ def load_model(
         UserWarning: if a weight is NaN or infinite, or a tied config has another head.
     """
     target = resolve_device(device)
-    resolve_dtype(dtype, target, None)  # arguments first, a download later
-    get_attention_backend(attention_backend)
+    settled = resolve_dtype(dtype, target, None)  # arguments first, a download later
+    resolve_attention_backend(attention_backend, target, settled)
     folder = find_checkpoint(model)
     config, files = read_config(folder), find_weight_files(folder)
     with naming(folder / "config.json"), torch.device("meta"):
-        loaded = Qwen3ForCausalLM(config, attention_backend)
-    loaded.to(resolve_dtype(dtype, target, config.dtype))
+        dtype = resolve_dtype(dtype, target, config.dtype)
+        backend = resolve_attention_backend(attention_backend, target, dtype)
+        loaded = Qwen3ForCausalLM(config, backend)
+    loaded.to(dtype)
     headers = list(read_weights(files, headers_only=True))
     with naming(folder):  # on meta: only names and shapes are compared
         loaded.load_weights(headers)

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 __all__ = ["MODEL_RUNNERS", "SCHEDULERS", "EngineConfig"]
 
-MODEL_RUNNERS = {"eager": "folo_lib.runner:ModelRunner"}
+MODEL_RUNNERS = {
+    "eager": "folo_lib.runner:ModelRunner",
+    "compile": "folo_lib.cuda_graph:CompiledRunner",
+    "graph_plain": "folo_lib.cuda_graph:PlainGraphRunner",
+    "graph": "folo_lib.cuda_graph:GraphRunner",
+}
 SCHEDULERS = {
     "continuous": "folo_lib.scheduler:ContinuousScheduler",
     "fcfs": "folo_lib.engine:FCFSScheduler",
@@ -39,7 +44,7 @@ class EngineConfig:
             model was made for and the memory holds.
         block_size: tokens in a block of the KV cache.
         kv_cache_memory_bytes: set aside for the cache; None: see `get_kv_cache_memory`.
-        decode: a name in `MODEL_RUNNERS`, or `"auto"`, which is `"eager"` on every device.
+        decode: a name in `MODEL_RUNNERS`, or `"auto"`: `"graph"` on a GPU, else `"eager"`.
         enforce_eager: the same as `decode="eager"`.
         scheduler: a name in `SCHEDULERS`, or what makes a scheduler of an `EngineConfig` and
             the number of blocks in the cache.
@@ -49,6 +54,8 @@ class EngineConfig:
             runs has a token in every step, so no more than this many run at a time either.
         enable_prefix_caching: whether requests that begin alike share the blocks of their
             beginnings. These two and `max_num_seqs` are for `scheduler="continuous"`.
+        async_scheduling: whether a step is launched before the tokens of the last one are read,
+            so that the device does not wait for the host; None: on a CUDA device.
         seed: of the seeds for requests that have none; 0 to 2**64 - 1.
         use_tqdm: show progress bars while loading.
 
@@ -69,6 +76,7 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     enable_prefix_caching: bool = True
+    async_scheduling: bool | None = None
     seed: int = 0
     use_tqdm: bool = True
 
@@ -85,6 +93,11 @@ class EngineConfig:
             if not isinstance(value, kinds):
                 wanted = "True or False" if kinds is bool else "a name"
                 raise TypeError(f"{name}={value!r} must be {wanted}.")
+        if not isinstance(self.async_scheduling, bool | None):
+            raise TypeError(
+                f"async_scheduling={self.async_scheduling!r} must be True or False; None "
+                "leaves it to the engine."
+            )
         device = resolve_device(self.device)
         resolve_dtype(self.dtype, device, None)
         get_attention_backend(self.attention_backend)
@@ -142,17 +155,29 @@ class EngineConfig:
         return cls(**options)
 
     def get_model_runner(self, device: torch.device) -> type[ModelRunner]:
-        """The class that `decode` names; `"auto"` is `"eager"` on every device.
+        """The class that `decode` names; `"auto"` is `"graph"` on a GPU, else `"eager"`.
 
         Args:
-            device: where the model is, or will be; the one runner that there is runs on all.
+            device: where the model is, or will be.
 
         Raises:
             ValueError: if no runner has that name.
         """
-        name = "eager" if self.enforce_eager or self.decode == "auto" else self.decode
+        name = "eager" if self.enforce_eager else self.decode
+        if name == "auto":
+            name = "graph" if device.type == "cuda" else "eager"
         runner: type[ModelRunner] = _find("decode", name, MODEL_RUNNERS, "auto")
         return runner
+
+    def get_num_ahead(self, device: torch.device) -> int:
+        """How many steps may be unread when the next one is scheduled: none, or one.
+
+        Args:
+            device: of the model. On a CPU a step is computed when it is launched, so there is
+                nothing to gain.
+        """
+        run_ahead = self.async_scheduling
+        return int(device.type == "cuda" if run_ahead is None else run_ahead)
 
     def make_scheduler(self, num_blocks: int) -> Scheduler:
         """A scheduler for a cache of that many blocks."""

@@ -17,9 +17,9 @@ __all__ = [
     "Scheduler",
     "FCFSScheduler",
     "fail",
-    "take_output",
     "Inbox",
     "RequestTable",
+    "take_outputs",
     "run_step",
     "undisturbed",
     "load_parts",
@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from folo_lib.runner import (
     GPUExecutor,
+    InFlightStep,
     NewRequest,
     ScheduledRequest,
     Source,
@@ -115,7 +116,11 @@ class Scheduler(Protocol):
         """Takes a request into the queue."""
 
     def schedule(self) -> StepPlan:
-        """What the next step runs, which counts as computed from now on."""
+        """What the next step runs, which counts as computed from now on.
+
+        Of each request at most its `num_uncomputed_tokens`, and nothing of one that has
+        none: then its last token is being drawn.
+        """
         ...
 
     def finish(self, request: Request) -> None:
@@ -161,12 +166,12 @@ class FCFSScheduler:
             request.block_ids = new_block_ids = self.allocator.allocate(length)
             new_requests = [describe_request(request)]
             request.start()
-        if self.running is None:
+        running = self.running
+        num_tokens = running.num_uncomputed_tokens if running else 0
+        if running is None or num_tokens == 0:
             return StepPlan([], [], finished_ids)
-        request = self.running
-        num_tokens = request.num_tokens - request.num_computed_tokens
-        request.num_computed_tokens += num_tokens
-        scheduled = ScheduledRequest(request.sample_id, num_tokens, new_block_ids)
+        running.num_computed_tokens += num_tokens
+        scheduled = ScheduledRequest(running.sample_id, num_tokens, new_block_ids)
         return StepPlan([scheduled], new_requests, finished_ids)
 
     def finish(self, request: Request) -> None:
@@ -212,28 +217,6 @@ def fail(request: Request, error: Exception) -> None:
     request.finish(RequestStatus.FINISHED_ERROR, message)
 
 
-# %% ../notebooks/10_engine.ipynb #take-output
-NOT_FINITE = (
-    "the logits are NaN or infinite, computed in {}: take dtype='bfloat16' or "
-    "'float32', which hold larger numbers than float16."
-)
-
-
-def take_output(request: Request, output: StepOutput, executor: GPUExecutor) -> None:
-    """Gives a request what a step brought it, or ends it with the error of that."""
-    try:
-        if scores := output.prompt_logprobs.get(request.sample_id):
-            request.take_prompt_logprobs(*scores)
-        if token := output.tokens.get(request.sample_id):
-            if token.token_id < 0:
-                raise FloatingPointError(NOT_FINITE.format(executor.dtype))
-            request.append_token(token)
-    except Exception as error:
-        fail(request, error)
-    if request.status.is_finished:
-        request.metrics.peak_memory = executor.get_peak_memory()
-
-
 # %% ../notebooks/10_engine.ipynb #inbox
 @dataclass
 class Inbox:
@@ -254,12 +237,20 @@ class RequestTable:
 
     Args:
         scheduler: gets the requests that are added, and is told when they end.
+        num_ahead: how many steps may be unread when the next one is scheduled.
+
+    Attributes:
+        unfinished: by sample id.
+        groups: the samples of each prompt, and who waits for them, by request id.
+        in_flight: the steps that are not read yet, each with its requests and, for each
+            of these, the place of the token that the step draws for it.
     """
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        self.scheduler = scheduler
-        self.unfinished: dict[str, Request] = {}  # by sample id
-        self.groups: dict[str, tuple[list[Request], Inbox]] = {}  # by request id
+    def __init__(self, scheduler: Scheduler, num_ahead: int = 0) -> None:
+        self.scheduler, self.num_ahead = scheduler, num_ahead
+        self.unfinished: dict[str, Request] = {}
+        self.groups: dict[str, tuple[list[Request], Inbox]] = {}
+        self.in_flight: deque[tuple[InFlightStep, dict[Request, int]]] = deque()
 
     def add(self, groups: Groups, inbox: Inbox) -> None:
         """Queues prompts; a ValueError, and nothing is queued, if an id is in use."""
@@ -281,7 +272,7 @@ class RequestTable:
 
     def update(self, request: Request) -> None:
         """Puts news where the caller looks; who has ended gives the blocks back."""
-        if request.sample_id not in self.unfinished:
+        if self.unfinished.get(request.sample_id) is not request:
             return  # it ended before
         has_ended = request.status.is_finished
         group, inbox = self.groups[request.request_id]
@@ -292,6 +283,8 @@ class RequestTable:
         if has_ended:
             self.scheduler.finish(request)
             del self.unfinished[request.sample_id]
+        if not self.unfinished:
+            self.in_flight.clear()  # what still runs is nobody's
 
     def abort(self, request_id: str) -> None:
         """Ends what is unfinished of a prompt, if there is such a prompt."""
@@ -317,17 +310,18 @@ class RequestTable:
                 self.abort(request_id)
                 del self.groups[request_id]
 
-    def restart(self, failed_ids: Sequence[str], error: BaseException) -> None:
+    def restart(self, failed: Mapping[Request, int], error: BaseException) -> None:
         """After a step that broke off: all begin again, but those that failed in it.
 
         Args:
-            failed_ids: samples that end with the error.
+            failed: the requests of the step, which end with the error.
             error: what broke it off.
         """
+        self.in_flight.clear()
         requests = list(self.unfinished.values())
         for request in requests:
             request.rewind()
-            if isinstance(error, Exception) and request.sample_id in failed_ids:
+            if isinstance(error, Exception) and request in failed:
                 fail(request, error)
         self.scheduler.reset([one for one in requests if not one.status.is_finished])
         for request in requests:
@@ -335,25 +329,72 @@ class RequestTable:
                 self.update(request)
 
 
+# %% ../notebooks/10_engine.ipynb #take-output
+NOT_FINITE = (
+    "the logits are NaN or infinite, computed in {}: take dtype='bfloat16' or "
+    "'float32', which hold larger numbers than float16."
+)
+
+
+def take_outputs(
+    table: RequestTable,
+    places: Mapping[Request, int],
+    output: StepOutput,
+    executor: GPUExecutor,
+) -> None:
+    """Gives the requests of a step what it brought, or the error that it led to.
+
+    Args:
+        table: tells the callers.
+        places: the requests, and the place of the token that each of them draws.
+        output: of the step.
+        executor: which ran it.
+    """
+    now = time.perf_counter()
+    for request, place in places.items():
+        if request.status.is_finished:
+            continue  # nobody foresaw it: what the step drew after the end is dropped
+        try:
+            if scores := output.prompt_logprobs.get(request.sample_id):
+                request.take_prompt_logprobs(*scores)
+            token = output.tokens.get(request.sample_id)
+            if token is not None and place == request.num_tokens:
+                if token.token_id < 0:
+                    raise FloatingPointError(NOT_FINITE.format(executor.dtype))
+                request.append_token(token, now)
+        except Exception as error:
+            fail(request, error)
+        if request.status.is_finished:
+            request.metrics.peak_memory = executor.get_peak_memory()
+        if (
+            request.status.is_finished
+            or table.groups[request.request_id][1].every_token
+        ):
+            table.update(request)
+
+
 # %% ../notebooks/10_engine.ipynb #run-step
 def run_step(executor: GPUExecutor, table: RequestTable) -> None:
-    """Schedules, launches, reads, and gives each request its token or its error.
+    """Schedules and launches a step, then reads one, and hands out what it brought.
 
     Raises:
         BaseException: of Ctrl-C, and of a scheduler that fails; the requests go on.
     """
-    plan = StepPlan([])
+    places: dict[Request, int] = {}
     try:
         plan = table.scheduler.schedule()
-        output = executor.launch(plan).read()
-        for one in plan.scheduled:
-            if request := table.unfinished.get(one.request_id):
-                take_output(request, output, executor)
-                table.update(request)
+        requests = [table.unfinished[one.request_id] for one in plan.scheduled]
+        places = {request: request.num_computed_tokens for request in requests}
+        step = executor.launch(plan)  # an empty one too: it names those that ended
+        if places:
+            table.in_flight.append((step, places))
+        if len(table.in_flight) > (table.num_ahead if places else 0):
+            step, places = table.in_flight.popleft()
+            take_outputs(table, places, step.read(), executor)
     except BaseException as error:
         executor.reset()
-        table.restart([one.request_id for one in plan.scheduled], error)
-        if not plan.scheduled or not isinstance(error, Exception):
+        table.restart(places, error)
+        if not places or not isinstance(error, Exception):
             raise
 
 
@@ -364,7 +405,7 @@ def undisturbed(executor: GPUExecutor, table: RequestTable) -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         executor.reset()
-        table.restart([], error)
+        table.restart({}, error)
         raise
 
 
@@ -443,7 +484,8 @@ class LLMEngine:
         self.executor, self.scheduler, self.processor = parts
         self.tokenizer = self.processor.tokenizer
         self.max_model_len = self.executor.max_model_len
-        self._lock, self._table = FairLock(), RequestTable(self.scheduler)
+        num_ahead = config.get_num_ahead(self.executor.worker.runner.device)
+        self._lock, self._table = FairLock(), RequestTable(self.scheduler, num_ahead)
         self._inbox = Inbox(every_token=True)  # of those who call `step`
 
     def add_request(

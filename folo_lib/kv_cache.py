@@ -33,7 +33,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -248,7 +248,13 @@ class AttentionBackend(ABC):
 
     Args:
         scale: factor on the scores; None means `D ** -0.5`.
+
+    Attributes:
+        supports_cuda_graph: whether it reads lengths and blocks on the device only, so
+            that a recording of its kernels serves other steps; page 14 asks.
     """
+
+    supports_cuda_graph: ClassVar[bool] = False
 
     def __init__(self, scale: float | None = None) -> None:
         self.scale = scale
@@ -257,6 +263,11 @@ class AttentionBackend(ABC):
     @abstractmethod
     def get_name() -> str:
         """The name under which `get_attention_backend` finds it."""
+
+    @classmethod
+    def find_fault(cls, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why it cannot run there, with the cure; None: it can."""
+        return None
 
     @abstractmethod
     def forward(

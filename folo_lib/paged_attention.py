@@ -314,11 +314,11 @@ class TileSizes:
     num_warps: int
     num_stages: int
     rows: int = 16
-    min_chunk: int = 256
+    min_chunk: int = 128
 
 
-DECODE = TileSizes(tile=64, num_warps=4, num_stages=3)
-PREFILL = TileSizes(tile=64, num_warps=8, num_stages=3, rows=128)
+DECODE = TileSizes(tile=128, num_warps=4, num_stages=2)
+PREFILL = TileSizes(tile=128, num_warps=8, num_stages=3, rows=128)
 SMALL_PREFILL = TileSizes(tile=32, num_warps=4, num_stages=2, rows=32)
 """For float32 and for more than 128 numbers per head, of which fewer rows fit."""
 MAX_SPLITS = 64
@@ -335,8 +335,8 @@ def count_multiprocessors(device: torch.device) -> int:
 
 def choose_num_splits(num_seqs: int, num_kv_heads: int, device: torch.device) -> int:
     """Into how many programs a long context is split, so that the card is full."""
-    wanted = 4 * count_multiprocessors(device)
-    return min(MAX_SPLITS, -(-wanted // (num_seqs * num_kv_heads)))  # rounded up
+    wanted = 2 * count_multiprocessors(device)
+    return max(1, min(MAX_SPLITS, wanted // (num_seqs * num_kv_heads)))
 
 
 # %% ../notebooks/13_paged_attention.ipynb #decode
@@ -572,6 +572,7 @@ def _(query: Tensor, *_: object) -> Tensor:
 class TritonBackend(AttentionBackend):
     """One launch for all sequences, whatever their lengths, over the cache as it lies."""
 
+    supports_cuda_graph = True
     needs_packages = ("triton",)
     needs_compute_capability = (8, 0)
 

@@ -16,6 +16,7 @@ __all__ = [
     "Logprob",
     "label_logprobs",
     "RequestSpec",
+    "RequestProgress",
     "Request",
     "CompletionOutput",
     "RequestOutput",
@@ -387,43 +388,40 @@ class RequestSpec:
         return tuple(dict.fromkeys([*eos, *(self.params.stop_token_ids or ())]))
 
 
-# %% ../notebooks/09_request.ipynb #request
+# %% ../notebooks/09_request.ipynb #request-progress
 @dataclass(kw_only=True, eq=False)
-class Request(RequestSpec):
-    """One sample of one prompt: the unit that a scheduler runs.
+class RequestProgress(RequestSpec):
+    """How far a request has come: its tokens, and how many of them have run.
 
     Attributes:
-        detokenizer: None: no text is made.
-        prompt_logprobs: of the prompt's second token and of those after it, as far as
-            they have run; empty unless asked for.
         block_ids: where its keys and values are kept.
         num_computed_tokens: how many of its tokens have keys and values there, or will
-            when the step that runs is over.
+            when the steps that run are over.
         block_hashes: names for the contents of its full blocks; page 12 makes them.
     """
 
-    detokenizer: IncrementalDetokenizer | None = None
-    metrics: RequestMetrics
-    status: RequestStatus = RequestStatus.WAITING
     output_token_ids: list[int] = field(default_factory=list)
-    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
-    cumulative_logprob: float = 0.0
-    prompt_logprobs: list[dict[int, Logprob]] = field(default_factory=list)
-    stop_reason: int | str | None = None
-    error: str | None = None
     block_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     block_hashes: list[bytes] = field(default_factory=list)
 
     @property
-    def text(self) -> str:
-        """What may be shown of the output."""
-        return "" if self.detokenizer is None else self.detokenizer.text
-
-    @property
     def num_tokens(self) -> int:
         """Of prompt and output together."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """How many are left to run.
+
+        When all have run, the next is being drawn, and may run before it is read. The
+        last that it may write never runs, since nothing comes after it.
+        """
+        num_prompt, num_computed = len(self.prompt_token_ids), self.num_computed_tokens
+        num_left = num_prompt + len(self.output_token_ids) - num_computed
+        if num_left > 0:
+            return num_left
+        return int(num_computed < num_prompt + self.max_tokens - 1)
 
     def get_token_ids(self, start: int = 0, stop: int | None = None) -> list[int]:
         """The tokens at places `start` to `stop - 1` of prompt and output together."""
@@ -431,6 +429,32 @@ class Request(RequestSpec):
         num_prompt = len(self.prompt_token_ids)
         first, last = max(0, start - num_prompt), max(0, stop - num_prompt)
         return self.prompt_token_ids[start:stop] + self.output_token_ids[first:last]
+
+
+# %% ../notebooks/09_request.ipynb #request
+@dataclass(kw_only=True, eq=False)
+class Request(RequestProgress):
+    """One sample of one prompt: the unit that a scheduler runs.
+
+    Attributes:
+        detokenizer: None: no text is made.
+        prompt_logprobs: of the prompt's second token and of those after it, as far as
+            they have run; empty unless asked for.
+    """
+
+    detokenizer: IncrementalDetokenizer | None = None
+    metrics: RequestMetrics
+    status: RequestStatus = RequestStatus.WAITING
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    prompt_logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    stop_reason: int | str | None = None
+    error: str | None = None
+
+    @property
+    def text(self) -> str:
+        """What may be shown of the output."""
+        return "" if self.detokenizer is None else self.detokenizer.text
 
     def start(self, now: float | None = None) -> None:
         """It goes on the device, for the first time or again."""
@@ -458,9 +482,12 @@ class Request(RequestSpec):
         if sampled.logprobs is not None:
             self.logprobs.append(label_logprobs(sampled.logprobs, self.detokenizer))
             self.cumulative_logprob += sampled.logprobs[0][1]
-        limits = self.eos_token_id, self.eos_token_ids, self.max_tokens
         ending: tuple[str, int | str | None] | None = Sampler.check_stop_conditions(
-            self.output_token_ids, self.params, *limits
+            self.output_token_ids,
+            self.params,
+            self.eos_token_id,
+            self.eos_token_ids,
+            self.max_tokens,
         )
         if self.detokenizer is not None:
             stopped_by_id = ending is not None and ending[0] == "stop"

@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "TokenLogprobs",
+    "SampledTokens",
     "Source",
     "NewRequest",
     "ScheduledRequest",
@@ -20,6 +21,7 @@ __all__ = [
     "send",
     "make_input_batch",
     "to_entries",
+    "to_host",
     "InFlightStep",
     "score_prompt",
     "ModelRunner",
@@ -31,8 +33,9 @@ __all__ = [
 # %% ../notebooks/08_runner.ipynb #imports
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate, chain
 from os import PathLike
 
@@ -190,25 +193,27 @@ class RequestRows:
 
     Attributes:
         by_id: the requests, by their ids.
-        block_table: `[R, max_blocks]` int64.
-        last_token_ids: `[R]` int64, what each drew last, which no host has to know.
+        block_table: `[R + 1, max_blocks]` int64; page 14 pads its graphs with the last
+            row, which belongs to nobody.
+        last_token_ids: `[R + 1]` int64, what each drew last, which no host has to know.
         sampling: how each draws.
     """
 
     def __init__(
         self, num_rows: int, max_blocks: int, vocab_size: int, device: torch.device
     ) -> None:
-        shape = num_rows, max_blocks
-        self.block_table = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.last_token_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self.sampling = SamplingRows(num_rows, vocab_size, device)
+        zeros = partial(torch.zeros, dtype=torch.int64, device=device)
+        self.num_rows, size = num_rows, num_rows + 1  # the last row is never given away
+        self.block_table = zeros(size, max_blocks)
+        self.last_token_ids = zeros(size)
+        self.sampling = SamplingRows(size, vocab_size, device)
         self.by_id: dict[str, RequestRow] = {}
         self.reset()
 
     def reset(self) -> None:
         """Forgets all requests."""
         self.by_id.clear()
-        self.free_rows = list(range(len(self.block_table)))[::-1]
+        self.free_rows = list(range(self.num_rows))[::-1]
 
     def update(self, plan: StepPlan) -> None:
         """Forgets, learns, and gives blocks, as the plan says."""
@@ -286,7 +291,7 @@ class StepLayout:
         query_lens, seq_lens, rows: `B` of each, one per request.
         drawing: the requests whose last known token runs.
         ends: the places in the step of those tokens.
-        pending, pending_rows: the places of tokens that only the device knows, 0 in
+        pending, pending_rows: the places of tokens that only the device knows, -1 in
             `input_ids`, and the rows of the requests that drew them.
         scoring: the parts of prompts whose log-probabilities are wanted.
     """
@@ -327,15 +332,18 @@ def lay_end_to_end(rows: RequestRows, plan: StepPlan, block_size: int) -> StepLa
         state = rows.by_id[one.request_id]
         request, begin = state.request, state.num_computed_tokens
         end = state.num_computed_tokens = begin + one.num_tokens
-        place = len(step.input_ids)
-        token_ids = request.token_ids[begin:end]
-        if not token_ids:  # it was drawn by an earlier step
-            token_ids = [0]
+        place, blocks = len(step.input_ids), state.block_ids
+        if begin >= len(request.token_ids):  # one token, drawn by an earlier step
             step.pending.append(place)
             step.pending_rows.append(state.row)
-        step.input_ids += token_ids
-        step.positions += range(begin, end)
-        step.slots += compute_slot_mapping(state.block_ids, begin, end, block_size)
+            step.input_ids.append(-1)
+            step.positions.append(begin)
+            slot = blocks[begin // block_size] * block_size + begin % block_size
+            step.slots.append(slot)
+        else:
+            step.input_ids += request.token_ids[begin:end]
+            step.positions += range(begin, end)
+            step.slots += compute_slot_mapping(blocks, begin, end, block_size)
         step.query_lens.append(one.num_tokens)
         step.seq_lens.append(end)
         step.rows.append(state.row)
@@ -382,9 +390,10 @@ def send(columns: Sequence[Sequence[int]], device: torch.device) -> Sequence[Ten
 
 
 # %% ../notebooks/08_runner.ipynb #make-input-batch
-def make_input_batch(rows: RequestRows, plan: StepPlan, block_size: int) -> InputBatch:
-    """The tensors of a step, on the device of `rows`, which move on by its tokens."""
-    step = lay_end_to_end(rows, plan, block_size)
+def make_input_batch(
+    rows: RequestRows, step: StepLayout, block_size: int
+) -> InputBatch:
+    """The tensors of a step, on the device of `rows`."""
     sent = send(step.to_columns(), rows.block_table.device)
     input_ids, positions, slot_mapping, *sent = sent
     query_start_loc, seq_lens, row_index, *sent = sent
@@ -435,24 +444,53 @@ def to_entries(
 
 
 # %% ../notebooks/08_runner.ipynb #in-flight-step
+SampledTokens = tuple[Tensor, LogprobsTensors | None]
+"""Of some rows: `[B]` ids, and log-probabilities if any row asked."""
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """Starts a copy to the host, which a later step cannot overwrite."""
+    return tensor.to("cpu", non_blocking=True, copy=True)
+
+
 @dataclass(frozen=True)
 class InFlightStep:
-    """A step that was launched; its results are still on the device.
+    """A step that was launched; its results may still be on their way to the host.
 
     Attributes:
         drawing: the requests that draw.
         token_ids: `[num_drawing]`.
         logprobs: of them, if any request asked.
         prompt_logprobs: of each part of a prompt that was asked for.
+        arrival: of these tensors, on the device's clock; None: they are here.
     """
 
-    drawing: list[RequestRow]
-    token_ids: Tensor
-    logprobs: LogprobsTensors | None
-    prompt_logprobs: list[tuple[PromptChunk, LogprobsTensors]]
+    drawing: Sequence[RequestRow] = ()
+    token_ids: Tensor = field(default_factory=partial(torch.empty, 0))
+    logprobs: LogprobsTensors | None = None
+    prompt_logprobs: Sequence[tuple[PromptChunk, LogprobsTensors]] = ()
+    arrival: torch.cuda.Event | None = None
+
+    @classmethod
+    def send(
+        cls,
+        drawing: Sequence[RequestRow],
+        token_ids: Tensor,
+        logprobs: LogprobsTensors | None,
+        prompt_logprobs: Sequence[tuple[PromptChunk, LogprobsTensors]],
+    ) -> "InFlightStep":
+        """Starts the copy of results to the host, which goes on meanwhile."""
+        arrival = torch.cuda.Event() if token_ids.is_cuda else None
+        token_ids, logprobs = to_host(token_ids), logprobs and logprobs.map(to_host)
+        scores = [(chunk, tensors.map(to_host)) for chunk, tensors in prompt_logprobs]
+        if arrival is not None:
+            arrival.record()
+        return cls(drawing, token_ids, logprobs, scores, arrival)
 
     def read(self) -> StepOutput:
-        """Waits for the device, and brings the results to the host."""
+        """Waits for the results; a step that was launched later is not waited for."""
+        if self.arrival is not None:
+            self.arrival.synchronize()
         requests = [state.request for state in self.drawing]
         entries: list[TokenLogprobs | None] = [None] * len(requests)
         if self.logprobs is not None:
@@ -514,6 +552,7 @@ class ModelRunner:
         weight = model.model.embed_tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.sampler = Sampler()
+        self.forward: Callable[..., Tensor] = model  # page 14 has a faster one
 
     def initialize_kv_caches(self, num_blocks: int, max_model_len: int) -> None:
         """Allocates the cache, and rows for the requests that share it."""
@@ -528,33 +567,41 @@ class ModelRunner:
     def prepare_inputs(self, plan: StepPlan) -> InputBatch:
         """Brings the rows up to date, and lays the step's tokens end to end."""
         self.rows.update(plan)
-        return make_input_batch(self.rows, plan, self.config.block_size)
+        step = lay_end_to_end(self.rows, plan, self.config.block_size)
+        return make_input_batch(self.rows, step, self.config.block_size)
 
     def get_next_token_logits(self, hidden_states: Tensor, batch: InputBatch) -> Tensor:
         """Logits where a token is drawn: `[N, E] -> [num_drawing, V]`."""
         last = hidden_states.index_select(0, batch.logits_indices)
         return self.model.compute_logits(last)
 
-    def launch(self, plan: StepPlan) -> InFlightStep:
-        """Starts a step: the model, then the sampler; nothing waits for the device."""
-        batch = self.prepare_inputs(plan)
-        if not plan.scheduled:
-            return InFlightStep([], batch.logits_indices, None, [])
-        hidden_states = self.model(
+    def draw(self, logits: Tensor, sampling: SamplingMetadata) -> SampledTokens:
+        """Draws from logits `[B, V]`, and takes note of what was drawn."""
+        token_ids, logprobs = self.sampler.sample(logits, sampling)
+        self.rows.sampling.record(sampling, token_ids)
+        known = token_ids.clamp(min=0)  # -1 is no token that could run
+        self.rows.last_token_ids.index_copy_(0, sampling.rows, known)
+        return token_ids, logprobs
+
+    def run(self, batch: InputBatch) -> InFlightStep:
+        """Starts the model on a step, then the sampler."""
+        hidden_states = self.forward(
             batch.input_ids, batch.positions, self.kv_caches, batch
         )
         scores = [
             (chunk, score_prompt(self.model, hidden_states, chunk))
             for chunk in batch.scoring
         ]
-        if not batch.drawing:
-            return InFlightStep([], batch.logits_indices, None, scores)
-        logits = self.get_next_token_logits(hidden_states, batch)
-        token_ids, logprobs = self.sampler.sample(logits, batch.sampling)
-        self.rows.sampling.record(batch.sampling, token_ids)
-        known = token_ids.clamp(min=0)  # -1 is no token that could run
-        self.rows.last_token_ids.index_copy_(0, batch.sampling.rows, known)
-        return InFlightStep(batch.drawing, token_ids, logprobs, scores)
+        drawn: SampledTokens = batch.logits_indices, None  # of nobody
+        if batch.drawing:
+            logits = self.get_next_token_logits(hidden_states, batch)
+            drawn = self.draw(logits, batch.sampling)
+        return InFlightStep.send(batch.drawing, *drawn, scores)
+
+    def launch(self, plan: StepPlan) -> InFlightStep:
+        """Starts a step of which nothing is awaited; an empty one only tells news."""
+        batch = self.prepare_inputs(plan)
+        return self.run(batch) if plan.scheduled else InFlightStep()
 
 
 # %% ../notebooks/08_runner.ipynb #get-model

@@ -18,6 +18,7 @@ __all__ = [
     "needed_mass",
     "apply_top_p_filtering",
     "mix_bits",
+    "make_jumps",
     "gumbel_noise",
     "apply_penalties",
     "read_wishes",
@@ -40,7 +41,7 @@ __all__ = [
 ]
 
 # %% ../notebooks/07_sampler.ipynb #imports
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -154,8 +155,18 @@ def mix_bits(x: Tensor) -> Tensor:
 
 
 # %% ../notebooks/07_sampler.ipynb #gumbel-noise
+def make_jumps(vocab_size: int, device: torch.device | str) -> Tensor:
+    """How far `gumbel_noise` jumps ahead for each token id, `[V]` int64."""
+    jumps = torch.arange(1, vocab_size + 1, device=device)
+    return jumps * (0x9E3779B97F4A7C15 - 2**64)  # 2**64 / golden ratio
+
+
 def gumbel_noise(
-    seeds: Tensor, sample_indices: Tensor, positions: Tensor, vocab_size: int
+    seeds: Tensor,
+    sample_indices: Tensor,
+    positions: Tensor,
+    vocab_size: int,
+    jumps: Tensor | None = None,
 ) -> Tensor:
     """Gumbel noise that is a function of its arguments and nothing else.
 
@@ -167,6 +178,7 @@ def gumbel_noise(
         sample_indices: `[B]` int64, which of the `n` samples of a request this is.
         positions: `[B]` int64, the place in the sequence that the token will take.
         vocab_size: `V`.
+        jumps: of `make_jumps`, if they are at hand.
 
     Returns:
         `[B, V]` float32, all finite.
@@ -174,8 +186,8 @@ def gumbel_noise(
     state = seeds * (0xD1342543DE82EF95 - 2**64)  # [B]
     state = state.add(sample_indices, alpha=0xAEF17502108EF2D9 - 2**64)  # alpha * index
     state = mix_bits(state.add(positions, alpha=0xF1357AEA2E62A9C5 - 2**64))
-    jumps = torch.arange(1, vocab_size + 1, device=seeds.device)
-    jumps = jumps * (0x9E3779B97F4A7C15 - 2**64)  # 2**64 / golden ratio
+    if jumps is None:
+        jumps = make_jumps(vocab_size, seeds.device)
     bits = mix_bits(state[:, None] + jumps)  # [B, V]
     minus_v = (bits & (2**63 - 1)).float().mul_(-(2.0**-63))
     minus_v.clamp_(2.0**-24 - 1, -(2.0**-63))  # -1 and 0 would give infinite noise
@@ -536,6 +548,7 @@ class SamplingRows:
         self.bad_words = BadWords(num_rows, self.device)
         self.asked: list[dict[str, Any]] = [{} for _ in range(num_rows)]
         self.gathered: tuple[list[int], dict[str, Any]] | None = None
+        self.united: tuple[list[int], set[str]] | None = None
 
     def set_row(
         self,
@@ -578,7 +591,14 @@ class SamplingRows:
             host = torch.tensor([known[name] for name in names], dtype=packed.dtype)
             host = host.pin_memory() if self.device.type == "cuda" else host
             packed[row].copy_(host, non_blocking=True)
-        self.asked[row], self.gathered = asked, None
+        self.asked[row], self.gathered, self.united = asked, None, None
+
+    def get_wishes(self, rows: Sequence[int]) -> set[str]:
+        """What these rows ask for, all together; see `read_wishes`."""
+        if self.united is None or self.united[0] != list(rows):
+            wishes = (self.asked[row] for row in rows)
+            self.united = list(rows), set().union(*wishes)
+        return self.united[1]
 
     def gather(
         self, rows: Sequence[int], index: Tensor, positions: Tensor
@@ -644,6 +664,11 @@ class LogprobsTensors:
     token_ids: Tensor
     logprobs: Tensor
     ranks: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "LogprobsTensors":
+        """The same with each tensor changed, moved to another device perhaps."""
+        tensors = self.token_ids, self.logprobs, self.ranks
+        return LogprobsTensors(*(change(tensor) for tensor in tensors))
 
 
 def gather_logprobs(
@@ -759,14 +784,16 @@ def apply_filters(logits: Tensor, metadata: SamplingMetadata) -> Tensor:
     return logits
 
 
-def draw_tokens(logits: Tensor, metadata: SamplingMetadata) -> Tensor:
+def draw_tokens(
+    logits: Tensor, metadata: SamplingMetadata, jumps: Tensor | None = None
+) -> Tensor:
     """`[B]`: drawn from the softmax, or the likeliest where temperature is 0.
 
     -1 where the best is not finite: a NaN came in, or nothing is left to draw.
     """
     m, size = metadata, logits.shape[-1]
     if m.temperature is not None:
-        noise = gumbel_noise(m.seeds, m.sample_indices, m.positions, size)
+        noise = gumbel_noise(m.seeds, m.sample_indices, m.positions, size, jumps)
         is_random = m.temperature.sign()[:, None]  # [B, 1], 0 or 1
         logits = torch.addcmul(logits, noise, is_random)
     best, token_ids = logits.max(dim=-1)

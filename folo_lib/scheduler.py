@@ -47,6 +47,8 @@ class KVCacheManager(Protocol):
     ) -> list[int] | None:
         """Room for the next `num_tokens` tokens of a request.
 
+        Called when a request starts, and when its last block has no room for them.
+
         Args:
             request: `block_ids` and `num_computed_tokens` say what it has.
             num_tokens: how many will run.
@@ -245,7 +247,7 @@ class ContinuousScheduler(RequestQueues):
         num_preemptions = self.num_preemptions
         scheduled = self.schedule_running()
         new_requests: list[NewRequest] = []
-        if self.num_preemptions == num_preemptions:  # else there are too few blocks
+        if self.waiting and self.num_preemptions == num_preemptions:  # else no room
             new_requests = self.schedule_waiting(scheduled)
         self.kv_cache.publish()
         finished_ids, self.finished_ids = self.finished_ids, []
@@ -254,15 +256,19 @@ class ContinuousScheduler(RequestQueues):
     def schedule_running(self) -> list[ScheduledRequest]:
         """The next tokens of those that run, in the order in which they joined."""
         scheduled: list[ScheduledRequest] = []
-        budget = self.max_num_batched_tokens
-        for request in tuple(self.running):
-            if budget == 0 or request.status is not RequestStatus.RUNNING:
-                break  # this one was preempted, and with it all that joined later
-            num_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
-            new = self.make_room(request, num_tokens)
-            if new is None:
-                break
-            request.num_computed_tokens += num_tokens
+        budget, block_size = self.max_num_batched_tokens, self.block_size
+        for request in self.running:  # shorter, at its end, when one is preempted
+            num_tokens = min(request.num_uncomputed_tokens, budget)
+            if num_tokens == 0:
+                continue  # its last token is being drawn, or the budget is used up
+            length = request.num_computed_tokens + num_tokens
+            new: Sequence[int] = ()
+            if length > len(request.block_ids) * block_size:
+                room = self.make_room(request, num_tokens)
+                if room is None:
+                    break
+                new = room
+            request.num_computed_tokens = length
             budget -= num_tokens
             scheduled.append(ScheduledRequest(request.sample_id, num_tokens, new))
         return scheduled

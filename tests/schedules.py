@@ -352,14 +352,26 @@ def check_integrity(engine: LLMEngine) -> None:
     assert sorted(id(r) for r in [*scheduler.running, *scheduler.waiting]) == sorted(
         map(id, requests)
     ), "each unfinished request waits or runs, once"
+    num_in_flight = Counter(
+        request
+        for _, places in table.in_flight
+        for request, place in places.items()
+        if place >= request.num_tokens
+    )
+    assert len(table.in_flight) <= table.num_ahead
+    assert table.unfinished or not table.in_flight, "of nobody"
     for request in scheduler.running:
         assert request.status is RequestStatus.RUNNING
-        assert 0 < request.num_computed_tokens < request.num_tokens
+        end = request.num_tokens + num_in_flight[request]
+        assert 0 < request.num_computed_tokens < end
+        most = len(request.prompt_token_ids) + request.max_tokens - 1
+        assert request.num_computed_tokens <= most, "a token runs that is the last"
         held = len(request.block_ids) * scheduler.block_size
         assert 0 <= held - request.num_computed_tokens < scheduler.block_size
     for request in scheduler.waiting:
         assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
         assert not request.block_ids and request.num_computed_tokens == 0
+        assert not num_in_flight[request]
     if not getattr(scheduler.kv_cache, "enable_prefix_caching", False):
         # Nobody waits for what another writes, so they run in the order of arrival.
         assert scheduler.running == requests[: len(scheduler.running)], "overtaken"
@@ -371,7 +383,8 @@ def check_plan(engine: LLMEngine, plan: StepPlan) -> None:
     """A plan keeps to the limits, and says what is new once."""
     scheduler, names = engine.scheduler, [one.request_id for one in plan.scheduled]
     rows = get_runner(engine).rows
-    assert names and len(set(names)) == len(names)
+    assert names or (engine._table.num_ahead and not plan.new_requests)
+    assert len(set(names)) == len(names)
     assert all(one.num_tokens > 0 for one in plan.scheduled)
     total = sum(one.num_tokens for one in plan.scheduled)
     assert total <= scheduler.max_num_batched_tokens, f"{total} tokens in a step"
@@ -404,6 +417,7 @@ def check_blocks(manager: Any, requests: Sequence[Request]) -> None:
     assert len(set(free)) == len(free)
     assert {block_id: name for name, block_id in block_of.items()} == hash_of
     assert not manager.pending
+    assert len(getattr(manager, "num_named", ())) <= len(requests)
     tokens_of: dict[int, tuple[int, ...]] = {}
     for request in requests:
         token_ids = tuple(request.get_token_ids())
@@ -411,6 +425,7 @@ def check_blocks(manager: Any, requests: Sequence[Request]) -> None:
             end = (i + 1) * size
             if block_id in hash_of:
                 assert end <= request.num_computed_tokens, "found before it is written"
+                assert end <= request.num_tokens, "found before it is known"
                 assert request.block_hashes[i] == hash_of[block_id]
             if held[block_id] > 1:  # shared: of the same tokens
                 own = token_ids[:end]
@@ -483,6 +498,7 @@ class Schedule:
     Attributes:
         seed: of all that follows.
         small: whether all of its items are.
+        run_ahead: whether steps are launched before the last one is read.
         arrivals: in the order in which they come.
         options: of the engine.
         num_tokens: that its cache holds.
@@ -492,6 +508,7 @@ class Schedule:
 
     seed: int
     small: bool = False
+    run_ahead: bool = False
     arrivals: list[Arrival] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     num_tokens: int = 0
@@ -532,6 +549,7 @@ class Schedule:
             "max_num_batched_tokens": rng.choice([16, 64, 256, 2048]),
             "max_num_seqs": rng.choice([2, 4, 8, 32, 32]),
             "enable_prefix_caching": rng.random() < 0.7,
+            "async_scheduling": self.run_ahead,
         }
 
     def run(self, check: Callable[[LLMEngine], None] = check_integrity) -> Counter[str]:
@@ -588,6 +606,9 @@ class Schedule:
 class CacheModel:
     """What each slot of a cache holds: a name for its token and all tokens before.
 
+    A step may run tokens that are drawn and not read yet. So a slot remembers the request
+    and the place, and what that token was is asked for when somebody finds it.
+
     Args:
         engine: whose plans it follows.
     """
@@ -595,14 +616,21 @@ class CacheModel:
     def __init__(self, engine: LLMEngine) -> None:
         self.engine = engine
         self.size = engine.executor.block_size
-        self.names: dict[int, int] = {}  # by slot
-        self.chains: dict[str, list[int]] = {}  # by sample id, of each token
-        self.blocks: dict[str, list[int]] = {}
+        self.written: dict[int, tuple[Request, int]] = {}  # by slot
+        self.chains: dict[Request, list[int]] = {}  # of each token that is known
+        self.blocks: dict[str, list[int]] = {}  # by sample id
 
     def reset(self) -> None:
         """After a step that broke off."""
-        self.names.clear()
+        self.written.clear()
         self.blocks.clear()
+
+    def get_name(self, request: Request, place: int) -> int | None:
+        """Of a token and all before it; None if it was never read."""
+        chain = self.chains.setdefault(request, [])
+        for token_id in request.get_token_ids()[len(chain) :]:
+            chain.append(hash((chain[-1] if chain else 0, token_id)))
+        return chain[place] if place < len(chain) else None
 
     def take(self, plan: StepPlan) -> None:
         """Checks what the plan reads without running it, then writes what it runs."""
@@ -611,25 +639,23 @@ class CacheModel:
         start_of = {r.request_id: r.num_computed_tokens for r in plan.new_requests}
         for one in plan.scheduled:
             request = self.engine._table.unfinished[one.request_id]
-            chain = self.chains.setdefault(one.request_id, [])
-            for token_id in request.get_token_ids()[len(chain) :]:
-                chain.append(hash((chain[-1] if chain else 0, token_id)))
             if one.request_id in start_of:
                 self.blocks[one.request_id] = []
             blocks = self.blocks[one.request_id]
             blocks += one.new_block_ids
             for i in range(start_of.get(one.request_id, 0)):
-                assert self.names.get(self.slot(blocks, i)) == chain[i], (
+                found = self.written.get(self.slot(blocks, i))
+                assert found and self.get_name(*found) == self.get_name(request, i), (
                     f"{one.request_id} reads what nobody has written"
                 )
         readers = Counter(i for blocks in self.blocks.values() for i in blocks)
         for one in plan.scheduled:
-            end = self.engine._table.unfinished[one.request_id].num_computed_tokens
-            blocks, chain = self.blocks[one.request_id], self.chains[one.request_id]
+            request = self.engine._table.unfinished[one.request_id]
+            end, blocks = request.num_computed_tokens, self.blocks[one.request_id]
             for i in range(end - one.num_tokens, end):
                 slot = self.slot(blocks, i)
                 assert readers[slot // self.size] == 1, "written while others read it"
-                self.names[slot] = chain[i]
+                self.written[slot] = request, i
 
     def slot(self, blocks: list[int], place: int) -> int:
         return blocks[place // self.size] * self.size + place % self.size
@@ -708,7 +734,7 @@ STAGES = {
     "schedule": "schedule",
     "launch": "launch",
     "read": "read",
-    "take_output": "update",
+    "take_outputs": "update",
     "update": "update",
     "collect": "collect",
     "add": "add",
@@ -734,7 +760,7 @@ def interrupt(stage: str, line: int) -> Iterator[list[str]]:
     def is_start(code: CodeType) -> bool:
         name = code.co_qualname.split(".")
         owners = ("ContinuousScheduler", "FCFSScheduler", "GPUExecutor")
-        owners += ("InFlightStep", "RequestTable", "take_output")
+        owners += ("InFlightStep", "RequestTable", "take_outputs")
         return STAGES.get(name[-1]) == stage and name[0] in owners
 
     def trace(frame: FrameType, event: str, arg: object) -> Any:

@@ -70,20 +70,24 @@ def finish(engine: LLMEngine) -> dict[str, RequestOutput]:
 # --- Random schedules -----------------------------------------------------------------
 
 
-def run_schedules(seeds: range, small: bool) -> Counter[str]:
+def run_schedules(
+    seeds: range, small: bool, run_ahead: bool | None = None
+) -> Counter[str]:
+    """None: every other one runs ahead."""
     tally: Counter[str] = Counter()
     for seed in seeds:
+        is_ahead = seed % 2 == 1 if run_ahead is None else run_ahead
         try:
-            tally += Schedule(seed, small).run()
+            tally += Schedule(seed, small, is_ahead).run()
         except Exception as error:
-            error.add_note(f"in Schedule({seed}, {small})")
+            error.add_note(f"in Schedule({seed}, {small}, {is_ahead})")
             raise
     return tally
 
 
 @pytest.mark.parametrize("part", range(4))
 def test_each_request_gets_what_it_gets_alone(part: int) -> None:
-    """24 schedules of short requests."""
+    """24 schedules of short requests; in half of them the host runs a step ahead."""
     tally = run_schedules(range(6 * part, 6 * part + 6), small=True)
     assert tally["right"] > 12 and tally["hits"] and tally["preempted"]
     assert tally["ties"] <= 2  # none so far; each is proved to be one
@@ -91,10 +95,14 @@ def test_each_request_gets_what_it_gets_alone(part: int) -> None:
 
 @pytest.mark.more
 @pytest.mark.slow
+@pytest.mark.parametrize("run_ahead", [False, True])
 @pytest.mark.parametrize("part", range(15))
-def test_each_of_many_requests_gets_what_it_gets_alone(part: int) -> None:
+def test_each_of_many_requests_gets_what_it_gets_alone(
+    part: int, run_ahead: bool
+) -> None:
     """300 schedules, with prompts of up to 600 tokens and answers of up to 512."""
-    tally = run_schedules(range(20 * part, 20 * part + 20), small=False)
+    seeds = range(20 * part, 20 * part + 20)
+    tally = run_schedules(seeds, small=False, run_ahead=run_ahead)
     assert tally["right"] > 40 and tally["hits"] and tally["preempted"]
     assert tally["aborts"] + tally["errors"]
     assert tally["ties"] <= 4
@@ -139,6 +147,7 @@ class EngineMachine(RuleBasedStateMachine):
         budget=st.sampled_from([5, 40, 500]),
         num_seqs=st.sampled_from([1, 3, 16]),
         caching=st.booleans(),
+        run_ahead=st.booleans(),
     )
     def start(
         self,
@@ -147,6 +156,7 @@ class EngineMachine(RuleBasedStateMachine):
         budget: int,
         num_seqs: int,
         caching: bool,
+        run_ahead: bool,
     ) -> None:
         self.engine = make_engine(
             int(-(-168 // block_size) * num_blocks) * block_size,
@@ -155,6 +165,7 @@ class EngineMachine(RuleBasedStateMachine):
             max_num_batched_tokens=budget,
             max_num_seqs=num_seqs,
             enable_prefix_caching=caching,
+            async_scheduling=run_ahead,
         )
         self.items: dict[str, int] = {}
         self.outputs: dict[str, RequestOutput] = {}
@@ -302,13 +313,15 @@ def test_many_requests_leave_nothing_behind(one_by_one: int, at_once: int) -> No
 # --- Ctrl-C ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("run_ahead", [False, True])
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("stage", ["schedule", "launch", "read", "update", "collect"])
-def test_ctrl_c_leaves_the_engine_whole(stage: str, seed: int) -> None:
+def test_ctrl_c_leaves_the_engine_whole(stage: str, seed: int, run_ahead: bool) -> None:
     """At any line of a step. It ends nobody, and all come out the same."""
     rng = random.Random(f"{stage} {seed}")
     options = {"block_size": 4, "max_model_len": 168, "max_num_batched_tokens": 48}
-    engine = make_engine(rng.choice([168, 400]), **options)
+    size = rng.choice([168, 400])
+    engine = make_engine(size, async_scheduling=run_ahead, **options)
     items, outputs, num_interrupted, steps = {}, {}, 0, 0
     for _ in range(6):
         item = make_item(rng.randrange(30), small=True)
