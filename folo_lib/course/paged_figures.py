@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from matplotlib.axes import Axes
 
 from folo_lib.course.figures import CACHE, DECODE, KEYS, PREFILL, US, Look, draw_box
@@ -74,14 +76,15 @@ def draw_tiles(ax: Axes, query_len: int, cached: int, rows: int, tile: int) -> N
         for left in range(0, seq_len, tile):
             width = min(tile, seq_len - left)
             first, last = cached + top, cached + top + height - 1
-            if left > last:
-                look = {"facecolor": "white", "edgecolor": "0.8"}
-            else:
+            look: dict[str, Any] = {"edgecolor": "0.8"}
+            if left <= last:
                 whole = left + tile - 1 <= first
                 look = KEYS.bar if whole else KEYS._replace(hatch=PREFILL.hatch).bar
             draw_box(ax, (left, top), (width, height), **look)
-    ends = [cached + row for row in range(query_len + 1)]
-    ax.step([end + (end > 0 and 0) for end in ends], range(query_len + 1), "k", lw=1.5)
+    ends = [cached + row + 1 for row in range(query_len)]  # of what each query sees
+    edges = [x for end in ends for x in (end, end)]
+    steps = [y for row in range(query_len) for y in (row, row + 1)]
+    ax.plot(edges, steps, "k-", lw=1.5)
     ax.set(xlim=(0, seq_len), ylim=(query_len, 0), xlabel="key", ylabel="query")
     ax.set_title(f"{query_len} tokens after {cached}", fontsize=9)
     ax.grid(False)
