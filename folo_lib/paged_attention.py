@@ -182,7 +182,7 @@ def attend_tile(
 # %% ../notebooks/13_paged_attention.ipynb #find-chunk
 @triton.jit
 def find_chunk(seq_len, num_splits, MIN_CHUNK: tl.constexpr, BT: tl.constexpr):
-    """Tokens per split, whole tiles: long sequences use all splits, short ones fewer."""
+    """Tokens per split, in whole tiles; a short sequence uses fewer splits."""
     chunk = tl.maximum(tl.cdiv(seq_len, num_splits), MIN_CHUNK)
     return tl.cdiv(chunk, BT) * BT
 
@@ -222,7 +222,7 @@ def decode_kernel(
     BT: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
 ):
-    """One program per key head, sequence and split; for sequences that run one token."""
+    """One program per key head, sequence and split, if the sequence runs one token."""
     kv_head, sequence, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     token = tl.load(query_start_loc + sequence).to(tl.int64)
     query_len = tl.load(query_start_loc + sequence + 1) - token
@@ -419,7 +419,7 @@ def prefill_kernel(
     BLOCK_SIZE: tl.constexpr,
     BT: tl.constexpr,
 ):
-    """One program per key head and tile of queries; for sequences that run several."""
+    """One program per key head and tile of queries, of sequences that run several."""
     kv_head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the last tiles have most to read
     sequence = -1  # the last one that has begun

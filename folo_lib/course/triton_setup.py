@@ -72,9 +72,11 @@ def prepare_triton() -> None:
     if shell is None:  # not in a notebook
         return
 
+    run: Any = shell.run_cell
+
     def run_cell(_: str, cell: str) -> None:
         if has_triton:
-            shell.run_cell(cell).raise_error()
+            run(cell).raise_error()
         else:
             print(MISSING)
 
