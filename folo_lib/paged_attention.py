@@ -9,6 +9,8 @@ __all__ = [
     "PREFILL",
     "SMALL_PREFILL",
     "MAX_SPLITS",
+    "library",
+    "paged_attention_operator",
     "TritonNotFoundError",
     "store_kv_kernel",
     "store_kv",
@@ -25,6 +27,7 @@ __all__ = [
     "prefill_kernel",
     "prefill",
     "paged_attention",
+    "make_operator",
     "TritonBackend",
 ]
 
@@ -37,6 +40,7 @@ from math import e, log2
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverloadPacket
 
 from .kv_cache import AttentionBackend, AttentionMetadata
 
@@ -101,8 +105,8 @@ def store_kv(
 ) -> None:
     """Stores keys and values `[N, H_kv, D]` at their slots; slot -1 stores nothing.
 
-    The caches are `[num_blocks, block_size, H_kv, D]`, of the same strides, in any order
-    whose last dimension is contiguous.
+    The caches are `[num_blocks, block_size, H_kv, D]`, of the same strides, in any
+    order whose last dimension is contiguous.
     """
     num_tokens, num_kv_heads, head_dim = key.shape
     store_kv_kernel[(num_tokens,)](
@@ -138,7 +142,7 @@ def find_places(
 def load_tile(
     cache, places, exists, MASKED: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr
 ):
-    """Rows `[len(places), DIMS]` of a cache: zeros where `exists` is not, and beyond D."""
+    """Rows `[len(places), DIMS]` of a cache; zeros where none exists, and beyond D."""
     dims = tl.arange(0, DIMS)
     rows = cache + places[:, None] + dims[None, :]
     if MASKED:
@@ -178,7 +182,7 @@ def attend_tile(
 # %% ../notebooks/13_paged_attention.ipynb #find-chunk
 @triton.jit
 def find_chunk(seq_len, num_splits, MIN_CHUNK: tl.constexpr, BT: tl.constexpr):
-    """Tokens per split, whole tiles: long sequences use all splits, short ones fewer."""
+    """Tokens per split, in whole tiles; a short sequence uses fewer splits."""
     chunk = tl.maximum(tl.cdiv(seq_len, num_splits), MIN_CHUNK)
     return tl.cdiv(chunk, BT) * BT
 
@@ -218,7 +222,7 @@ def decode_kernel(
     BT: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
 ):
-    """One program per key head, sequence and split; for sequences that run one token."""
+    """One program per key head, sequence and split, if the sequence runs one token."""
     kv_head, sequence, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     token = tl.load(query_start_loc + sequence).to(tl.int64)
     query_len = tl.load(query_start_loc + sequence + 1) - token
@@ -275,7 +279,7 @@ def merge_kernel(
     BT: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
 ):
-    """One program per query head and sequence puts the answers of the splits together."""
+    """One program per query head and sequence merges the answers of the splits."""
     head, sequence = tl.program_id(0), tl.program_id(1)
     token = tl.load(query_start_loc + sequence).to(tl.int64)
     query_len = tl.load(query_start_loc + sequence + 1) - token
@@ -415,7 +419,7 @@ def prefill_kernel(
     BLOCK_SIZE: tl.constexpr,
     BT: tl.constexpr,
 ):
-    """One program per key head and tile of queries; for sequences that run several."""
+    """One program per key head and tile of queries, of sequences that run several."""
     kv_head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the last tiles have most to read
     sequence = -1  # the last one that has begun
@@ -485,7 +489,7 @@ def prefill(
     output: Tensor,
     scale: float,
 ) -> None:
-    """Writes into `output` the answers of the sequences that run more than one token."""
+    """Writes into `output` the answers of the sequences that run several tokens."""
     (num_tokens, num_heads, head_dim), num_kv_heads = query.shape, key_cache.shape[2]
     group, dims = num_heads // num_kv_heads, triton.next_power_of_2(head_dim)
     fits = query.dtype != torch.float32 and dims <= 128
@@ -518,9 +522,6 @@ def prefill(
 
 
 # %% ../notebooks/13_paged_attention.ipynb #paged-attention
-@torch.library.custom_op(
-    "folo_lib::paged_attention", mutates_args=("key_cache", "value_cache")
-)
 def paged_attention(
     query: Tensor,
     key: Tensor,
@@ -537,8 +538,7 @@ def paged_attention(
 ) -> Tensor:
     """Stores a step's keys and values, and attends over the paged cache.
 
-    A custom operator, so that `torch.compile` takes it as it is. It never asks the
-    device for a number, so that it can be captured in a CUDA graph.
+    It never asks the device for a number, so that it can be captured in a CUDA graph.
 
     Args:
         query: `[N, H, D]`.
@@ -563,26 +563,34 @@ def paged_attention(
     return output
 
 
-@paged_attention.register_fake
-def _(query: Tensor, *_: object) -> Tensor:
-    return query.new_empty(query.shape)
+def make_operator() -> tuple[torch.library.Library, OpOverloadPacket]:
+    """`paged_attention` as an operator, and what keeps it registered."""
+    library = torch.library.Library(__name__.replace(".", "_"), "FRAGMENT")
+    name, changed = f"{library.ns}::paged_attention", ("key_cache", "value_cache")
+    schema = torch.library.infer_schema(paged_attention, mutates_args=changed)
+    library.define("paged_attention" + schema)
+    library.impl("paged_attention", paged_attention, "CompositeExplicitAutograd")
+    shape_of = lambda query, *_: query.new_empty(query.shape)  # noqa: E731
+    torch.library.register_fake(name, shape_of, lib=library)
+    return library, getattr(torch.ops, library.ns).paged_attention
+
+
+library, paged_attention_operator = make_operator()
 
 
 # %% ../notebooks/13_paged_attention.ipynb #triton-backend
 class TritonBackend(AttentionBackend):
-    """One launch for all sequences, whatever their lengths, over the cache as it lies."""
+    """One launch for all sequences, of any lengths, over the cache as it lies."""
 
     supports_cuda_graph = True
-    needs_packages = ("triton",)
     needs_compute_capability = (8, 0)
 
     @staticmethod
     def get_name() -> str:
         return "triton"
 
-    @staticmethod
-    def find_fault(device: torch.device) -> str | None:
-        """Why it cannot run there, with the cure, or None if it can."""
+    @classmethod
+    def find_fault(cls, device: torch.device, dtype: torch.dtype) -> str | None:
         cure = "choose attention_backend='torch_sdpa'"
         if triton.knobs.runtime.interpret:
             return None
@@ -592,7 +600,7 @@ class TritonBackend(AttentionBackend):
                 f"{cure}, or set TRITON_INTERPRET=1 before Python starts, to try it."
             )
         capability = torch.cuda.get_device_capability(device)
-        if capability < TritonBackend.needs_compute_capability:
+        if capability < cls.needs_compute_capability:
             return (
                 "attention_backend='triton' needs compute capability 8.0, and "
                 f"{torch.cuda.get_device_name(device)} has {capability}: {cure}."
@@ -608,7 +616,7 @@ class TritonBackend(AttentionBackend):
         metadata: AttentionMetadata,
     ) -> Tensor:
         lengths = metadata.query_lens_list
-        output: Tensor = paged_attention(
+        output: Tensor = paged_attention_operator(
             query,
             key,
             value,

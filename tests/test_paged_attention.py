@@ -202,26 +202,38 @@ class TestStore:
         assert not cache[:, :shift].any()
 
 
+MIXED = [1, 5, 1, 19], [37, 37, 9, 19]
+
+
+class TestShapes:
+    """Of a step in which some sequences decode, split in three where they are long."""
+
+    @pytest.fixture(autouse=True)
+    def three_splits(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "choose_num_splits", lambda *_: 3)
+
+    @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 17])
+    def test_heads_that_share(self, group: int) -> None:
+        Step(*MIXED, (group, 1)).check()
+
+    @pytest.mark.parametrize("head_dim", [8, 16, 24, 64, 80, 96, 128])
+    def test_head_dims(self, head_dim: int) -> None:
+        Step(*MIXED, (3, 1), head_dim).check()
+
+    @pytest.mark.parametrize("block_size", [1, 3, 4, 8, 16, 32, 64])
+    def test_block_sizes(self, block_size: int) -> None:
+        Step(*MIXED, block_size=block_size).check()
+
+
 class TestDecode:
-    @pytest.mark.parametrize("splits", [1, 2, 5, 64], indirect=True)
+    @pytest.mark.parametrize("splits", [1, 2, 5], indirect=True)
     def test_contexts_at_the_edges_of_tiles_and_splits(self, splits: int) -> None:
         lengths = [*EDGES, 5 * TILE, 5 * TILE + 1, 10 * TILE + 1]
-        Step([1] * len(lengths), lengths).check()
+        Step([1] * len(lengths), lengths, (2, 1)).check()
 
-    @pytest.mark.parametrize("splits", [1, 3], indirect=True)
-    @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 17])
-    def test_heads_that_share(self, group: int, splits: int) -> None:
-        Step([1, 1], [37, 9], (2 * group, 2)).check()
-
-    @pytest.mark.parametrize("splits", [1, 3], indirect=True)
-    @pytest.mark.parametrize("head_dim", [8, 16, 24, 64, 80, 96, 128])
-    def test_head_dims(self, head_dim: int, splits: int) -> None:
-        Step([1, 1], [37, 9], (6, 2), head_dim).check()
-
-    @pytest.mark.parametrize("splits", [1, 3], indirect=True)
-    @pytest.mark.parametrize("block_size", [1, 3, 4, 8, 16, 32, 64])
-    def test_block_sizes(self, block_size: int, splits: int) -> None:
-        Step([1, 1, 1], [37, 9, 70], block_size=block_size).check()
+    @pytest.mark.parametrize("splits", [64], indirect=True)
+    def test_many_splits(self, splits: int) -> None:
+        Step([1, 1], [1000, 17], (2, 1)).check()
 
     def test_short_sequences_are_not_split(
         self, monkeypatch: pytest.MonkeyPatch
@@ -248,31 +260,35 @@ class TestDecode:
 
 
 class TestPrefill:
-    @pytest.mark.parametrize("query_len", [2, 3, 7, 8, 9, 17, 33])
+    @pytest.mark.parametrize("query_len", [2, 7, 8, 9, 33])
     @pytest.mark.parametrize("cached", [0, 1, 15, 16, 17, 40])
     def test_a_chunk_after_a_cached_prefix(self, query_len: int, cached: int) -> None:
         Step([query_len], [cached + query_len]).check()
-
-    @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 17])
-    def test_heads_that_share(self, group: int) -> None:
-        Step([5, 19], [37, 19], (2 * group, 2)).check()
-
-    @pytest.mark.parametrize("head_dim", [8, 16, 24, 64, 80, 96, 128])
-    def test_head_dims(self, head_dim: int) -> None:
-        Step([5, 19], [37, 19], (6, 2), head_dim).check()
-
-    @pytest.mark.parametrize("block_size", [1, 3, 4, 8, 16, 32, 64])
-    def test_block_sizes(self, block_size: int) -> None:
-        Step([5, 19], [37, 19], block_size=block_size).check()
 
     def test_more_sequences_than_are_looked_through_at_once(self) -> None:
         lengths = [1 + i % 3 for i in range(131)]
         Step([*lengths, 20], [*lengths, 25], (1, 1), 16).check()
 
 
+@module.triton.jit
+def places_kernel(table, places):  # type: ignore[no-untyped-def]
+    tokens = module.tl.arange(0, 32)
+    found = module.find_places(table, tokens, tokens < 32, 2**16, 2**12, 16)
+    module.tl.store(places + tokens, found)
+
+
+def test_places_beyond_two_to_the_31_from_a_table_of_32_bits() -> None:
+    table = torch.tensor([3, 2**20], dtype=torch.int32, device=DEVICE)
+    places = torch.zeros(32, dtype=torch.int64, device=DEVICE)
+    places_kernel[(1,)](table, places)
+    blocks = [3] * 16 + [2**20] * 16
+    expected = [block * 2**16 + i % 16 * 2**12 for i, block in enumerate(blocks)]
+    assert places.tolist() == expected
+
+
 class TestMixed:
     @pytest.mark.parametrize("splits", [1, 2, 5], indirect=True)
-    @pytest.mark.parametrize("seed", range(6))
+    @pytest.mark.parametrize("seed", range(4))
     def test_any_mix(self, seed: int, splits: int) -> None:
         rng = random.Random(seed)
         query_lens = [
@@ -370,7 +386,7 @@ class TestNaN:
 
     @pytest.mark.parametrize("splits", [1, 4], indirect=True)
     @pytest.mark.parametrize("which", [0, 1])
-    @pytest.mark.parametrize("place", [0, 17, 63, 69])
+    @pytest.mark.parametrize("place", [0, 63, 69])
     def test_in_a_used_key_or_value_reaches_the_output(
         self, place: int, which: int, splits: int
     ) -> None:
@@ -408,15 +424,14 @@ class TestLaunch:
             assert ran == names
 
     def test_splits_fill_the_card_and_follow_from_host_numbers_alone(self) -> None:
-        programs = 4 * module.count_multiprocessors(DEVICE)
+        programs = 2 * module.count_multiprocessors(DEVICE)
         for num_seqs in (1, 2, 3, 7, 64, 256, 4096):
             for kv_heads in (1, 2, 8):
                 found = choose_num_splits(num_seqs, kv_heads, DEVICE)
                 assert 1 <= found <= module.MAX_SPLITS
-                if 1 < found < module.MAX_SPLITS:
-                    assert (found - 1) * num_seqs * kv_heads < programs
-                if found < module.MAX_SPLITS:
-                    assert found * num_seqs * kv_heads >= programs
+                needed = num_seqs * kv_heads
+                assert found == 1 or found * needed <= programs
+                assert found == module.MAX_SPLITS or (found + 1) * needed > programs
 
     def test_compiled(self) -> None:
         """The operator is taken whole, and its writes to the cache are kept."""

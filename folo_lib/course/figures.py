@@ -376,6 +376,7 @@ PARTS = {  # page: left, bottom, width, height, text
     "06": (83, 19, 16, 13, "06 KV cache\nkeys and values"),
     "07": (25, 0, 20, 10, "07 Sampler\nfilters and draws"),
     "05": (53, 0, 20, 10, "05 Checkpoint\nweights from disk"),
+    "13": (73.8, 20, 8.4, 11, "13 Paged\nattention"),
     "14": (87, 47, 12, 12, "14 CUDA\ngraphs"),
     "18": (83, 0, 16, 10, "18 Benchmark\nmeasures it all"),
 }
@@ -391,7 +392,7 @@ WAYS: tuple[
     ((84.5, 64.5), (84.5, 44), "blocks", (71, 66.5)),
     ((97.5, 35), (97.5, 32), "", (91, 33)),
     ((70, 47), (70, 40), "ids, positions", (60.5, 43.5)),
-    ((71, 25.5), (83, 25.5), "", (77, 28)),
+    ((71, 25.5), (73.8, 25.5), "", (77, 28)),
     ((35, 15), (35, 10), "scores", (42, 12.3)),
     ((63, 10), (63, 15), "weights", (69, 12.3)),
     ((20, 5), (20, 47), "next id", (15.5, 26)),
@@ -421,7 +422,7 @@ def draw_map(
             look = {"facecolor": PALE_BLUE, "edgecolor": BLUE, "linewidth": 2.5}
         draw_box(ax, (left, bottom), (width, height), text, fontsize=9, **look)
     for start, end, what, where in WAYS:
-        both = end == (83, 25.5)  # the cache is written and read
+        both = end == (73.8, 25.5)  # the cache is written and read
         draw_arrow(ax, start, end, arrowstyle="<|-|>" if both else "-|>")
         said = (travels or {}).get(what, what)
         ax.text(*where, said, fontstyle="italic", **style)
@@ -430,6 +431,7 @@ def draw_map(
     ax.plot([20, 25], [5, 5], "k-", lw=1)  # from the sampler, then up
     ax.plot([58, 84.5], [64.5, 64.5], "k-", lw=1)  # from the scheduler, then down
     ax.plot([82, 87], [53, 53], "k--", lw=1)
+    ax.plot([82.2, 83], [25.5, 25.5], "k-", lw=1)  # from the kernels to the cache
     if here:
         left, bottom, width, height, _ = PARTS[here]
         place = left + width / 2, bottom - 2

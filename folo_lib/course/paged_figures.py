@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from matplotlib.axes import Axes
 
-from folo_lib.course.figures import CACHE, DECODE, KEYS, PREFILL, US, Look, draw_box
+from folo_lib.course.figures import CACHE, DECODE, KEYS, US, Look, draw_box
 from folo_lib.course.moving import MovingFigure, Piece, State
 
 __all__ = ["draw_tiles", "move_splits"]
 
+MASKED = "#D8EEFA"  # keys that not every query sees
 READ = Look("#E0E0E0", "..", "s", ":")  # a tile that has been read
 
 
@@ -29,18 +32,18 @@ def move_splits(num_tiles: int, num_splits: int) -> MovingFigure:
             text = f"tile {i}"
             if reading and place == read:  # handed to its program
                 x = 1.6 * (split * share + (share - 1) / 2)
-                pieces.append(Piece(text, x, 1.6, 1.5, 0.9, text, KEYS))
+                pieces.append(Piece(text, x, 1.0, 1.5, 0.7, text, KEYS))
             else:
                 look = READ if place < read else CACHE
-                pieces.append(Piece(text, 1.6 * i, 0, 1.5, 0.9, text, look))
+                pieces.append(Piece(text, 1.6 * i, 0, 1.5, 0.7, text, look))
         return pieces
 
-    def programs(read: int, y: float = 2.8) -> list[Piece]:
+    def programs(read: int, y: float = 1.9) -> list[Piece]:
         pieces = []
         for split in range(num_splits):
             x = 1.6 * split * share + (1.6 * share - 3) / 2
             text = f"split {split}: {read} of {share}"
-            pieces.append(Piece(f"split {split}", x, y, 2.9, 0.9, text, DECODE))
+            pieces.append(Piece(f"split {split}", x, y, 2.9, 0.7, text, DECODE))
         return pieces
 
     says = f"{num_tiles} tiles of keys and values lie in the cache."
@@ -51,11 +54,11 @@ def move_splits(num_tiles: int, num_splits: int) -> MovingFigure:
         says = "Maximum, sum and output are brought up to date."
         states.append(State([*tiles(read + 1, False), *programs(read + 1)], says))
     says = "Each split has an answer, and the logarithm of the weight behind it."
-    states.append(State([*tiles(share, False), *programs(share, 3.4)], says))
-    answer = Piece("answer", width / 2 - 1.75, 4.6, 3.4, 0.9, "merged answer", US)
+    states.append(State([*tiles(share, False), *programs(share, 2.1)], says))
+    answer = Piece("answer", width / 2 - 1.75, 3.2, 3.4, 0.7, "merged answer", US)
     says = "The answers are merged, each with its own weight."
-    states.append(State([*tiles(share, False), *programs(share, 3.4), answer], says))
-    return MovingFigure(states, (width, 5.6))
+    states.append(State([*tiles(share, False), *programs(share, 2.1), answer], says))
+    return MovingFigure(states, (width, 4.0))
 
 
 def draw_tiles(ax: Axes, query_len: int, cached: int, rows: int, tile: int) -> None:
@@ -74,14 +77,18 @@ def draw_tiles(ax: Axes, query_len: int, cached: int, rows: int, tile: int) -> N
         for left in range(0, seq_len, tile):
             width = min(tile, seq_len - left)
             first, last = cached + top, cached + top + height - 1
-            if left > last:
-                look = {"facecolor": "white", "edgecolor": "0.8"}
-            else:
-                whole = left + tile - 1 <= first
-                look = KEYS.bar if whole else KEYS._replace(hatch=PREFILL.hatch).bar
-            draw_box(ax, (left, top), (width, height), **look)
-    ends = [cached + row for row in range(query_len + 1)]
-    ax.step([end + (end > 0 and 0) for end in ends], range(query_len + 1), "k", lw=1.5)
+            look: dict[str, Any] = {"edgecolor": "0.8"}
+            text = ""
+            if left + tile - 1 <= first:
+                look = KEYS.bar
+            elif left <= last:
+                look = KEYS.bar | {"facecolor": MASKED}
+                text = "mask" if height > 2 else ""
+            draw_box(ax, (left, top), (width, height), text, 7, **look)
+    ends = [cached + row + 1 for row in range(query_len)]  # of what each query sees
+    edges = [x for end in ends for x in (end, end)]
+    steps = [y for row in range(query_len) for y in (row, row + 1)]
+    ax.plot(edges, steps, "k-", lw=1.5)
     ax.set(xlim=(0, seq_len), ylim=(query_len, 0), xlabel="key", ylabel="query")
     ax.set_title(f"{query_len} tokens after {cached}", fontsize=9)
     ax.grid(False)

@@ -69,11 +69,16 @@ def prepare_triton() -> None:
         sys.modules.update({"triton": package, "triton.language": package.language})
         print("Triton is not installed: kernels are shown and not run.")
 
-    def run_cell(_: str, cell: str) -> None:
-        if not has_triton:
-            print(MISSING)
-            return
-        shell.run_cell(cell).raise_error()
+    if shell is None:  # not in a notebook
+        return
 
-    if shell is not None:
-        shell.register_magic_function(run_cell, "cell", "triton")
+    run: Any = shell.run_cell
+
+    def run_cell(_: str, cell: str) -> None:
+        if has_triton:
+            run(cell).raise_error()
+        else:
+            print(MISSING)
+
+    register: Any = shell.register_magic_function
+    register(run_cell, "cell", "triton")

@@ -50,6 +50,19 @@ def _attend(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return scores.double().softmax(-1) @ values.double(), logs
 
 
+def _split(
+    seed: int, lengths: list[int], shift: float, num_empty: int
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Answers and logs of the parts of a context, some empty, and those of the whole."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = [2 * torch.randn(6, n, generator=generator) + shift for n in lengths]
+    values = [torch.randn(n, 8, generator=generator) for n in lengths]
+    pairs = [_attend(*pair) for pair in zip(scores, values, strict=True)]
+    pairs += [(torch.full((6, 8), math.nan), torch.full((6,), -math.inf))] * num_empty
+    answers, logs = (torch.stack(x).float() for x in zip(*pairs, strict=True))
+    return answers, logs, _attend(torch.cat(scores, -1), torch.cat(values))
+
+
 def _judge(got: Any, wanted: tuple[Tensor, Tensor], name: str, hint: str) -> None:
     require(
         isinstance(got, tuple) and len(got) == 2,
@@ -70,30 +83,25 @@ def check_merge_answers(
     solution: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> None:
     """Against softmax over the whole context, for contexts in several parts."""
-    generator = torch.Generator().manual_seed(0)
     weights = "A part counts by its weight, 2**log, and not like every other."
     large = "2**log overflows: subtract the largest log of each query first."
-    for name, lengths, shift, hint in [
+    empty = (
+        "A part whose log is -inf has the weight 0, and 0 times NaN is NaN: put zeros in "
+        "the place of its answer."
+    )
+    cases = [
         ("one part", [5], 0.0, "The only part is the whole context."),
         ("two parts", [5, 9], 0.0, weights),
         ("four parts", [1, 40, 3, 7], 0.0, weights),
         ("weights of 2**400", [5, 9], 280.0, large),
         ("weights of 2**-400", [5, 9], -280.0, large),
-    ]:
-        scores = [2 * torch.randn(6, n, generator=generator) + shift for n in lengths]
-        values = [torch.randn(n, 8, generator=generator) for n in lengths]
-        pairs = [_attend(*pair) for pair in zip(scores, values, strict=True)]
-        answers, logs = (torch.stack(x).float() for x in zip(*pairs, strict=True))
-        wanted = _attend(torch.cat(scores, -1), torch.cat(values))
-        _judge(solution(answers.clone(), logs.clone()), wanted, name, hint)
-        answers = torch.cat([answers, torch.full_like(answers[:1], math.nan)])
-        logs = torch.cat([logs, torch.full_like(logs[:1], -math.inf)])
-        empty = (
-            "A part whose log is -inf has the weight 0, and 0 times NaN is NaN: put "
-            "zeros in the place of its answer."
-        )
-        got = solution(answers.clone(), logs.clone())
-        _judge(got, wanted, f"{name} and an empty one", empty)
+    ]
+    for extra in (0, 1):
+        for seed, (name, lengths, shift, hint) in enumerate(cases):
+            answers, logs, wanted = _split(seed, lengths, shift, extra)
+            if extra:
+                name, hint = f"{name} and an empty one", empty
+            _judge(solution(answers, logs), wanted, name, hint)
     answers, logs = torch.full((2, 3, 4), math.nan), torch.full((2, 3), -math.inf)
     answers[0, 1], logs[0, 1] = 7.0, 3.0  # the only part that is not empty
     expected = torch.zeros(3, 4).double(), logs.double().amax(0)
