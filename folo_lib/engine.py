@@ -365,12 +365,10 @@ def take_outputs(
                 request.append_token(token, now)
         except Exception as error:
             fail(request, error)
+        _, inbox = table.groups[request.request_id]
         if request.status.is_finished:
             request.metrics.peak_memory = executor.get_peak_memory()
-        if (
-            request.status.is_finished
-            or table.groups[request.request_id][1].every_token
-        ):
+        if request.status.is_finished or inbox.every_token:
             table.update(request)
 
 
