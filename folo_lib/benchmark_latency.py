@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from folo_lib.benchmark import Result, make_prompt
+from folo_lib.benchmark import BenchmarkError, Result, make_prompt
 from folo_lib.benchmark_bench import Bench, LatencySizes
 from folo_lib.benchmark_starts import Task, run_tasks
 from folo_lib.engine import LLMEngine
@@ -41,7 +41,11 @@ class Gaps:
 
     def step(self) -> set[str]:
         """One step; returns the requests that had a token, watched or not."""
-        updated = {output.request_id for output in self.engine.step()}
+        outputs = self.engine.step()
+        if any(output.finished for output in outputs):
+            errors = {str(output.error) for output in outputs if output.finished}
+            raise RuntimeError(f"a request ended too early: {', '.join(errors)}")
+        updated = {output.request_id for output in outputs}
         now, watched = time.perf_counter(), updated & self.request_ids
         waits = [now - self.last[one] for one in watched if one in self.last]
         if waits:
@@ -118,6 +122,8 @@ def run_starts(bench: Bench, sizes: LatencySizes) -> list[Result]:
         )
         for state in ("empty", "filled"):
             [made] = run_tasks([task], together=1)
+            if "left_out" in made:
+                raise BenchmarkError(made["left_out"])
             rows.append({"compile_cache": state, **made})
             seconds = made["first_token_seconds"]
             print(f"compile cache {state}: first token {seconds:.1f} s", flush=True)

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -201,11 +201,7 @@ class Started:
         )
 
     def read(self) -> Result:
-        """The next line of JSON; others are passed over.
-
-        Raises:
-            BenchmarkError: if the process ended without one.
-        """
+        """The next line of JSON, others are passed over; or how the process ended."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("{"):
@@ -214,13 +210,14 @@ class Started:
         self.process.wait()
         self.errors.seek(0)
         last = "\n".join(self.errors.read().splitlines()[-5:])
-        raise BenchmarkError(f"a process that measures has failed:\n{last}")
+        return {"left_out": f"the process failed: {last}"}
 
     def measure(self) -> Result:
         """Tells the process to go on, and waits until it is gone."""
         assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        with suppress(BrokenPipeError):  # then `read` says how it ended
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
         result = self.read()
         self.process.wait()
         return result
@@ -248,21 +245,25 @@ def started(tasks: Sequence[Task]) -> Iterator[list[Started]]:
                         pipe.close()
 
 
+Check = Callable[[Task, list[list[int]]], object]
+
+
 def run_tasks(
     tasks: Sequence[Task],
     together: int,
-    check: Callable[[Task, list[list[int]]], object] = lambda *_: None,
+    check: Check = lambda *_: None,
 ) -> list[Result]:
     """The result of each task, from a fresh process that measured alone.
 
     Args:
         tasks: in the order in which they measure.
         together: how many get ready side by side.
-        check: is given the answers of each before it measures, and raises if they are
-            wrong.
+        check: is given the answers of each before it measures, and raises a
+            BenchmarkError if they are wrong.
 
     Returns:
-        For a task that is not to be had here, why: `{"left_out": reason}`.
+        For a task that is not to be had here, or has failed, or whose answers are wrong,
+        why: `{"left_out": reason}`. The others go on, as a machine may be lent for a while.
     """
     results: list[Result] = []
     for begin in range(0, len(tasks), together):
@@ -270,12 +271,21 @@ def run_tasks(
         with started(group) as processes:
             ready = [one.read() for one in processes]
             for task, one, first in zip(group, processes, ready, strict=True):
-                if "left_out" in first:
-                    results.append(first)
-                    continue
-                check(task, first["answers"])
-                results.append(one.measure())
+                if "left_out" not in first:
+                    first = measure_checked(task, one, first["answers"], check)
+                results.append(first)
     return results
+
+
+def measure_checked(
+    task: Task, process: Started, answers: list[list[int]], check: Check
+) -> Result:
+    """What a process measures, once its answers are found right; else why not."""
+    try:
+        check(task, answers)
+    except BenchmarkError as error:
+        return {"left_out": str(error)}
+    return process.measure()
 
 
 if __name__ == "__main__":

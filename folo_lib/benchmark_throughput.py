@@ -29,6 +29,7 @@ from folo_lib.benchmark_workloads import (
 )
 from folo_lib.engine import LLMEngine
 from folo_lib.kv_cache import kv_bytes_per_token
+from folo_lib.qwen3 import Attention
 from folo_lib.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -110,6 +111,19 @@ def measure_peak(engine: LLMEngine, model: torch.nn.Module) -> Result:
     return {"weights": weights, "cache": cache, "beyond": beyond}
 
 
+def describe_engine(engine: LLMEngine, model: torch.nn.Module) -> Result:
+    """Which of its parts an engine is made of, as `"auto"` does not say it."""
+    backends = {
+        type(module.backend).__name__
+        for module in model.modules()
+        if isinstance(module, Attention)
+    }
+    return {
+        "runner": type(engine.executor.worker.runner).__name__,
+        "attention": sorted(backends),
+    }
+
+
 def run_ours(bench: Bench, **options: Any) -> Result:
     """All workloads on one engine of ours, whose tokens are checked first.
 
@@ -134,13 +148,15 @@ def run_ours(bench: Bench, **options: Any) -> Result:
         torch.cuda.reset_peak_memory_stats()
     made = measure_throughput(clocked(engine, bench.device), sizes, vocab_size)
     memory = measure_peak(engine, bench.model) if on_gpu else None
-    return {"start_seconds": started, "tokens": tokens, **made, "memory": memory}
+    parts = describe_engine(engine, bench.model)
+    parts |= {"start_seconds": started, "tokens": tokens, "memory": memory}
+    return parts | made
 
 
 def time_generate_batch(bench: Bench, workload: Workload) -> tuple[Answers, float]:
     """Hugging Face's `generate_batch`: continuous batching, each answer of its length.
 
-    To start it takes a while, and is not counted.
+    To start it takes a while and warms it up, which is not counted.
 
     Raises:
         RuntimeError: if a request failed, or the thread that does the work.
@@ -181,6 +197,7 @@ def time_generate_batch(bench: Bench, workload: Workload) -> tuple[Answers, floa
 def time_padded(bench: Bench, workload: Workload) -> tuple[Answers, float]:
     """Hugging Face's `generate()` on one batch, padded to the longest prompt."""
     system = Padded(bench.theirs.model, len(workload.prompts))
+    system.answer(workload.first(4).shortened(4))  # to warm up
     synchronize(bench.device)
     start = time.perf_counter()
     answers = system.answer(workload)
@@ -203,12 +220,10 @@ def run_theirs(bench: Bench) -> Result:
     sizes = bench.sizes.throughput
     whole = make_mixed(sizes, bench.config.vocab_size)
     workload = whole.first(sizes.num_theirs)
-    warm_up = workload.first(4).shortened(4)
     rows: list[Result] = []
     left_out: dict[str, str] = {}
     for name, answer in WAYS.items():
         try:
-            answer(bench, warm_up)
             answers, seconds = answer(bench, workload)
         except (AttributeError, RuntimeError, ValueError, TypeError) as error:
             left_out[name] = f"{type(error).__name__}: {str(error)[:200]}"

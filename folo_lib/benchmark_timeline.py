@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from folo_lib.benchmark import Result, make_prompt, synchronize
 from folo_lib.benchmark_bench import Bench, TimelineSizes
-from folo_lib.engine import Inbox, LLMEngine
+from folo_lib.engine import Groups, Inbox, LLMEngine
 from folo_lib.sampling_params import SamplingParams
 
 PHASES = ("schedule", "launch", "read", "update")
@@ -237,6 +237,13 @@ def trace(device: torch.device, host: HostLane, num_steps: int) -> Result:
     return read_trace(events, num_steps)
 
 
+def check_unfinished(groups: Groups) -> None:
+    """Raises a RuntimeError if a request has ended, so that a step would be too easy."""
+    for [request] in groups:
+        if request.status.is_finished:
+            raise RuntimeError(f"a request ended too early: {request.error}")
+
+
 def measure_batch(
     bench: Bench, engine: LLMEngine, num_requests: int, sizes: TimelineSizes
 ) -> Result:
@@ -254,6 +261,7 @@ def measure_batch(
             group[0].metrics.num_output_tokens for group in groups
         ):
             engine.advance(inbox)
+            check_unfinished(groups)
         with host.attached():
             for _ in range(4):  # to warm up
                 host.step()
@@ -263,6 +271,7 @@ def measure_batch(
             for _ in range(sizes.num_steps):
                 host.step()
             gc.unfreeze()
+            check_unfinished(groups)
             names = (*PHASES, "total")
             median = {
                 n: statistics.median(step[n] for step in host.steps) for n in names
@@ -314,8 +323,8 @@ def run_timeline(bench: Bench) -> Result:
         print(f"-- {name}", flush=True)
         try:
             rows = measure_setting(bench, options)
-        except (ValueError, TypeError) as error:
-            left_out[name] = str(error)
+        except (ValueError, TypeError, RuntimeError) as error:
+            left_out[name] = f"{error}"[:300]
             print(f"left out: {error}", flush=True)
             continue
         settings[name] = {"options": dict(options), "rows": rows}

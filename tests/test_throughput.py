@@ -189,6 +189,8 @@ class TestThroughput:
         assert len(made["bandwidth"]["values"]) == 5
         ours = made["folo_lib"]
         few = bench.sizes.throughput
+        assert ours["runner"] == "ModelRunner"
+        assert ours["attention"] == ["TorchSDPABackend"]
         assert ours["tokens"]["tokens"] == 2 * 5 and ours["memory"] is None
         assert [row["requests"] for row in ours["equal"]] == [2, 3]
         for row in (*ours["equal"], ours["mixed"]):
@@ -479,15 +481,26 @@ class TestStarts:
         def refuse(*_: Any) -> None:
             raise BenchmarkError("wrong")
 
-        with pytest.raises(BenchmarkError):
-            starts.run_tasks(tasks, 2, refuse)
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        made = starts.run_tasks(tasks, 2, refuse)
+        assert made == [{"left_out": "wrong"}] * 3
+        assert not any(line.startswith("measure") for line in log)
+        assert [line for line in log if "kill" in line] == [
+            "kill a",
+            "kill b",
+            "kill c",
+        ]
+        log.clear()
+        with pytest.raises(KeyboardInterrupt):
+            starts.run_tasks(tasks, 2, interrupt)
         assert log == ["ready a", "ready b", "kill a", "kill b"]
 
     def test_a_process_that_fails_says_why(self, tmp_path: Path) -> None:
-        with pytest.raises(
-            BenchmarkError, match=r"has failed:[\s\S]*KeyError: 'no such'"
-        ):
-            starts.run_tasks([task_of(tmp_path, "no such")], 1)
+        [made] = starts.run_tasks([task_of(tmp_path, "no such")], 1)
+        assert "the process failed" in made["left_out"]
+        assert "KeyError: 'no such'" in made["left_out"]
 
     def test_a_task_comes_back_as_it_was(self, tmp_path: Path) -> None:
         task = task_of(tmp_path, options={"a": 1}, environment={"B": "2"})
@@ -762,7 +775,8 @@ class TestLatency:
 
         class Engine:
             def step(self) -> list[Any]:
-                return [SimpleNamespace(request_id=one) for one in next(steps)]
+                ids = next(steps)
+                return [SimpleNamespace(request_id=i, finished=False) for i in ids]
 
         engine: Any = Engine()
         gaps = latency.Gaps(engine, ["a", "b"])
@@ -786,6 +800,25 @@ class TestLatency:
         assert made["ttft"] >= 0.1
         stats = engine.stats()
         assert stats.num_running == stats.num_waiting == stats.num_used_blocks == 0
+
+    def test_a_request_that_fails_ends_the_measurement(self, bench: Bench) -> None:
+        engine = LLMEngine(bench.model, max_model_len=70)
+
+        def fail(_: Any) -> Any:
+            raise ValueError("no such kernel")
+
+        engine.executor.launch = fail  # type: ignore[method-assign]
+        with pytest.raises(RuntimeError, match="no such kernel"):
+            latency.measure_gaps(bench, engine, SIZES.latency)
+        with pytest.raises(RuntimeError, match="no such kernel"):
+            timeline.measure_batch(bench, engine, 1, SIZES.timeline)
+
+    def test_a_start_that_fails_is_refused(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(latency, "run_tasks", lambda *_, **__: [{"left_out": "no"}])
+        with pytest.raises(BenchmarkError, match="no"):
+            latency.run_starts(bench, SIZES.latency)
 
     def test_the_section(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(benchmark, "find_unsteady", lambda *_: [])
