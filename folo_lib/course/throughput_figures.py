@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from folo_lib.course.figures import (
     BLACK,
@@ -22,19 +23,25 @@ from folo_lib.course.figures import (
     PALE_GREY,
     US,
     Look,
+    label_ticks,
 )
 
 __all__ = [
     "best_start",
     "compare_systems",
+    "describe",
     "draw_batches",
     "draw_systems",
     "draw_waterfall",
     "latest",
+    "list_latency",
+    "list_throughput",
+    "list_waterfall",
     "read_recording",
 ]
 
 Result = dict[str, Any]
+NOTHING_YET = "no recording yet"
 SLOW = Look(PALE_GREY, "", "s", "--")  # measured on a few of the requests only
 
 
@@ -50,6 +57,18 @@ def latest(record: Result, section: str) -> Result:
     """The last recording of a section; `{}` if there is none."""
     recordings: list[Result] = record["sections"].get(section, [])
     return recordings[-1] if recordings else {}
+
+
+def describe(record: Result, section: str) -> str:
+    """Card, versions and date of a section, for above a figure; `""` if there is none."""
+    made, setup = latest(record, section), record["setup"]
+    if not made:
+        return ""
+    parts = [setup["device"], f"torch {setup['torch']}"]
+    starts = record["sections"].get("vllm", [])
+    if starts and section == "throughput":
+        parts.append(f"vLLM {starts[-1]['versions']['vllm']}")
+    return ", ".join([*parts, made["date"][:10]])
 
 
 def speeds_of(row: Result) -> list[float]:
@@ -88,7 +107,7 @@ def compare_systems(record: Result) -> list[tuple[str, Look, Result]]:
 
 def say_nothing_yet(ax: Axes) -> None:
     """Axes for a recording that is still to be made."""
-    ax.text(0.5, 0.5, "no recording yet", ha="center", transform=ax.transAxes)
+    ax.text(0.5, 0.5, NOTHING_YET, ha="center", transform=ax.transAxes)
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
 
@@ -115,10 +134,19 @@ def draw_bars(ax: Axes, bars: Sequence[tuple[str, Look, Result]]) -> None:
     ax.invert_yaxis()
     ax.margins(x=0.22)
     ax.set_xlim(left=0)
+    ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.set_xlabel("tokens per second, all requests together")
     ax.grid(False, axis="y")
     ax.tick_params(axis="y", length=0)
+
+
+def name_part(row: Result, most: int) -> str:
+    """Which of the requests a slow system was given, if not all of them."""
+    if row["requests"] >= most:
+        return ""
+    some = "the first" if row["requests"] == 1 else f"the first {row['requests']}"
+    return f" ({some} of {most} requests)"
 
 
 def draw_systems(ax: Axes, record: Result) -> None:
@@ -129,20 +157,23 @@ def draw_systems(ax: Axes, record: Result) -> None:
     bars = []
     for name, look, row in systems:
         text = f"{row['tokens_per_second']:,.0f}"
-        if row["requests"] != systems[0][2]["requests"]:
-            text += f" (first {row['requests']} requests)"
+        text += name_part(row, systems[0][2]["requests"])
         bars.append((name, look, row | {"speeds": speeds_of(row), "text": text}))
     draw_bars(ax, bars)
+    speeds = {name: row["tokens_per_second"] for name, _, row in systems}
+    if "vLLM" in speeds:
+        ratio = speeds["folo_lib"] / speeds["vLLM"]
+        ax.set_title(f"{ratio:.2f} times the tokens of vLLM")
     floor = systems[0][2]["floor_tokens_per_second"]
     ax.axvline(floor, color=BLACK, linestyle=":")
-    place = (floor, len(bars) - 0.5)
+    ax.set_xlim(0, max(1.05 * floor, ax.get_xlim()[1]))
     ax.annotate(
         f"memory allows\n{floor:,.0f}",
-        place,
+        (floor, len(bars) - 1.5),
         (-5, 0),
         textcoords="offset points",
         ha="right",
-        va="bottom",
+        va="center",
         size=9,
     )
 
@@ -174,7 +205,7 @@ def draw_batches(ax: Axes, record: Result) -> None:
             color=look.colour,
         )
     ax.set(xlabel="requests at once", ylabel="tokens per second")
-    ax.set_xticks([row["requests"] for row in rows])
+    label_ticks(ax.xaxis, [row["requests"] for row in rows if row["requests"] != 32])
     ax.set_xlim(0, 1.25 * rows[-1]["requests"])
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_formatter("{x:,.0f}")
@@ -189,17 +220,79 @@ def draw_waterfall(ax: Axes, record: Result) -> None:
     if not rows:
         return say_nothing_yet(ax)
     most = max(row["requests"] for row in rows)
-    bars, before = [], None
+    bars, before = [], rows[0]
     for row in rows:
         speed = row["tokens_per_second"]
         text = f"{speed:,.0f}"
-        if before is not None:
-            text += f", {speed / before:.{1 if speed / before >= 2 else 2}f} times"
-        few = row["requests"] < most
-        if few:
-            text += f" (first {row['requests']} of {most} requests)"
+        if row is not before and row["requests"] == before["requests"]:
+            text += f", {speed / before['tokens_per_second']:.2f} times"
+        text += name_part(row, most)
         speeds = [start["tokens_per_second"] for start in row["starts"]]
-        look = SLOW if few else US
+        look = SLOW if row["requests"] < most else US
         bars.append((row["rung"], look, row | {"speeds": speeds, "text": text}))
-        before = speed
+        before = row
     draw_bars(ax, bars)
+    ratio = rows[-1]["tokens_per_second"] / rows[0]["tokens_per_second"]
+    ax.set_title(f"{ratio:,.0f} times the tokens of the naive engine")
+
+
+def list_throughput(record: Result) -> list[str]:
+    """The section `throughput` in lines of text, with every start of vLLM."""
+    made, starts = latest(record, "throughput"), record["sections"].get("vllm", [])
+    if not made:
+        return [NOTHING_YET]
+    ours, lines = made["folo_lib"], list[str]()
+    engines = [("folo_lib", ours)]
+    engines += [(f"vLLM, start {i}", start) for i, start in enumerate(starts, 1)]
+    for name, engine in engines:
+        one, row = engine["one"], engine["mixed"]
+        speed = f"{row['tokens_per_second']:,.0f} tokens/s (spread {row['spread']:.0%})"
+        alone = (
+            f"{one['ttft_ms']:.1f} ms to the first token, then {one['tpot_ms']:.2f} ms"
+        )
+        lines.append(f"{name}: mixed {speed}; one alone {alone} each")
+    for row in made["huggingface"]["rows"]:
+        speed = f"{row['tokens_per_second']:,.0f} tokens/s"
+        lines.append(f"Hugging Face, {row['system']}: {speed}")
+    for row in [*ours["equal"], ours["mixed"]]:
+        is_mixed = row is ours["mixed"]
+        theirs = best_start(starts, None if is_mixed else row["requests"])
+        parts = [f"{row['tokens_per_second']:7,.0f} tokens/s"]
+        parts.append(f"{row['share_of_floor']:.0%} of what memory allows")
+        if theirs:
+            ratio = row["tokens_per_second"] / theirs["tokens_per_second"]
+            parts.append(f"{ratio:.2f} times vLLM")
+        kind = "mixed" if is_mixed else "equal"
+        lines.append(f"{row['requests']:4} {kind} requests: {', '.join(parts)}")
+    if memory := ours["memory"]:
+        beyond = memory["beyond"]["allocated"] / 2**20
+        lines.append(f"memory beyond weights and cache: {beyond:,.0f} MiB")
+    return lines
+
+
+def list_waterfall(record: Result) -> list[str]:
+    """What the section `waterfall` left out, and why."""
+    left_out = latest(record, "waterfall").get("left_out", {})
+    return [f"{name} was left out: {reason}" for name, reason in left_out.items()]
+
+
+def list_latency(record: Result) -> list[str]:
+    """The section `latency` in lines of text."""
+    made = latest(record, "latency")
+    if not made:
+        return [NOTHING_YET]
+    lines = [
+        f"after {row['prompt_tokens']:5,} tokens: {1e3 * row['tpot']['median']:.2f} ms "
+        "per token"
+        for row in made["context"]
+    ]
+    gaps = made["gaps"]
+    before, after = (1e3 * gaps[name]["median"] for name in ("before", "after"))
+    lines.append(
+        f"longest gap of {gaps['running']} requests: {before:.1f} ms, and {after:.1f} ms "
+        f"when a prompt of {gaps['long_prompt']:,} tokens arrives"
+    )
+    for row in made["starts"]:
+        seconds = f"{row['first_token_seconds']:.1f} s to the first token"
+        lines.append(f"compile cache {row['compile_cache']}: {seconds}")
+    return lines
