@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -233,6 +234,12 @@ class Bench:
         sizes = self.sizes
         length = sizes.prompt_tokens + max(sizes.ladder_tokens, sizes.output_tokens)
         return make_rungs(self.folder, self.device, self.dtype, length)
+
+    def free_memory(self) -> None:
+        """Gives back what nobody holds: a new cache takes what the device says is free."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def check(self, systems: Sequence[System], num_tokens: int) -> Result:
         """What the tokens of the systems were compared with, and how it went."""

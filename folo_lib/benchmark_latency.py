@@ -138,5 +138,7 @@ def run_latency(bench: Bench) -> Result:
     sizes = bench.sizes.latency
     context = run_context(bench, sizes)
     bench.__dict__.pop("ours", None)  # its cache is memory that the next one needs
+    bench.free_memory()
     gaps = run_gaps(bench, sizes)
+    bench.free_memory()
     return {"context": context, "gaps": gaps, "starts": run_starts(bench, sizes)}

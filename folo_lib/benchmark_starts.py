@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -36,6 +37,8 @@ from folo_lib.checkpoint import DTYPES, load_model, read_config
 from folo_lib.engine import LLMEngine
 from folo_lib.kv_cache import kv_bytes_per_token
 from folo_lib.sampling_params import SamplingParams
+
+MAX_SECONDS = 300  # of a process, with the waiting for its turn
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,9 @@ class Started:
         self.process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=errors, text=True, env=environment
         )
+        self.timer = threading.Timer(MAX_SECONDS, self.process.kill)
+        self.timer.daemon = True
+        self.timer.start()
 
     def read(self) -> Result:
         """The next line of JSON, others are passed over; or how the process ended."""
@@ -238,6 +244,7 @@ def started(tasks: Sequence[Task]) -> Iterator[list[Started]]:
             yield processes
         finally:
             for one in processes:
+                one.timer.cancel()
                 one.process.kill()
                 one.process.wait()
                 for pipe in (one.process.stdin, one.process.stdout):

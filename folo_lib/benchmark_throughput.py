@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import statistics
 import time
@@ -142,9 +141,8 @@ def run_ours(bench: Bench, **options: Any) -> Result:
     print(f"tokens: {tokens}", flush=True)
     bench.__dict__.pop("exact", None)  # so that the peak is the engine's own
     on_gpu = bench.device.type == "cuda"
+    bench.free_memory()
     if on_gpu:
-        gc.collect()
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     made = measure_throughput(clocked(engine, bench.device), sizes, vocab_size)
     memory = measure_peak(engine, bench.model) if on_gpu else None
@@ -253,9 +251,7 @@ def run_throughput(bench: Bench) -> Result:
     for row in ours["equal"]:
         equal = make_equal(sizes, vocab_size, row["requests"], sizes.output_tokens)
         add_floor(bench, row, equal, bandwidth)
-    gc.collect()
-    if bench.device.type == "cuda":
-        torch.cuda.empty_cache()
+    bench.free_memory()
     theirs = run_theirs(bench)
     return {
         "bandwidth": {"median": bandwidth, "values": speeds},

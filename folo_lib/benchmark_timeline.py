@@ -29,7 +29,7 @@ from folo_lib.sampling_params import SamplingParams
 
 PHASES = ("schedule", "launch", "read", "update")
 DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # in a trace of the profiler
-MAX_GAP, MAX_INTERVALS = 1.0, 600
+MAX_GAP, MAX_INTERVALS = 1.0, 1500
 
 DECODE = {
     (False, False): "eager",
@@ -328,7 +328,5 @@ def run_timeline(bench: Bench) -> Result:
             print(f"left out: {error}", flush=True)
             continue
         settings[name] = {"options": dict(options), "rows": rows}
-        gc.collect()
-        if bench.device.type == "cuda":
-            torch.cuda.empty_cache()
+        bench.free_memory()
     return {"settings": settings, "left_out": left_out}

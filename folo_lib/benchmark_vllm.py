@@ -13,6 +13,8 @@ import argparse
 import importlib
 import json
 import platform
+import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
@@ -79,6 +81,15 @@ def start(options: Result) -> Clocked:
     return run
 
 
+def get_device_name() -> str:
+    """The GPU's name, or the processor's; CUDA is left for vLLM's processes to start."""
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    if shutil.which(query[0]) is None:
+        return platform.processor()
+    done = subprocess.run(query, capture_output=True, text=True)
+    return done.stdout.splitlines()[0].strip()
+
+
 def read_record(path: Path, device: str) -> Result:
     """The benchmark's file, to which vLLM's result is added.
 
@@ -137,8 +148,6 @@ def measure(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """`python -m folo_lib.benchmark_vllm`; see `--help`."""
-    import torch
-
     parser = argparse.ArgumentParser(
         prog="python -m folo_lib.benchmark_vllm",
         description="Measure vLLM on the workloads of folo_lib.benchmark.",
@@ -147,9 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--out", type=Path, required=True, metavar="FILE.json", help="to be added to")
     add("--model", type=Path, help="a folder; default: random weights, as Qwen3-0.6B's")
     args = parser.parse_args(argv)
-    on_gpu = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if on_gpu else platform.processor()
-    record = read_record(args.out, device)
+    record = read_record(args.out, get_device_name())
     sizes = ThroughputSizes(**record["setup"]["sizes"]["throughput"])
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.model or Path(scratch)

@@ -9,6 +9,7 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -455,7 +456,7 @@ class TestStarts:
 
         class Fake:
             def __init__(self, task: starts.Task, errors: Any) -> None:
-                self.name = task.name
+                self.name, self.timer = task.name, threading.Timer(9, pytest.fail)
                 self.process = SimpleNamespace(
                     kill=lambda: log.append(f"kill {task.name}"),
                     wait=lambda: None, stdin=None, stdout=None,
@@ -501,6 +502,20 @@ class TestStarts:
         [made] = starts.run_tasks([task_of(tmp_path, "no such")], 1)
         assert "the process failed" in made["left_out"]
         assert "KeyError: 'no such'" in made["left_out"]
+
+    def test_a_process_that_hangs_is_ended(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        popen = subprocess.Popen
+        code = "import time; time.sleep(60)"
+
+        def run(command: list[str], **options: Any) -> Any:
+            return popen([sys.executable, "-c", code], **options)
+
+        monkeypatch.setattr(subprocess, "Popen", run)
+        monkeypatch.setattr(starts, "MAX_SECONDS", 0.5)
+        [made] = starts.run_tasks([task_of(tmp_path)], 1)
+        assert "the process failed" in made["left_out"]
 
     def test_a_task_comes_back_as_it_was(self, tmp_path: Path) -> None:
         task = task_of(tmp_path, options={"a": 1}, environment={"B": "2"})
