@@ -153,6 +153,7 @@ def test_waterfall(ax: Any, record: Result) -> None:
         "fast",
     ]
     assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first on top
+    assert ax.get_xlim()[0] == 0
 
 
 def test_captions_name_card_versions_and_date(record: Result) -> None:
