@@ -25,7 +25,7 @@ import torch
 
 from folo_lib.benchmark import BenchmarkError, Result, make_prompt, synchronize
 from folo_lib.benchmark_systems import recompute_all
-from folo_lib.benchmark_throughput import ask
+from folo_lib.benchmark_throughput import ask, check_runner
 from folo_lib.benchmark_workloads import (
     ThroughputSizes,
     Workload,
@@ -117,6 +117,7 @@ def prepare_engine(task: Task) -> Prepared:
     vocab_size = read_config(Path(task.folder)).vocab_size
     workload = make_mixed(task.sizes, vocab_size).first(task.num_requests)
     engine = make_engine(task, workload)
+    check_runner(engine, task.options.get("decode", "auto"))
     answers = ask(engine, task.get_few(vocab_size), 0)
     temperature, device = task.sizes.temperature, torch.device(task.device)
     ask(engine, workload.shortened(4), temperature)  # kernels compile when first used

@@ -123,6 +123,16 @@ def describe_engine(engine: LLMEngine, model: torch.nn.Module) -> Result:
     }
 
 
+def check_runner(engine: LLMEngine, decode: str) -> None:
+    """Raises a ValueError if steps run eagerly, and more than that was asked for.
+
+    An engine goes on with a warning then; a result under a wrong name would be worse.
+    """
+    runner = engine.executor.worker.runner
+    if decode not in ("auto", "eager") and not getattr(runner, "is_static", True):
+        raise ValueError(f"decode={decode!r} is not to be had here: steps run eagerly.")
+
+
 def run_ours(bench: Bench, **options: Any) -> Result:
     """All workloads on one engine of ours, whose tokens are checked first.
 

@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from folo_lib.benchmark import Result, make_prompt, synchronize
 from folo_lib.benchmark_bench import Bench, TimelineSizes
+from folo_lib.benchmark_throughput import check_runner
 from folo_lib.engine import Groups, Inbox, LLMEngine
 from folo_lib.sampling_params import SamplingParams
 
@@ -303,6 +304,7 @@ def measure_setting(bench: Bench, options: Mapping[str, Any]) -> list[Result]:
         use_tqdm=False,
         **options,
     )
+    check_runner(engine, options["decode"])
     rows = []
     for num_requests in sizes.batches:
         rows.append(measure_batch(bench, engine, num_requests, sizes))

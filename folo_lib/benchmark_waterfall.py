@@ -93,6 +93,7 @@ def run_waterfall(bench: Bench) -> Result:
     for (name, _), result in zip(tasks, results, strict=True):
         if "left_out" in result:  # it fits the device and not the model
             left_out[name] = result["left_out"]
+            print(f"{name:18} left out: {left_out[name]}", flush=True)
         else:
             starts[name].append(result)
     rows: list[Result] = []

@@ -35,6 +35,7 @@ from folo_lib.benchmark_bench import Bench, LatencySizes, Sizes, TimelineSizes
 from folo_lib.benchmark_sections import SECTIONS
 from folo_lib.benchmark_systems import write_random_checkpoint
 from folo_lib.benchmark_workloads import ThroughputSizes, Workload
+from folo_lib.config import MODEL_RUNNERS
 from folo_lib.engine import Inbox, LLMEngine
 from folo_lib.kv_cache import kv_bytes_per_token
 from folo_lib.sampling_params import SamplingParams
@@ -271,6 +272,21 @@ class TestThroughput:
         for _ in range(2):  # a block of 16 tokens that could be found again
             engines[0].generate([[7] * 17], params, use_tqdm=False)
         assert engines[0].stats().num_prefix_hits == 0
+
+    def test_steps_that_run_eagerly_have_no_other_name(self, bench: Bench) -> None:
+        engine = LLMEngine(bench.model, max_model_len=16)
+        throughput.check_runner(engine, "graph")
+        runner: Any = engine.executor.worker.runner
+        runner.is_static = False
+        throughput.check_runner(engine, "eager")
+        with pytest.raises(ValueError, match="decode='graph' is not to be had here"):
+            throughput.check_runner(engine, "graph")
+
+    @pytest.mark.parametrize("decode", sorted({*MODEL_RUNNERS} - {"eager"}))
+    def test_torchs_attention_has_no_graphs(self, bench: Bench, decode: str) -> None:
+        options = {"decode": decode, "attention_backend": "torch_sdpa"}
+        with pytest.raises(ValueError, match="steps run eagerly"):
+            timeline.measure_setting(bench, options)
 
     def test_peak_memory_beyond_weights_and_cache(
         self, bench: Bench, monkeypatch: pytest.MonkeyPatch
