@@ -171,8 +171,9 @@ class TestStore:
     @pytest.mark.parametrize("head_dim", [16, 24])
     @pytest.mark.parametrize("kv_heads", [1, 2, 5])
     def test_slices_of_wider_tensors(self, kv_heads: int, head_dim: int) -> None:
-        qkv = torch.randn(6, 3 * kv_heads, head_dim, device=DEVICE)
-        key, value = qkv[:, kv_heads : 2 * kv_heads], qkv[:, 2 * kv_heads :]
+        rotated = torch.randn(6, 2 * kv_heads, head_dim, device=DEVICE)
+        wide = torch.randn(6, 3 * kv_heads, head_dim + 8, device=DEVICE)
+        key, value = rotated[:, kv_heads:], wide[:, 2 * kv_heads :, :head_dim]
         slots = torch.tensor([5, 3, 2, 1, 9, 8], device=DEVICE)
         cache = torch.zeros(2, 5, kv_heads, 2, head_dim, device=DEVICE).transpose(2, 3)
         store_kv(key, value, cache[0], cache[1], slots)
