@@ -36,15 +36,16 @@ class TestWithoutTriton:
             importlib.util.find_spec = hidden
             import folo_lib.course.triton_setup as setup
             setup.prepare_triton()
+            shell.run_cell('''
             import triton, triton.language as tl
-
             @triton.jit
             def one(x, SIZE: tl.constexpr): ...
 
             @triton.jit(do_not_specialize=["x"])
             def two(x): ...
-
-            for kernel in (one, two):
+            ''').raise_error()
+            assert "triton" not in sys.modules  # nobody else takes it for the real one
+            for kernel in (shell.user_ns["one"], shell.user_ns["two"]):
                 try: kernel[(1,)](3)
                 except ImportError as error: print(error)
             shell.run_cell_magic("triton", "", "print('it ran')")
