@@ -6,6 +6,7 @@
 __all__ = [
     "PER_STEP",
     "DECODE",
+    "SMALL_DECODE",
     "PREFILL",
     "SMALL_PREFILL",
     "MAX_SPLITS",
@@ -23,6 +24,7 @@ __all__ = [
     "TileSizes",
     "count_multiprocessors",
     "choose_num_splits",
+    "choose_decode_sizes",
     "decode",
     "prefill_kernel",
     "prefill",
@@ -322,6 +324,8 @@ class TileSizes:
 
 
 DECODE = TileSizes(tile=128, num_warps=4, num_stages=2)
+SMALL_DECODE = TileSizes(tile=64, num_warps=2, num_stages=2)
+"""Of which more programs fit on a multiprocessor, see `choose_decode_sizes`."""
 PREFILL = TileSizes(tile=128, num_warps=8, num_stages=3, rows=128)
 SMALL_PREFILL = TileSizes(tile=32, num_warps=4, num_stages=2, rows=32)
 """For float32 and for more than 128 numbers per head, of which fewer rows fit."""
@@ -343,6 +347,15 @@ def choose_num_splits(num_seqs: int, num_kv_heads: int, device: torch.device) ->
     return max(1, min(MAX_SPLITS, wanted // (num_seqs * num_kv_heads)))
 
 
+def choose_decode_sizes(num_programs: int, device: torch.device) -> TileSizes:
+    """Small tiles where the large ones would need a second round, mostly idle.
+
+    Three programs with large tiles run on a multiprocessor at once.
+    """
+    per_processor = num_programs / count_multiprocessors(device)
+    return SMALL_DECODE if 3 < per_processor <= 8 else DECODE
+
+
 # %% ../notebooks/13_paged_attention.ipynb #decode
 def decode(
     query: Tensor,
@@ -362,7 +375,8 @@ def decode(
     parts = query.new_empty(*shape, head_dim, dtype=torch.float32)
     part_logs = query.new_empty(shape, dtype=torch.float32)
     dims = {"D": head_dim, "DIMS": max(16, triton.next_power_of_2(head_dim))}
-    chunks = {"BT": DECODE.tile, "MIN_CHUNK": DECODE.min_chunk}
+    sizes = choose_decode_sizes(num_seqs * num_kv_heads * num_splits, query.device)
+    chunks = {"BT": sizes.tile, "MIN_CHUNK": sizes.min_chunk}
     decode_kernel[(num_kv_heads, num_seqs, num_splits)](
         query,
         key_cache,
@@ -379,10 +393,10 @@ def decode(
         *key_cache.stride()[:3],
         num_splits,
         GROUP=group,
-        ROWS=max(DECODE.rows, triton.next_power_of_2(group)),
+        ROWS=max(sizes.rows, triton.next_power_of_2(group)),
         BLOCK_SIZE=key_cache.shape[1],
-        num_warps=DECODE.num_warps,
-        num_stages=DECODE.num_stages,
+        num_warps=sizes.num_warps,
+        num_stages=sizes.num_stages,
         **dims,
         **chunks,
     )

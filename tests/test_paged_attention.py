@@ -27,6 +27,7 @@ from folo_lib import paged_attention as module
 from folo_lib.paged_attention import (
     TileSizes,
     TritonBackend,
+    choose_decode_sizes,
     choose_num_splits,
     store_kv,
 )
@@ -47,7 +48,9 @@ def small_tiles(
 ) -> None:
     if "gpu" in request.keywords:
         return
-    monkeypatch.setattr(module, "DECODE", TileSizes(TILE, 4, 2, min_chunk=TILE))
+    tiles = TileSizes(TILE, 4, 2, min_chunk=TILE)
+    monkeypatch.setattr(module, "DECODE", tiles)
+    monkeypatch.setattr(module, "SMALL_DECODE", tiles)
     small = TileSizes(TILE, 4, 2, rows=16)
     monkeypatch.setattr(module, "PREFILL", small)
     monkeypatch.setattr(module, "SMALL_PREFILL", small)
@@ -241,7 +244,9 @@ class TestDecode:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """No part is written for them: parts are allocated full of NaN here."""
-        monkeypatch.setattr(module, "DECODE", TileSizes(TILE, 4, 2, min_chunk=48))
+        for name in ("DECODE", "SMALL_DECODE"):
+            tiles = TileSizes(TILE, 4, 2, min_chunk=48)
+            monkeypatch.setattr(module, name, tiles)
         monkeypatch.setattr(module, "choose_num_splits", lambda *_: 4)
         made_here: list[Tensor] = []
         new_empty = Tensor.new_empty
@@ -451,6 +456,15 @@ class TestLaunch:
                 needed = num_seqs * kv_heads
                 assert found == 1 or found * needed <= programs
                 assert found == module.MAX_SPLITS or (found + 1) * needed > programs
+
+    def test_tiles_are_small_where_large_ones_would_need_a_second_round(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        count, large = module.count_multiprocessors(DEVICE), module.DECODE
+        small = TileSizes(TILE, 2, 2)
+        monkeypatch.setattr(module, "SMALL_DECODE", small)
+        chosen = [choose_decode_sizes(n * count, DEVICE) for n in (1, 3, 4, 8, 9, 50)]
+        assert chosen == [large, large, small, small, large, large]
 
     def test_compiled(self) -> None:
         """The operator is taken whole, and its writes to the cache are kept."""
