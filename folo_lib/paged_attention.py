@@ -8,6 +8,7 @@ __all__ = [
     "DECODE",
     "SMALL_DECODE",
     "PREFILL",
+    "MEDIUM_PREFILL",
     "SMALL_PREFILL",
     "MAX_SPLITS",
     "library",
@@ -27,6 +28,7 @@ __all__ = [
     "choose_decode_sizes",
     "decode",
     "prefill_kernel",
+    "choose_prefill_sizes",
     "prefill",
     "paged_attention",
     "make_operator",
@@ -320,15 +322,16 @@ class TileSizes:
     num_warps: int
     num_stages: int
     rows: int = 16
-    min_chunk: int = 128
+    min_chunk: int = 256
 
 
 DECODE = TileSizes(tile=128, num_warps=4, num_stages=2)
 SMALL_DECODE = TileSizes(tile=64, num_warps=2, num_stages=2)
 """Of which more programs fit on a multiprocessor, see `choose_decode_sizes`."""
 PREFILL = TileSizes(tile=128, num_warps=8, num_stages=3, rows=128)
+MEDIUM_PREFILL = TileSizes(tile=64, num_warps=4, num_stages=2, rows=64)
 SMALL_PREFILL = TileSizes(tile=32, num_warps=4, num_stages=2, rows=32)
-"""For float32 and for more than 128 numbers per head, of which fewer rows fit."""
+"""See `choose_prefill_sizes`."""
 MAX_SPLITS = 64
 
 
@@ -493,6 +496,20 @@ def prefill_kernel(
 
 
 # %% ../notebooks/13_paged_attention.ipynb #prefill-launch
+@cache
+def choose_prefill_sizes(
+    dtype: torch.dtype, head_dim: int, device: torch.device
+) -> TileSizes:
+    """What fits into the registers and the shared memory of a multiprocessor."""
+    if dtype == torch.float32 or head_dim > 128:
+        return SMALL_PREFILL
+    if device.type != "cuda":
+        return MEDIUM_PREFILL
+    properties = torch.cuda.get_device_properties(device)
+    has_room = properties.shared_memory_per_multiprocessor > 200 * 1024
+    return PREFILL if has_room else MEDIUM_PREFILL
+
+
 def prefill(
     query: Tensor,
     key_cache: Tensor,
@@ -506,8 +523,7 @@ def prefill(
     """Writes into `output` the answers of the sequences that run several tokens."""
     (num_tokens, num_heads, head_dim), num_kv_heads = query.shape, key_cache.shape[2]
     group, dims = num_heads // num_kv_heads, triton.next_power_of_2(head_dim)
-    fits = query.dtype != torch.float32 and dims <= 128
-    sizes = PREFILL if fits else SMALL_PREFILL
+    sizes = choose_prefill_sizes(query.dtype, dims, query.device)
     rows = max(sizes.rows, triton.next_power_of_2(group))
     num_tiles = num_tokens // (rows // group) + len(seq_lens)
     prefill_kernel[(num_kv_heads, num_tiles)](

@@ -7,10 +7,12 @@ same tests run on it, and those marked `gpu` add every dtype and long contexts.
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,9 +53,8 @@ def small_tiles(
     tiles = TileSizes(TILE, 4, 2, min_chunk=TILE)
     monkeypatch.setattr(module, "DECODE", tiles)
     monkeypatch.setattr(module, "SMALL_DECODE", tiles)
-    small = TileSizes(TILE, 4, 2, rows=16)
-    monkeypatch.setattr(module, "PREFILL", small)
-    monkeypatch.setattr(module, "SMALL_PREFILL", small)
+    rows = TileSizes(TILE, 4, 2, rows=16)
+    monkeypatch.setattr(module, "choose_prefill_sizes", lambda *_: rows)
 
 
 @pytest.fixture
@@ -507,6 +508,22 @@ class TestBackend:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert "pip install triton" in done.stdout
         assert "torch_sdpa" in done.stdout
+
+
+@pytest.mark.more
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "room"), [(80, 163), (89, 99), (90, 227)])
+def test_compiles_for_a_card_that_is_not_there(capability: int, room: int) -> None:
+    """The interpreter lets pass what the compiler refuses; and each kernel must fit."""
+    script = Path(__file__).with_name("compile_kernels.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(script), str(capability)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 9
+    for name, shared in lines:
+        assert int(shared) <= 1024 * room, name
 
 
 def error(output: Tensor, exact: Tensor) -> float:
