@@ -9,7 +9,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -28,6 +27,7 @@ from folo_lib.benchmark import (
     synchronize,
 )
 from folo_lib.benchmark_bench import BatchSizes, Bench
+from folo_lib.benchmark_workloads import Workload
 from folo_lib.engine import Inbox, LLMEngine
 from folo_lib.kv_cache import kv_bytes_per_token
 from folo_lib.runner import InFlightStep, StepPlan
@@ -37,29 +37,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Answers = list[list[int]]
-
-
-@dataclass(frozen=True)
-class Workload:
-    """Prompts, and how many tokens each is answered with.
-
-    Attributes:
-        prompts: of random ids.
-        lengths: of the answers; the end of a text is ignored.
-    """
-
-    prompts: list[list[int]]
-    lengths: list[int]
-
-    @property
-    def num_tokens(self) -> int:
-        """Of all answers: what a user gets, padding not counted."""
-        return sum(self.lengths)
-
-    @property
-    def max_model_len(self) -> int:
-        """The longest prompt with the longest answer."""
-        return max(map(len, self.prompts)) + max(self.lengths)
 
 
 def make_workload(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ from folo_lib.benchmark import (
     measure,
 )
 from folo_lib.benchmark_systems import make_rungs, start_peers
+from folo_lib.benchmark_workloads import ThroughputSizes
 from folo_lib.checkpoint import load_model, read_config
 from folo_lib.qwen3 import Qwen3ForCausalLM
 
@@ -66,6 +68,47 @@ class BatchSizes:
 
 
 @dataclass(frozen=True)
+class TimelineSizes:
+    """How much the section `timeline` runs.
+
+    Attributes:
+        batches: numbers of requests that write at the same time.
+        traced: those of them of which a trace is kept.
+        prompt_tokens: of each request.
+        num_steps, num_traced: steps that are clocked, and steps of a trace.
+    """
+
+    batches: Sequence[int] = (1, 64, 256)
+    traced: Sequence[int] = (1, 64)
+    prompt_tokens: int = 128
+    num_steps: int = 20
+    num_traced: int = 3
+
+
+@dataclass(frozen=True)
+class LatencySizes:
+    """How much the section `latency` runs.
+
+    Attributes:
+        contexts: after which the time per token of one request is measured.
+        num_tokens: of the answer there.
+        running, prompt_tokens: requests that write when a long prompt arrives, and the
+            length of their own prompts.
+        long_prompt: its length.
+        num_steps: in which the longest gap is looked for before that.
+        num_runs: of the whole of it.
+    """
+
+    contexts: Sequence[int] = (128, 8192)
+    num_tokens: int = 32
+    running: int = 64
+    prompt_tokens: int = 128
+    long_prompt: int = 8192
+    num_steps: int = 50
+    num_runs: int = 5
+
+
+@dataclass(frozen=True)
 class Sizes:
     """How long the prompts and answers of each section are.
 
@@ -76,6 +119,11 @@ class Sizes:
         context_tokens, ladder_tokens: of the answers there, and of the rungs.
         bandwidth_bytes: read at a time, to find out how fast that goes.
         batch: of many requests at once; not cut, as it says what it needs.
+        throughput, timeline, latency: of the sections of those names; `waterfall` runs the
+            workload of the first.
+        starts: fresh processes for each of the fast rungs of the section `waterfall`.
+        together: how many of them get ready side by side; five with the cache that the mixed
+            requests need fill an H200.
     """
 
     prompt_tokens: int = 128
@@ -86,6 +134,11 @@ class Sizes:
     ladder_tokens: int = 64
     bandwidth_bytes: int = 2**32
     batch: BatchSizes = BatchSizes()
+    throughput: ThroughputSizes = field(default_factory=ThroughputSizes)
+    timeline: TimelineSizes = TimelineSizes()
+    latency: LatencySizes = LatencySizes()
+    starts: int = 5
+    together: int = 5
 
     def cut(self, max_model_len: int) -> Sizes:
         """Without what a model cannot hold."""
@@ -113,6 +166,29 @@ QUICK = Sizes(
     batch=BatchSizes(
         together=16, many=32, before=20, conversations=8, system_tokens=256, num_steps=4
     ),
+    throughput=ThroughputSizes(
+        num_requests=16,
+        shortest=10,
+        longest=60,
+        equal=(4, 8),
+        prompt_tokens=32,
+        output_tokens=32,
+        num_runs=2,
+        num_theirs=8,
+    ),
+    timeline=TimelineSizes(
+        batches=(1, 4, 8), traced=(1, 4), prompt_tokens=16, num_steps=5, num_traced=2
+    ),
+    latency=LatencySizes(
+        contexts=(128, 512),
+        running=4,
+        prompt_tokens=16,
+        long_prompt=3000,
+        num_steps=5,
+        num_runs=2,
+    ),
+    starts=2,
+    together=2,
 )
 
 
@@ -159,6 +235,12 @@ class Bench:
         sizes = self.sizes
         length = sizes.prompt_tokens + max(sizes.ladder_tokens, sizes.output_tokens)
         return make_rungs(self.folder, self.device, self.dtype, length)
+
+    def free_memory(self) -> None:
+        """Gives back what nobody holds: a new cache takes what the device says is free."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def check(self, systems: Sequence[System], num_tokens: int) -> Result:
         """What the tokens of the systems were compared with, and how it went."""

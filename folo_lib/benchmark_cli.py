@@ -43,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--quick on a CPU takes the bundled checkpoint.",
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="fewer and shorter runs: about a minute")
+    add("--quick", action="store_true", help="fewer, shorter runs: a minute a section")
     add("--out", type=Path, metavar="FILE.json", help="record here, and go on from it")
     add(
         "--sections",
@@ -103,6 +103,7 @@ def run_section(bench: Bench, name: str, command: str) -> Result:
     date = datetime.now(UTC).isoformat(timespec="seconds")
     result = SECTIONS[name](bench)
     seconds = round(time.perf_counter() - start, 1)
+    bench.free_memory()
     print(f"== {name}: {seconds} s\n", flush=True)
     return {"date": date, "command": command, "seconds": seconds, **result}
 

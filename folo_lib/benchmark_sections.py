@@ -27,6 +27,10 @@ from folo_lib.benchmark import (
 )
 from folo_lib.benchmark_batch import run_batch
 from folo_lib.benchmark_bench import Bench
+from folo_lib.benchmark_latency import run_latency
+from folo_lib.benchmark_throughput import run_throughput
+from folo_lib.benchmark_timeline import run_timeline
+from folo_lib.benchmark_waterfall import run_waterfall
 from folo_lib.checkpoint import DTYPES, read_config
 from folo_lib.sampling_params import SamplingParams
 
@@ -222,4 +226,8 @@ SECTIONS: Mapping[str, Callable[[Bench], Result]] = {
     "profile": run_profile,
     "roofline": run_roofline,
     "batch": run_batch,
+    "throughput": run_throughput,
+    "waterfall": run_waterfall,
+    "timeline": run_timeline,
+    "latency": run_latency,
 }

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from folo_lib import bundled_model_path
 from folo_lib.benchmark import FoloLib, Run, System
+from folo_lib.benchmark_workloads import QWEN3_0_6B as QWEN3_0_6B
 from folo_lib.checkpoint import DTYPES, load_model
 from folo_lib.kv_cache import (
     AttentionMetadata,
@@ -23,20 +24,6 @@ from folo_lib.kv_cache import (
     reshape_and_cache_kv,
 )
 from folo_lib.qwen3 import Attention, Qwen3ForCausalLM
-
-QWEN3_0_6B: Mapping[str, Any] = {
-    "vocab_size": 151_936,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 40_960,
-    "tie_word_embeddings": True,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-    "dtype": "bfloat16",
-}
 
 
 def write_random_checkpoint(

@@ -127,7 +127,7 @@ class PagedKVCacheManager:
     Attributes:
         pool: who needs which block.
         pending: the block of a hash, for those that the step being made up will fill.
-        num_named: how many blocks of a request have got their hash, of those that have any.
+        num_named: how many blocks have got their hash, of requests that have blocks.
     """
 
     def __init__(

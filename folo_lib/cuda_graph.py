@@ -24,7 +24,7 @@ from .runner import (
     lay_end_to_end,
     make_input_batch,
 )
-from .sampler import SamplingMetadata, apply_filters, draw_tokens, make_jumps, move
+from .sampler import SamplingMetadata, apply_filters, gumbel_noise, make_jumps, move
 
 logger = logging.getLogger(__name__)
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -116,11 +116,18 @@ def draw_rows(
         jumps: of `make_jumps`.
         is_random: False: the likeliest for all.
     """
-    metadata = SamplingMetadata(ints[rows, 0], ints[rows, 1], positions, rows)
+    seeds, sample_indices, scores = ints[rows, 0], ints[rows, 1], logits
     if is_random:
-        metadata.temperature = floats[rows, 0].float()
-        logits = apply_filters(logits, metadata)
-    return draw_tokens(logits, metadata, jumps)
+        temperature, size = floats[rows, 0].float(), logits.shape[-1]
+        sampling = SamplingMetadata(seeds, sample_indices, positions, rows, temperature)
+        noise = gumbel_noise(seeds, sample_indices, positions, size, jumps)
+        is_drawn = temperature.sign()[:, None]  # [B, 1], 0 or 1
+        scores = torch.addcmul(apply_filters(logits, sampling), noise, is_drawn)
+    # Page 07 takes the maximum and its place. A compiler makes two passes of that; the
+    # place alone takes one, and a logit that is not finite has its place there too.
+    token_ids = scores.argmax(dim=-1)
+    best = logits.gather(-1, token_ids[:, None]).squeeze(-1)
+    return token_ids.masked_fill(best - best != 0, -1)
 
 
 # --- sizes
@@ -337,7 +344,9 @@ def can_compile(weight: Tensor) -> bool:
 def choose_wrap(weight: Tensor, compiles: bool) -> Callable[[Function], Function]:
     """What compiles a function, if that is wanted and possible, or leaves it."""
     if compiles and can_compile(weight):
-        return partial(torch.compile, dynamic=True)  # for any number of tokens
+        # For any number of tokens. Without the patterns the residual is not added in the
+        # matrix product, which is slow at that, but in the norm after it.
+        return partial(torch.compile, dynamic=True, options={"pattern_matcher": False})
     if compiles and weight.is_cuda:
         needs = "Triton, a C compiler, and for bfloat16 compute capability 8"
         logger.warning("Layers are not compiled: that needs %s.", needs)

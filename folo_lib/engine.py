@@ -242,8 +242,8 @@ class RequestTable:
     Attributes:
         unfinished: by sample id.
         groups: the samples of each prompt, and who waits for them, by request id.
-        in_flight: the steps that are not read yet, each with its requests and, for each
-            of these, the place of the token that the step draws for it.
+        in_flight: the steps that are not read yet, each with its requests, and with
+            how often each of them had started by then.
     """
 
     def __init__(self, scheduler: Scheduler, num_ahead: int = 0) -> None:
@@ -338,7 +338,7 @@ NOT_FINITE = (
 
 def take_outputs(
     table: RequestTable,
-    places: Mapping[Request, int],
+    starts: Mapping[Request, int],
     output: StepOutput,
     executor: GPUExecutor,
 ) -> None:
@@ -346,30 +346,29 @@ def take_outputs(
 
     Args:
         table: tells the callers.
-        places: the requests, and the place of the token that each of them draws.
+        starts: the requests, and how often each had started when the step began. Who
+            has started again since then draws the same token again.
         output: of the step.
         executor: which ran it.
     """
     now = time.perf_counter()
-    for request, place in places.items():
+    for request, num_starts in starts.items():
         if request.status.is_finished:
             continue  # nobody foresaw it: what the step drew after the end is dropped
         try:
             if scores := output.prompt_logprobs.get(request.sample_id):
                 request.take_prompt_logprobs(*scores)
             token = output.tokens.get(request.sample_id)
-            if token is not None and place == request.num_tokens:
+            if token is not None and request.num_starts == num_starts:
                 if token.token_id < 0:
                     raise FloatingPointError(NOT_FINITE.format(executor.dtype))
                 request.append_token(token, now)
         except Exception as error:
             fail(request, error)
+        _, inbox = table.groups[request.request_id]
         if request.status.is_finished:
             request.metrics.peak_memory = executor.get_peak_memory()
-        if (
-            request.status.is_finished
-            or table.groups[request.request_id][1].every_token
-        ):
+        if request.status.is_finished or inbox.every_token:
             table.update(request)
 
 
@@ -380,21 +379,21 @@ def run_step(executor: GPUExecutor, table: RequestTable) -> None:
     Raises:
         BaseException: of Ctrl-C, and of a scheduler that fails; the requests go on.
     """
-    places: dict[Request, int] = {}
+    starts: dict[Request, int] = {}
     try:
         plan = table.scheduler.schedule()
         requests = [table.unfinished[one.request_id] for one in plan.scheduled]
-        places = {request: request.num_computed_tokens for request in requests}
+        starts = {request: request.num_starts for request in requests}
         step = executor.launch(plan)  # an empty one too: it names those that ended
-        if places:
-            table.in_flight.append((step, places))
-        if len(table.in_flight) > (table.num_ahead if places else 0):
-            step, places = table.in_flight.popleft()
-            take_outputs(table, places, step.read(), executor)
+        if starts:
+            table.in_flight.append((step, starts))
+        if len(table.in_flight) > (table.num_ahead if starts else 0):
+            step, starts = table.in_flight.popleft()
+            take_outputs(table, starts, step.read(), executor)
     except BaseException as error:
         executor.reset()
-        table.restart(places, error)
-        if not places or not isinstance(error, Exception):
+        table.restart(starts, error)
+        if not starts or not isinstance(error, Exception):
             raise
 
 

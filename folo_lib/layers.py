@@ -58,8 +58,8 @@ class RMSNorm(nn.Module):
     def normalize(self, x: Tensor) -> Tensor:
         """`x` divided by the root mean square of its last dimension, not yet scaled."""
         x32 = x.float()  # squares overflow in float16 and lose their tail in bfloat16
-        mean_square = x32.pow(2).mean(dim=-1, keepdim=True)  # [..., 1]
-        return (x32 * mean_square.add_(self.eps).rsqrt_()).to(x.dtype)
+        mean_square = (x32 * x32).mean(-1, keepdim=True)  # [..., 1]
+        return (x32 * mean_square.add_(self.eps).rsqrt_()).type_as(x)
 
 
 # %% ../notebooks/03_layers.ipynb #silu-and-mul

@@ -131,14 +131,14 @@ class Attention(nn.Module):
         qkv = self.qkv_proj(hidden_states)
         qkv = qkv.unflatten(-1, (-1, self.head_dim))  # [..., H + 2 * H_kv, D]
         num_heads, num_kv_heads, _ = self.heads
-        query_key, value = qkv[..., :-num_kv_heads, :], qkv[..., -num_kv_heads:, :]
+        query_key, value = qkv.tensor_split([num_heads + num_kv_heads], dim=-2)
         q_norm, k_norm = self.q_norm, self.k_norm
         if q_norm is not None and k_norm is not None:
             # One root mean square per head, whosever it is; only the weights differ.
             weights = (q_norm.weight,) * num_heads + (k_norm.weight,) * num_kv_heads
             query_key = torch.stack(weights) * q_norm.normalize(query_key)
         rotated = apply_rotary_emb(query_key, cos, sin)  # [..., H + H_kv, D]
-        query, key = rotated[..., :num_heads, :], rotated[..., num_heads:, :]
+        query, key = rotated.tensor_split([num_heads], dim=-2)
         if kv_cache is not None and metadata is not None:
             output = self.backend.forward(query, key, value, kv_cache, metadata)
         else:  # [..., S, H, D] -> [..., H, S, D] and back
@@ -301,7 +301,7 @@ class Qwen3Model(nn.Module):
             limit = self.rotary_emb.max_position_embeddings
             positions = default_positions(input_ids, limit)
         hidden_states, residual = self.embed_tokens(input_ids), None
-        cos, sin = self.rotary_emb(positions, hidden_states.dtype)  # [..., D / 2]
+        cos, sin = self.rotary_emb(positions, hidden_states.dtype)  # [..., 1, D]
         for i, layer in enumerate(self.layers):
             kv_cache = None if kv_caches is None else kv_caches[i]
             hidden_states, residual = layer(

@@ -440,6 +440,7 @@ class Request(RequestProgress):
         detokenizer: None: no text is made.
         prompt_logprobs: of the prompt's second token and of those after it, as far as
             they have run; empty unless asked for.
+        num_starts: how often it was put on the device, the returns included.
     """
 
     detokenizer: IncrementalDetokenizer | None = None
@@ -450,6 +451,7 @@ class Request(RequestProgress):
     prompt_logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     stop_reason: int | str | None = None
     error: str | None = None
+    num_starts: int = 0
 
     @property
     def text(self) -> str:
@@ -458,7 +460,7 @@ class Request(RequestProgress):
 
     def start(self, now: float | None = None) -> None:
         """It goes on the device, for the first time or again."""
-        self.status = RequestStatus.RUNNING
+        self.status, self.num_starts = RequestStatus.RUNNING, self.num_starts + 1
         if self.metrics.first_scheduled_time is None:
             now = time.perf_counter() if now is None else now
             self.metrics.first_scheduled_time = now

@@ -59,7 +59,7 @@ def compute_inv_freq(head_dim: int, rope_theta: float) -> Tensor:
 def compute_cos_sin(
     positions: Tensor, inv_freq: Tensor, attention_factor: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every pair's angle at every position.
+    """What `apply_rotary_emb` multiplies by, at every position.
 
     Args:
         positions: `[...]`.
@@ -67,10 +67,13 @@ def compute_cos_sin(
         attention_factor: multiplies both (section 5).
 
     Returns:
-        cos and sin, each `[..., D/2]`; float32 for integer positions.
+        cos and sin, each `[..., 1, D]`; the 1 stands for the heads, which turn alike.
+        Their halves are equal, but for a minus in the first half of sin. float32 for
+        integer positions.
     """
-    angles = positions[..., None] * inv_freq  # [..., 1] * [D/2] -> [..., D/2]
-    return angles.cos() * attention_factor, angles.sin() * attention_factor
+    angles = positions[..., None, None] * inv_freq  # [..., 1, D/2]
+    cos, sin = angles.cos() * attention_factor, angles.sin() * attention_factor
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 # %% ../notebooks/02_rope.ipynb #apply-rotary-emb
@@ -79,17 +82,16 @@ def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: `[..., H, D]`, queries or keys; in Qwen3 after their norm.
-        cos: `[..., D/2]`, one row per token, the same for all its heads.
-        sin: like `cos`.
+        cos: `[..., 1, D]`, one row per token, the same for all its heads.
+        sin: like `cos`, with a minus in the first half; see `compute_cos_sin`.
 
     Returns:
         `[..., H, D]`.
 
     Source: RoFormer, arXiv 2104.09864, equation 34, in GPT-NeoX's half-split layout.
     """
-    cos, sin = cos[..., None, :], sin[..., None, :]  # [..., D/2] -> [..., 1, D/2]
-    x1, x2 = x.chunk(2, dim=-1)  # two of [..., H, D/2]
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+    partners = x.roll(x.shape[-1] // 2, -1)  # the two halves change places
+    return x * cos + partners * sin
 
 
 # %% ../notebooks/02_rope.ipynb #compute-yarn-inv-freq
@@ -252,7 +254,7 @@ class RotaryEmbedding(nn.Module):
 
     Attributes:
         max_position_embeddings: `P`, the `longest_context`.
-        cos, sin: `[P, D/2]`, computed in float32, then in the dtype of the model.
+        cos, sin: `[P, 1, D]`, computed in float32, then in the dtype of the model.
 
     Raises:
         ValueError: where `compute_rope` does, or for a number of positions out of
@@ -275,7 +277,7 @@ class RotaryEmbedding(nn.Module):
         num_positions = longest_context(max_position_embeddings, rope_parameters)
         self.max_position_embeddings = num_positions
         for name in ("cos", "sin"):
-            table = torch.empty(num_positions, head_dim // 2).float()
+            table = torch.empty(num_positions, 1, head_dim).float()
             self.register_buffer(name, table, persistent=False)
         self.reset_parameters()
 
@@ -291,5 +293,5 @@ class RotaryEmbedding(nn.Module):
     def forward(
         self, positions: Tensor, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
-        """Cos and sin `[..., D/2]`, in `dtype`, of integer `positions` `[...]`."""
+        """Cos and sin `[..., 1, D]`, in `dtype`, of integer `positions` `[...]`."""
         return self.cos[positions].to(dtype), self.sin[positions].to(dtype)

@@ -784,16 +784,14 @@ def apply_filters(logits: Tensor, metadata: SamplingMetadata) -> Tensor:
     return logits
 
 
-def draw_tokens(
-    logits: Tensor, metadata: SamplingMetadata, jumps: Tensor | None = None
-) -> Tensor:
+def draw_tokens(logits: Tensor, metadata: SamplingMetadata) -> Tensor:
     """`[B]`: drawn from the softmax, or the likeliest where temperature is 0.
 
     -1 where the best is not finite: a NaN came in, or nothing is left to draw.
     """
     m, size = metadata, logits.shape[-1]
     if m.temperature is not None:
-        noise = gumbel_noise(m.seeds, m.sample_indices, m.positions, size, jumps)
+        noise = gumbel_noise(m.seeds, m.sample_indices, m.positions, size)
         is_random = m.temperature.sign()[:, None]  # [B, 1], 0 or 1
         logits = torch.addcmul(logits, noise, is_random)
     best, token_ids = logits.max(dim=-1)

@@ -352,18 +352,20 @@ def check_integrity(engine: LLMEngine) -> None:
     assert sorted(id(r) for r in [*scheduler.running, *scheduler.waiting]) == sorted(
         map(id, requests)
     ), "each unfinished request waits or runs, once"
-    num_in_flight = Counter(
-        request
-        for _, places in table.in_flight
-        for request, place in places.items()
-        if place >= request.num_tokens
-    )
+    num_in_flight: Counter[Request] = Counter()
+    for step, starts in table.in_flight:
+        drawing = {state.request.request_id for state in step.drawing}
+        for request, num_starts in starts.items():
+            is_current = request.num_starts == num_starts
+            num_in_flight[request] += is_current and request.sample_id in drawing
     assert len(table.in_flight) <= table.num_ahead
     assert table.unfinished or not table.in_flight, "of nobody"
     for request in scheduler.running:
         assert request.status is RequestStatus.RUNNING
         end = request.num_tokens + num_in_flight[request]
         assert 0 < request.num_computed_tokens < end
+        left = end - (end == len(request.prompt_token_ids) + request.max_tokens)
+        assert request.num_uncomputed_tokens == left - request.num_computed_tokens
         most = len(request.prompt_token_ids) + request.max_tokens - 1
         assert request.num_computed_tokens <= most, "a token runs that is the last"
         held = len(request.block_ids) * scheduler.block_size

@@ -291,6 +291,37 @@ class TestManager:
         manager.publish()
         assert found(manager, range(12)) == 8
 
+    def test_a_block_gets_its_name_when_its_tokens_are_known(self) -> None:
+        """The host may be a step ahead: what runs is drawn and not read yet."""
+        manager = PagedKVCacheManager(8, 4)
+        request = make_request(range(7))
+        start(manager, request)
+        manager.publish()
+        assert manager.allocate_slots(request, 1) is not None  # token 7, unread
+        request.num_computed_tokens += 1
+        manager.publish()
+        assert len(manager.pool.block_hashes) == 1
+        request.output_token_ids.append(7)  # read, while the next one is launched
+        assert manager.allocate_slots(request, 1) is not None
+        assert found(manager, range(9)) == 8  # at once: a step before this wrote it
+        request.num_computed_tokens += 1
+        manager.publish()
+        manager.check_integrity([request])
+
+    @pytest.mark.parametrize("num_known", range(5, 10))
+    def test_the_end_names_what_is_known_and_has_run(self, num_known: int) -> None:
+        """Nobody asked for room since then: the last block had enough."""
+        manager = PagedKVCacheManager(8, 4)
+        request = make_request(range(5))
+        start(manager, request)
+        manager.publish()
+        request.num_computed_tokens = 8
+        request.output_token_ids = [*range(5, num_known)]
+        finish(manager, request)
+        assert found(manager, range(9)) == min(num_known, 8) // 4 * 4
+        assert not manager.num_named
+        manager.check_integrity([])
+
     def test_blocks_come_when_they_are_needed(self) -> None:
         manager = PagedKVCacheManager(8, 4)
         request = make_request(range(4))

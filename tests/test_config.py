@@ -73,6 +73,8 @@ class TestValues:
             {"max_num_batched_tokens": True},
             {"enable_prefix_caching": 1},
             {"enable_prefix_caching": None},
+            {"async_scheduling": 1},
+            {"async_scheduling": "auto"},
             {"seed": None},
             {"seed": 1.5},
             {"enforce_eager": 1},
@@ -100,6 +102,11 @@ class TestValues:
         assert (config.max_model_len, config.seed) == (7, 2**64 - 1)
         assert type(config.max_num_seqs) is int
         assert type(config.max_model_len) is int
+
+    def test_the_host_runs_ahead_of_a_gpu_unless_told_otherwise(self) -> None:
+        for told, ahead in ((None, (0, 1)), (False, (0, 0)), (True, (1, 1))):
+            config = EngineConfig(device="cpu", async_scheduling=told)
+            assert (config.get_num_ahead(CPU), config.get_num_ahead(CUDA)) == ahead
 
     def test_is_frozen(self) -> None:
         with pytest.raises(dataclasses.FrozenInstanceError):

@@ -26,7 +26,7 @@ from transformers import (
 
 from folo_lib import LLMEngine, SamplingParams, bundled_model_path, load_model
 from folo_lib.config import EngineConfig
-from folo_lib.engine import FCFSScheduler, describe_request
+from folo_lib.engine import FCFSScheduler, Inbox, RequestTable, describe_request
 from folo_lib.inputs import get_eos_token_ids, load_generation_config
 from folo_lib.request import (
     CompletionOutput,
@@ -68,6 +68,14 @@ def fcfs() -> LLMEngine:
 @pytest.fixture(scope="module")
 def hugging_face() -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(FOLDER, dtype="float32").eval()
+
+
+def make(**options: Any) -> LLMEngine:
+    """The bundled model on a CPU."""
+    return LLMEngine(FOLDER, device="cpu", use_tqdm=False, **options)
+
+
+run_ahead = pytest.mark.parametrize("run_ahead", [False, True])
 
 
 def assert_idle(engine: LLMEngine) -> None:
@@ -795,18 +803,22 @@ class TestBadDays:
         assert_idle(fcfs)
         assert ids_of(fcfs, PROMPTS, LIVELY) == right
 
-    @pytest.mark.parametrize("scheduler", ["fcfs", "continuous"])
+    @pytest.mark.parametrize(
+        ("scheduler", "run_ahead"),
+        [("fcfs", False), ("continuous", False), ("continuous", True)],
+    )
     @pytest.mark.parametrize("place", [*PLACES, *UPDATES])
     @pytest.mark.parametrize("call", [1, 4, 8])
     def test_ctrl_c_leaves_the_requests_of_others_unchanged(
         self,
         monkeypatch: pytest.MonkeyPatch,
         scheduler: str,
+        run_ahead: bool,
         place: str,
         call: int,
     ) -> None:
         """Wherever it falls, in whosever step: same tokens, text, log-probabilities."""
-        engine = LLMEngine(FOLDER, device="cpu", scheduler=scheduler, use_tqdm=False)
+        engine = make(scheduler=scheduler, async_scheduling=run_ahead)
         [alone] = run(engine, PROMPTS[0], LISTENING)
         engine.add_request(PROMPTS[0], LISTENING, "mine")
         where = (PLACES | UPDATES)[place](engine)
@@ -905,6 +917,38 @@ class TestBadDays:
         assert len(output.outputs[0].token_ids) == 1
         assert not caplog.records  # and it is no error
 
+    def test_who_is_aborted_between_launch_and_read_gets_no_token(self) -> None:
+        engine = make(async_scheduling=True)
+        for name, prompt in zip("ab", PROMPTS, strict=False):
+            engine.add_request(prompt, LIVELY, name)
+        for _ in range(3):
+            engine.step()
+        engine.abort_request("a")
+        [output] = engine.step()
+        assert (output.request_id, output.outputs[0].finish_reason) == ("a", "abort")
+        assert len(output.outputs[0].token_ids) == 2
+        seen = []
+        while engine.has_unfinished_requests():
+            seen += [(one.request_id, one.finished) for one in engine.step()]
+        assert seen == [("b", False)] * 5 + [("b", True)]
+        assert_idle(engine)
+
+    def test_news_of_a_request_that_is_gone_are_not_its_successors(
+        self, engine: LLMEngine
+    ) -> None:
+        """A late update of the first "x", when a second one has its id."""
+        config = EngineConfig(device="cpu")
+        table, inbox = RequestTable(FCFSScheduler(config, 10)), Inbox(every_token=True)
+        old, new = (
+            engine.processor.process_request("The fox", GREEDY, "x") for _ in range(2)
+        )
+        table.add([old], inbox)
+        table.abort("x")
+        assert [one.finished for one in table.collect(inbox)] == [True]
+        table.add([new], inbox)
+        table.update(old[0])
+        assert list(table.unfinished.values()) == new and not inbox.updated
+
     def test_stale_contents_of_the_cache_never_matter(
         self, fresh: LLMEngine, right: list[list[int]]
     ) -> None:
@@ -979,7 +1023,13 @@ class TestNaN:
 
 @pytest.fixture(scope="module")
 def small() -> LLMEngine:
-    return LLMEngine(FOLDER, device="cpu", max_model_len=256, use_tqdm=False)
+    return make(max_model_len=256)
+
+
+@pytest.fixture(scope="module")
+def ahead() -> LLMEngine:
+    """The host a step ahead."""
+    return make(max_model_len=256, async_scheduling=True)
 
 
 class TestThreads:
@@ -1021,15 +1071,19 @@ class TestThreads:
                     assert_same_sample(ours, alone[i][0])
         assert_idle(small)
 
-    def test_every_way_to_ask(self, small: LLMEngine) -> None:
+    @pytest.mark.parametrize("name", ["small", "ahead"])
+    def test_every_way_to_ask(
+        self, small: LLMEngine, name: str, request: pytest.FixtureRequest
+    ) -> None:
+        engine: LLMEngine = request.getfixturevalue(name)
         ways = [self.generated, self.streamed, self.by_hand, self.generated]
         alone = [way(small, i) for i, way in enumerate(ways)]
         with ThreadPoolExecutor(4) as pool:
             for _ in range(8):
-                got = list(pool.map(lambda i: ways[i](small, i), range(4)))
+                got = list(pool.map(lambda i: ways[i](engine, i), range(4)))
                 for [ours], [theirs] in zip(got, alone, strict=True):
                     assert_same_sample(ours, theirs)
-        assert_idle(small)
+        assert_idle(engine)
 
     def test_asyncio(self, small: LLMEngine) -> None:
         alone = [self.generated(small, i) for i in range(2)]
@@ -1309,6 +1363,8 @@ class Chunks(FCFSScheduler):
 
     def schedule(self) -> StepPlan:
         plan = super().schedule()
+        if not plan.scheduled:
+            return plan
         [one], request = plan.scheduled, self.running
         assert request is not None
         size = min(one.num_tokens, 7)
@@ -1353,7 +1409,9 @@ class Together(FCFSScheduler):
             self.begin(self.all[-1])
         scheduled = []
         for request in self.choose():
-            num_tokens = request.num_tokens - request.num_computed_tokens
+            num_tokens = request.num_uncomputed_tokens
+            if num_tokens == 0:
+                continue
             request.num_computed_tokens += num_tokens
             blocks = self.untold.pop(request.sample_id, [])
             scheduled.append(ScheduledRequest(request.sample_id, num_tokens, blocks))
@@ -1413,8 +1471,11 @@ class AfterSix(Together):
 
 
 class TestScheduler:
-    def test_a_prompt_may_be_read_in_chunks(self, engine: LLMEngine) -> None:
-        chunked = LLMEngine(FOLDER, device="cpu", scheduler=Chunks, use_tqdm=False)
+    @run_ahead
+    def test_a_prompt_may_be_read_in_chunks(
+        self, engine: LLMEngine, run_ahead: bool
+    ) -> None:
+        chunked = make(scheduler=Chunks, async_scheduling=run_ahead)
         prompts = [[5 + i] * n for i, n in enumerate((3, 7, 8, 40))]
         for params in (GREEDY, LIVELY):
             assert ids_of(chunked, prompts, params) == ids_of(engine, prompts, params)
@@ -1426,9 +1487,10 @@ class TestScheduler:
         first, _ = ids_of(engine, [[5, 6, 7], [9]], [STRICT, one])
         assert first[6:] == [688, 340, 1530, 13, 2045, 583]
 
+    @run_ahead
     @pytest.mark.parametrize("scheduler", [Together, SitOut, Alternate, Moves])
     def test_company_changes_nothing(
-        self, engine: LLMEngine, scheduler: type[Together]
+        self, engine: LLMEngine, scheduler: type[Together], run_ahead: bool
     ) -> None:
         """Penalties, seeds, minimum lengths: as alone, whoever runs in a step."""
         prompts = [[5 + i] * n for i, n in enumerate((3, 17, 1, 40, 8))]
@@ -1439,17 +1501,18 @@ class TestScheduler:
             SamplingParams(temperature=0, max_tokens=20, min_tokens=20),
             SamplingParams(seed=3, max_tokens=35, top_k=5, frequency_penalty=0.3),
         ]
-        own = LLMEngine(FOLDER, device="cpu", scheduler=scheduler, use_tqdm=False)
+        own = make(scheduler=scheduler, async_scheduling=run_ahead)
         for _ in range(3):
             assert ids_of(own, prompts, params) == ids_of(engine, prompts, params)
         assert not own.has_unfinished_requests()
 
+    @run_ahead
     def test_a_request_that_moved_reads_its_new_blocks(
-        self, engine: LLMEngine, monkeypatch: pytest.MonkeyPatch
+        self, engine: LLMEngine, monkeypatch: pytest.MonkeyPatch, run_ahead: bool
     ) -> None:
         """Same ids, as many blocks, but others: what it left behind becomes NaN."""
         prompts = [[5 + i] * n for i, n in enumerate((20, 33))]
-        own = LLMEngine(FOLDER, device="cpu", scheduler=Moves, use_tqdm=False)
+        own = make(scheduler=Moves, async_scheduling=run_ahead)
         original, caches = own.executor.launch, own.executor.worker.runner.kv_caches
 
         def spoiling(plan: StepPlan) -> Any:

@@ -44,11 +44,18 @@ TABLE = (
     "block_pool",
     "paged_attention",
     "benchmark",
+    "benchmark_workloads",
     "benchmark_systems",
     "benchmark_bench",
     "benchmark_batch",
+    "benchmark_throughput",
+    "benchmark_starts",
+    "benchmark_waterfall",
+    "benchmark_timeline",
+    "benchmark_latency",
     "benchmark_sections",
     "benchmark_records",
+    "benchmark_vllm",
     "benchmark_cli",
 )
 

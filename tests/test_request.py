@@ -977,6 +977,29 @@ class TestStates:
         )
         assert (spec.sample_id, spec.stop_token_ids) == ("r-2", ())
 
+    def test_what_is_left_to_run(self) -> None:
+        request = make(prompt=[5, 6, 7], max_tokens=3)
+        left = []
+        for num_computed, num_read in [
+            (0, 0),  # the prompt
+            (2, 0),  # the rest of it
+            (3, 0),  # its first token is being drawn
+            (3, 1),  # and is read
+            (4, 0),  # it ran unread: the second is being drawn
+            (4, 1),
+            (4, 2),
+            (5, 1),  # the third is the last, which nobody runs
+            (5, 2),
+        ]:
+            request.num_computed_tokens = num_computed
+            request.output_token_ids = [9] * num_read
+            left.append(request.num_uncomputed_tokens)
+        assert left == [3, 1, 1, 1, 1, 1, 1, 0, 0]
+        request = make(prompt=[5, 6], max_tokens=1)
+        assert request.num_uncomputed_tokens == 2
+        request.num_computed_tokens = 2
+        assert request.num_uncomputed_tokens == 0
+
     def test_stop_token_ids(self) -> None:
         assert make().stop_token_ids == (EOS, EOS_2)
         assert make(stop_token_ids=[DOT, EOS]).stop_token_ids == (EOS, EOS_2, DOT)

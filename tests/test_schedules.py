@@ -37,7 +37,7 @@ from schedules import (
 from transformers import GenerationConfig
 
 from folo_lib import LLMEngine, RequestOutput, SamplingParams
-from folo_lib.runner import NewRequest, ScheduledRequest, StepPlan
+from folo_lib.runner import InFlightStep, NewRequest, ScheduledRequest, StepPlan
 
 
 @pytest.fixture(autouse=True)
@@ -277,12 +277,17 @@ def count_live_tensors() -> int:
     return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
 
 
+@pytest.mark.parametrize("run_ahead", [False, True])
 @pytest.mark.parametrize(
     "one_by_one, at_once",
     [(100, 100), pytest.param(2000, 500, marks=[pytest.mark.more, pytest.mark.slow])],
 )
-def test_many_requests_leave_nothing_behind(one_by_one: int, at_once: int) -> None:
-    engine = make_engine(4096, max_model_len=64, max_num_seqs=32)
+def test_many_requests_leave_nothing_behind(
+    one_by_one: int, at_once: int, run_ahead: bool
+) -> None:
+    engine = make_engine(
+        4096, max_model_len=64, max_num_seqs=32, async_scheduling=run_ahead
+    )
     rng, prompts = random.Random(0), []
     for _ in range(max(one_by_one, at_once)):
         length = rng.randint(1, 40)
@@ -383,6 +388,261 @@ def test_ctrl_c_while_requests_come_and_go(stage: str) -> None:
         if stage == "abort":
             assert outputs["many"].finished
     assert num_interrupted > 5
+
+
+# --- The host a step ahead --------------------------------------------------------------
+
+
+def run_ahead(**options: Any) -> tuple[LLMEngine, list[StepPlan]]:
+    """An engine whose host runs a step ahead, and the plans that it launches."""
+    engine = make_engine(**({"async_scheduling": True} | options))
+    plans, launch = [], engine.executor.launch
+
+    def launch_and_record(plan: StepPlan) -> Any:
+        plans.append(plan)
+        return launch(plan)
+
+    engine.executor.launch = launch_and_record  # type: ignore[method-assign]
+    return engine, plans
+
+
+def count_tokens(plans: list[StepPlan], request_id: str = "") -> int:
+    return sum(
+        one.num_tokens
+        for plan in plans
+        for one in plan.scheduled
+        if one.request_id.startswith(request_id)
+    )
+
+
+def tokens_of(output: RequestOutput) -> list[int]:
+    return output.outputs[0].token_ids
+
+
+A, B, C = [10, 11, 12], [20, 21, 22, 23], [30, 31]
+
+
+def test_a_step_is_read_when_the_next_has_been_launched() -> None:
+    engine, plans = run_ahead()
+    engine.add_request(A, greedy(4), "a")
+    seen = [[len(tokens_of(one)) for one in engine.step()] for _ in range(5)]
+    assert seen == [[], [1], [2], [3], [4]]
+    ran = [[one.num_tokens for one in plan.scheduled] for plan in plans]
+    assert ran == [[3], [1], [1], [1], []]  # the last one is foreseen
+    check_empty(engine)
+
+
+@pytest.mark.parametrize("scheduler", ["continuous", "fcfs"])
+@pytest.mark.parametrize("max_tokens", [1, 2, 3])
+def test_an_end_by_length_costs_no_step(scheduler: str, max_tokens: int) -> None:
+    engine, plans = run_ahead(scheduler=scheduler, max_num_seqs=1)
+    prompts = [A, B, C]
+    outputs = engine.generate(prompts, greedy(max_tokens), use_tqdm=False)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert tokens_of(output) == get_alone(prompt, greedy(max_tokens))
+    assert count_tokens(plans) == sum(len(one) + max_tokens - 1 for one in prompts)
+    assert sum(bool(plan.scheduled) for plan in plans) == 3 * max_tokens
+    assert not engine._table.in_flight and not engine.has_unfinished_requests()
+
+
+@pytest.mark.parametrize("scheduler", ["continuous", "fcfs"])
+def test_what_is_drawn_after_an_unforeseen_end_is_dropped(scheduler: str) -> None:
+    alone = get_alone(A, greedy(20))
+    params = greedy(20, stop_token_ids=[alone[6]])
+    expected = alone[: alone.index(alone[6]) + 1]
+    engine, plans = run_ahead(scheduler=scheduler)
+    engine.add_request(A, params, "a")
+    engine.add_request(B, greedy(20), "b")
+    outputs, seen = {}, []
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            outputs[output.request_id] = output
+            seen += [tokens_of(output)] if output.request_id == "a" else []
+    assert seen == [expected[: i + 1] for i in range(len(expected))]
+    assert outputs["a"].outputs[0].finish_reason == "stop"
+    assert tokens_of(outputs["b"]) == get_alone(B, greedy(20))
+    assert count_tokens(plans, "a") == len(A) + len(expected)  # one for nothing
+    assert not engine._table.in_flight
+
+
+def test_the_last_one_out_leaves_no_step_behind() -> None:
+    alone = get_alone(A, greedy(20))
+    params = greedy(20, stop_token_ids=[alone[6]])
+    engine, plans = run_ahead()
+    for _ in range(2):  # and the runner hears that it ended
+        [output] = engine.generate(A, params, use_tqdm=False)
+        assert tokens_of(output) == alone[: alone.index(alone[6]) + 1]
+        check_empty(engine)
+        assert not engine._table.in_flight
+    assert sum(map(len, (plan.finished_ids for plan in plans))) == 1
+    stream = engine.stream(A, greedy(20))
+    for _ in range(3):
+        next(stream)
+    stream.close()
+    check_empty(engine)
+    assert not engine._table.in_flight
+
+
+def test_an_id_that_is_used_again_while_a_step_runs() -> None:
+    """The late token of the first "x" is not the second one's."""
+    engine, _plans = run_ahead()
+    engine.add_request(A, greedy(20), "x")
+    engine.add_request(B, greedy(20), "y")
+    for _ in range(4):
+        engine.step()
+    engine.abort_request("x")
+    [gone] = engine.step()
+    assert tokens_of(gone) == get_alone(A, greedy(20))[:3]
+    assert gone.outputs[0].finish_reason == "abort"
+    assert len(engine._table.in_flight) == 1  # of the first "x", and of "y"
+    engine.add_request(C, greedy(20), "x")
+    outputs = finish(engine)
+    assert tokens_of(outputs["x"]) == get_alone(C, greedy(20))
+    assert tokens_of(outputs["y"]) == get_alone(B, greedy(20))
+    check_empty(engine)
+
+
+def test_who_is_preempted_keeps_the_token_that_is_in_flight() -> None:
+    engine, plans = run_ahead(
+        num_tokens=32, block_size=4, max_model_len=28, enable_prefix_caching=False
+    )
+    names = [
+        engine.add_request(prompt, greedy(20), n) for prompt, n in ((A, "a"), (B, "b"))
+    ]
+    request = engine._table.unfinished["b-0"]
+    while not engine.stats().num_preemptions:
+        before = len(request.output_token_ids)
+        engine.step()
+        check_integrity(engine)
+    assert request.status.name == "PREEMPTED"
+    assert len(request.output_token_ids) == before + 1
+    known, start = request.num_tokens, len(plans)
+    outputs = finish(engine)
+    [again] = [new for plan in plans[start:] for new in plan.new_requests]
+    assert len(again.token_ids) == known
+    for name, prompt in zip(names, (A, B), strict=True):
+        assert tokens_of(outputs[name]) == get_alone(prompt, greedy(20))
+
+
+def test_a_block_is_found_once_its_last_token_is_known() -> None:
+    engine, _plans = run_ahead(block_size=4, max_model_len=64)
+    pool = engine.scheduler.kv_cache.pool
+    engine.add_request(B, greedy(20), "first")  # its prompt fills a block
+    request = engine._table.unfinished["first-0"]
+    named = []
+    for _ in range(10):
+        engine.step()
+        check_integrity(engine)
+        known = [i in pool.block_hashes for i in request.block_ids]
+        named.append((request.num_computed_tokens, sum(known)))
+    # The 8th token is drawn by the 4th step, runs in the 5th, and is read after that.
+    assert named[4:7] == [(8, 1), (9, 2), (10, 2)]
+    prompt = [*request.get_token_ids()[:8], 7]
+    engine.add_request(prompt, greedy(5), "second")
+    outputs = finish(engine)
+    assert outputs["second"].num_cached_tokens == 8
+    assert tokens_of(outputs["second"]) == get_alone(prompt, greedy(5))
+    assert tokens_of(outputs["first"]) == get_alone(B, greedy(20))
+
+
+@pytest.mark.parametrize("run_ahead", [False, True])
+def test_what_can_be_found_when_all_have_ended(run_ahead: bool) -> None:
+    """All full blocks of what has run, however it ended; the host's lead is no loss."""
+    for length in range(1, 12):
+        engine = make_engine(block_size=4, async_scheduling=run_ahead, max_model_len=64)
+        [output] = engine.generate(A, greedy(length), use_tqdm=False)
+        cached = (len(A) + length - 1) // 4
+        assert engine.stats().num_cached_blocks == cached
+        [again] = engine.generate(A + tokens_of(output), greedy(2), use_tqdm=False)
+        assert again.num_cached_tokens == 4 * cached
+
+
+def test_a_launch_that_fails_hurts_its_own_requests() -> None:
+    """Not one whose last token is in flight, in the step before."""
+    engine, _plans = run_ahead()
+    engine.add_request(A, greedy(9), "a")
+    engine.add_request(B, greedy(3), "b")
+    for _ in range(3):
+        engine.step()
+    engine.add_request(C, greedy(9), "c")
+    launch = engine.executor.launch
+
+    def fail(plan: StepPlan) -> Any:
+        engine.executor.launch = launch  # type: ignore[method-assign]
+        assert [one.request_id for one in plan.scheduled] == ["a-0", "c-0"]
+        raise RuntimeError("the device is on fire")
+
+    engine.executor.launch = fail  # type: ignore[method-assign]
+    outputs = finish(engine)
+    reasons = {n: one.outputs[0].finish_reason for n, one in outputs.items()}
+    assert reasons == {"a": "error", "b": "length", "c": "error"}
+    assert tokens_of(outputs["a"]) == get_alone(A, greedy(9))[:2]
+    assert tokens_of(outputs["b"]) == get_alone(B, greedy(3))
+    check_empty(engine)
+
+
+def test_a_read_that_fails_hurts_the_requests_of_its_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not one that has joined in the step after it."""
+    engine, plans = run_ahead()
+    engine.add_request(A, greedy(9), "a")
+    for _ in range(3):
+        engine.step()
+    engine.add_request(B, greedy(9), "b")
+    read = InFlightStep.read
+
+    def fail(step: InFlightStep) -> Any:
+        monkeypatch.setattr(InFlightStep, "read", read)
+        raise RuntimeError("the device is on fire")
+
+    monkeypatch.setattr(InFlightStep, "read", fail)
+    assert [one.request_id for one in engine.step()] == ["a"]
+    assert [one.request_id for one in plans[-1].scheduled] == ["a-0", "b-0"]
+    check_integrity(engine)
+    outputs = finish(engine)
+    assert outputs["b"].outputs[0].finish_reason == "length"
+    assert tokens_of(outputs["b"]) == get_alone(B, greedy(9))
+    check_empty(engine)
+
+
+def test_a_scheduler_that_fails_ends_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = run_ahead()
+    engine.add_request(A, greedy(9), "a")
+    for _ in range(3):
+        engine.step()
+    schedule = engine.scheduler.schedule
+
+    def fail() -> Any:
+        monkeypatch.setattr(engine.scheduler, "schedule", schedule)
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(engine.scheduler, "schedule", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        engine.step()
+    assert not engine._table.in_flight
+    assert tokens_of(finish(engine)["a"]) == get_alone(A, greedy(9))
+
+
+def test_a_draw_that_is_not_finite_ends_its_request_and_names_no_block() -> None:
+    """The step after it ran a token that nobody drew."""
+    engine, plans = run_ahead(block_size=1, max_model_len=64)
+    sampler = get_runner(engine).sampler
+    sample, calls = sampler.sample, iter(range(100))
+
+    def spoil(logits: Any, metadata: Any) -> Any:
+        token_ids, logprobs = sample(logits, metadata)
+        return (token_ids - 10_000 * (next(calls) == 2), logprobs)
+
+    sampler.sample = spoil
+    engine.add_request(A, greedy(9), "a")
+    outputs = finish(engine)
+    assert outputs["a"].outputs[0].finish_reason == "error"
+    assert "NaN" in str(outputs["a"].error)
+    assert tokens_of(outputs["a"]) == get_alone(A, greedy(9))[:2]
+    assert count_tokens(plans) == len(A) + 3
+    assert engine.stats().num_cached_blocks == len(A) + 2
+    check_empty(engine)
 
 
 # --- Several callers ------------------------------------------------------------------

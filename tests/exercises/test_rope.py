@@ -89,7 +89,7 @@ def test_the_order_that_is_checked_keeps_the_scores() -> None:
 
     def neighbours(x: Tensor) -> Tensor:
         turned = torch.view_as_complex(x.unflatten(-1, (4, 2)).contiguous())
-        turned = turned * torch.complex(cos, sin)[:, None]
+        turned = turned * torch.complex(cos[..., 4:], sin[..., 4:])  # [6, 1, 4]
         return torch.view_as_real(turned).flatten(-2)
 
     def scores(order: Any, rotate: Callable[[Tensor], Tensor]) -> Tensor:

@@ -6,6 +6,8 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -41,6 +43,8 @@ class CountingExecutor(GPUExecutor):
     def __init__(self, step_time: float = 0.0) -> None:
         self.num_blocks, self.block_size = NUM_BLOCKS, BLOCK_SIZE
         self.max_model_len, self.dtype = NUM_BLOCKS * BLOCK_SIZE, torch.float32
+        nowhere = SimpleNamespace(device=torch.device("cpu"))
+        self.worker: Any = SimpleNamespace(runner=nowhere)
         self.step_time, self.fails_at = step_time, -1
         self.error: BaseException = RuntimeError("the device failed")
         self.steps: list[str] = []
@@ -93,7 +97,9 @@ def queue_of(scheduler: FCFSScheduler) -> list[str]:
         if not plan.scheduled:
             return order
         [one] = plan.scheduled
-        order.append(one.request_id.removesuffix("-0"))
+        name = one.request_id.removesuffix("-0")
+        require(name not in order, "a request that has finished is scheduled again.")
+        order.append(name)
         running = scheduler.running
         require(
             running is not None and running.sample_id == one.request_id,

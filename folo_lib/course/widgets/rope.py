@@ -52,7 +52,7 @@ def rope_scores(inv_freq: Tensor) -> Tensor:
     position up to it.
     """
     positions = torch.arange(MAX_DISTANCE, -1, -1)  # distances 0, 1, 2, ...
-    cos, sin = compute_cos_sin(positions, inv_freq)  # [distances, D/2]
+    cos, sin = compute_cos_sin(positions, inv_freq)  # [distances, 1, D]
     pairs = len(inv_freq)
     unit = torch.cat((torch.ones(pairs), torch.zeros(pairs)))[None]  # [H=1, D]
     keys = apply_rotary_emb(unit.expand(len(positions), 1, -1), cos, sin)[:, 0]

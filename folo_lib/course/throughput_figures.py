@@ -1,0 +1,311 @@
+"""Figures of page 18: many requests at once, beside other engines and rung by rung.
+
+    record = read_recording(Path("data/throughput_h200.json"))
+    draw_systems(ax, record)
+
+A recording that is not there yet gives an empty record, and a figure that says so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from folo_lib.course.figures import (
+    BLACK,
+    HUGGING_FACE,
+    OTHER,
+    PALE_GREY,
+    US,
+    Look,
+    label_ticks,
+)
+
+__all__ = [
+    "best_start",
+    "compare_systems",
+    "describe",
+    "draw_batches",
+    "draw_systems",
+    "draw_waterfall",
+    "latest",
+    "list_latency",
+    "list_throughput",
+    "list_waterfall",
+    "read_recording",
+]
+
+Result = dict[str, Any]
+NOTHING_YET = "no recording yet"
+SLOW = Look(PALE_GREY, "", "s", "--")  # measured on a few of the requests only
+
+
+def read_recording(path: Path) -> Result:
+    """What the benchmark has written; without such a file a record of nothing."""
+    if not path.is_file():
+        return {"setup": {}, "sections": {}}
+    record: Result = json.loads(path.read_text(encoding="utf-8"))
+    return record
+
+
+def latest(record: Result, section: str) -> Result:
+    """The last recording of a section; `{}` if there is none."""
+    recordings: list[Result] = record["sections"].get(section, [])
+    return recordings[-1] if recordings else {}
+
+
+def describe(record: Result, section: str) -> str:
+    """Card, versions and date of a section, for above a figure; `""` if there is none."""
+    made, setup = latest(record, section), record["setup"]
+    if not made:
+        return ""
+    parts = [setup["device"], f"torch {setup['torch']}"]
+    starts = record["sections"].get("vllm", [])
+    if starts and section == "throughput":
+        parts.append(f"vLLM {starts[-1]['versions']['vllm']}")
+    return ", ".join([*parts, made["date"][:10]])
+
+
+def speeds_of(row: Result) -> list[float]:
+    """Tokens per second in each run of a workload."""
+    return [row["output_tokens"] / seconds for seconds in row["seconds"]]
+
+
+def best_start(starts: Sequence[Result], requests: int | None = None) -> Result:
+    """Of several starts of one engine the row of the better one; `{}` if there is none.
+
+    Args:
+        starts: each with `mixed` and `equal`, as `measure_throughput` gives them.
+        requests: of equal length; None: the mixed workload.
+    """
+    rows = [
+        row
+        for start in starts
+        for row in ([start["mixed"]] if requests is None else start["equal"])
+        if requests is None or row["requests"] == requests
+    ]
+    return max(rows, key=lambda row: float(row["tokens_per_second"]), default={})
+
+
+def compare_systems(record: Result) -> list[tuple[str, Look, Result]]:
+    """Name, look and row of each system on the mixed workload, ours first."""
+    made = latest(record, "throughput")
+    if not made:
+        return []
+    systems = [("folo_lib", US, made["folo_lib"]["mixed"])]
+    if vllm := best_start(record["sections"].get("vllm", [])):
+        systems.append(("vLLM", OTHER, vllm))
+    if theirs := made["huggingface"]["rows"]:
+        systems.append(("Hugging Face", HUGGING_FACE, theirs[0]))
+    return systems
+
+
+def say_nothing_yet(ax: Axes) -> None:
+    """Axes for a recording that is still to be made."""
+    ax.text(0.5, 0.5, NOTHING_YET, ha="center", transform=ax.transAxes)
+    ax.set(xticks=[], yticks=[])
+    ax.grid(False)
+
+
+def draw_bar(ax: Axes, y: int, name: str, look: Look, row: Result) -> None:
+    """A bar from 0 to the middle run, a dot for each, and the number at its end."""
+    speeds = row["speeds"]
+    middle = row["tokens_per_second"]
+    ax.barh(y, middle, height=0.62, **look.bar)
+    if len(speeds) > 1:
+        dots: Any = {"color": "white", "markeredgecolor": BLACK, "markersize": 4.5}
+        ax.plot(speeds, [y] * len(speeds), "o", zorder=3, **dots)
+    end = max(middle, *speeds)
+    ax.annotate(
+        row["text"], (end, y), (6, 0), textcoords="offset points", va="center", size=9
+    )
+
+
+def draw_bars(ax: Axes, bars: Sequence[tuple[str, Look, Result]]) -> None:
+    """Horizontal bars under one another, the first on top, with their names."""
+    for y, (name, look, row) in enumerate(bars):
+        draw_bar(ax, y, name, look, row)
+    ax.set_yticks(range(len(bars)), [name for name, *_ in bars])
+    ax.invert_yaxis()
+    ax.margins(x=0.28)
+    ax.set_xlim(left=0)
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.set_xlabel("tokens per second, all requests together")
+    ax.grid(False, axis="y")
+    ax.tick_params(axis="y", length=0)
+
+
+def name_part(row: Result, most: int) -> str:
+    """Which of the requests a slow system was given, if not all of them."""
+    if row["requests"] >= most:
+        return ""
+    some = "the first" if row["requests"] == 1 else f"the first {row['requests']}"
+    return f" ({some} of {most} requests)"
+
+
+def draw_systems(ax: Axes, record: Result) -> None:
+    """The mixed workload end to end: a bar for each system, and a line for the floor."""
+    systems = compare_systems(record)
+    if not systems:
+        return say_nothing_yet(ax)
+    bars = []
+    for name, look, row in systems:
+        text = f"{row['tokens_per_second']:,.0f}"
+        text += name_part(row, systems[0][2]["requests"])
+        bars.append((name, look, row | {"speeds": speeds_of(row), "text": text}))
+    draw_bars(ax, bars)
+    speeds = {name: row["tokens_per_second"] for name, _, row in systems}
+    if "vLLM" in speeds:
+        ratio = speeds["folo_lib"] / speeds["vLLM"]
+        ax.set_title(f"{ratio:.2f} times the tokens of vLLM")
+    floor = systems[0][2]["floor_tokens_per_second"]
+    ax.axvline(floor, color=BLACK, linestyle=":")
+    ax.set_xlim(0, max(1.05 * floor, ax.get_xlim()[1]))
+    ax.annotate(
+        f"memory allows\n{floor:,.0f}",
+        (floor, len(bars) - 1.5),
+        (-5, 0),
+        textcoords="offset points",
+        ha="right",
+        va="center",
+        size=9,
+    )
+
+
+def draw_batches(ax: Axes, record: Result) -> None:
+    """Equal requests: tokens per second over how many run together."""
+    made = latest(record, "throughput")
+    if not made:
+        return say_nothing_yet(ax)
+    rows = made["folo_lib"]["equal"]
+    lines = [("folo_lib", US, rows)]
+    starts = record["sections"].get("vllm", [])
+    if starts:
+        theirs = [best_start(starts, row["requests"]) for row in rows]
+        lines.append(("vLLM", OTHER, [row for row in theirs if row]))
+    for name, look, points in lines:
+        x = [row["requests"] for row in points]
+        y = [row["tokens_per_second"] for row in points]
+        ax.plot(x, y, **look.line)
+        for row in points:
+            runs = speeds_of(row)
+            ax.plot([row["requests"]] * len(runs), runs, ".", color=look.colour, ms=3)
+        ax.annotate(
+            name,
+            (x[-1], y[-1]),
+            (8, 0),
+            textcoords="offset points",
+            va="center",
+            color=look.colour,
+        )
+    ax.set(xlabel="requests at once", ylabel="tokens per second")
+    label_ticks(ax.xaxis, [row["requests"] for row in rows if row["requests"] != 32])
+    ax.set_xlim(0, 1.25 * rows[-1]["requests"])
+    ax.set_ylim(bottom=0)
+    ax.yaxis.set_major_formatter("{x:,.0f}")
+
+
+def draw_waterfall(ax: Axes, record: Result) -> None:
+    """The mixed workload on every rung, a dot for each start.
+
+    Rungs that were too slow for all of its requests are pale, and say how many they got.
+    """
+    rows = latest(record, "waterfall").get("rows", [])
+    if not rows:
+        return say_nothing_yet(ax)
+    most = max(row["requests"] for row in rows)
+    bars, before = [], rows[0]
+    for row in rows:
+        speed = row["tokens_per_second"]
+        text = f"{speed:,.0f}"
+        if row is not before and row["requests"] == before["requests"]:
+            text += f", {speed / before['tokens_per_second']:.2f} times"
+        text += name_part(row, most)
+        speeds = [start["tokens_per_second"] for start in row["starts"]]
+        look = SLOW if row["requests"] < most else US
+        bars.append((row["rung"], look, row | {"speeds": speeds, "text": text}))
+        before = row
+    draw_bars(ax, bars)
+    ratio = rows[-1]["tokens_per_second"] / rows[0]["tokens_per_second"]
+    ax.set_title(f"{ratio:,.0f} times the tokens of the naive engine")
+
+
+def list_throughput(record: Result) -> list[str]:
+    """The section `throughput` in lines of text, with every start of vLLM."""
+    made, starts = latest(record, "throughput"), record["sections"].get("vllm", [])
+    if not made:
+        return [NOTHING_YET]
+    ours, lines = made["folo_lib"], list[str]()
+    engines = [("folo_lib", ours)]
+    engines += [(f"vLLM, start {i}", start) for i, start in enumerate(starts, 1)]
+    for name, engine in engines:
+        one, row = engine["one"], engine["mixed"]
+        speed = f"{row['tokens_per_second']:,.0f} tokens/s (spread {row['spread']:.0%})"
+        alone = (
+            f"{one['ttft_ms']:.1f} ms to the first token, then {one['tpot_ms']:.2f} ms"
+        )
+        lines.append(f"{name}: mixed {speed}; one alone {alone} each")
+    for row in made["huggingface"]["rows"]:
+        speed = f"{row['tokens_per_second']:,.0f} tokens/s"
+        lines.append(f"Hugging Face, {row['system']}: {speed}")
+    for row in [*ours["equal"], ours["mixed"]]:
+        is_mixed = row is ours["mixed"]
+        theirs = best_start(starts, None if is_mixed else row["requests"])
+        parts = [f"{row['tokens_per_second']:7,.0f} tokens/s"]
+        parts.append(f"{row['share_of_floor']:.0%} of what memory allows")
+        if theirs:
+            ratio = row["tokens_per_second"] / theirs["tokens_per_second"]
+            parts.append(f"{ratio:.2f} times vLLM")
+        kind = "mixed" if is_mixed else "equal"
+        lines.append(f"{row['requests']:4} {kind} requests: {', '.join(parts)}")
+    if memory := ours["memory"]:
+        beyond = memory["beyond"]["allocated"] / 2**20
+        lines.append(f"memory beyond weights and cache: {beyond:,.0f} MiB")
+    return lines
+
+
+def list_waterfall(record: Result) -> list[str]:
+    """The section `waterfall` in lines of text, and what it left out, with the reason."""
+    made = latest(record, "waterfall")
+    if not made:
+        return [NOTHING_YET]
+    rows, lines = made["rows"], list[str]()
+    for before, row in zip([rows[0], *rows], rows, strict=False):
+        speeds = [start["tokens_per_second"] for start in row["starts"]]
+        line = f"{row['rung']}: {row['tokens_per_second']:,.0f} tokens/s"
+        if len(speeds) > 1:
+            line += f", {len(speeds)} starts {min(speeds):,.0f} to {max(speeds):,.0f}"
+        ratio = row["tokens_per_second"] / before["tokens_per_second"]
+        if row is not before and row["requests"] == before["requests"]:
+            line += f", {ratio:.2f} times the rung before"
+        lines.append(line + name_part(row, max(one["requests"] for one in rows)))
+    left_out = made["left_out"].items()
+    return lines + [f"{name} was left out: {reason}" for name, reason in left_out]
+
+
+def list_latency(record: Result) -> list[str]:
+    """The section `latency` in lines of text."""
+    made = latest(record, "latency")
+    if not made:
+        return [NOTHING_YET]
+    lines = [
+        f"after {row['prompt_tokens']:5,} tokens: {1e3 * row['tpot']['median']:.2f} ms "
+        "per token"
+        for row in made["context"]
+    ]
+    gaps = made["gaps"]
+    before, after = (1e3 * gaps[name]["median"] for name in ("before", "after"))
+    lines.append(
+        f"longest gap of {gaps['running']} requests: {before:.1f} ms, and {after:.1f} ms "
+        f"when a prompt of {gaps['long_prompt']:,} tokens arrives"
+    )
+    for row in made["starts"]:
+        seconds = f"{row['first_token_seconds']:.1f} s to the first token"
+        lines.append(f"compile cache {row['compile_cache']}: {seconds}")
+    return lines

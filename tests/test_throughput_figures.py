@@ -1,0 +1,294 @@
+"""What page 18 shows of many requests: figures, lines of text, and the numbers in its prose."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib")
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from folo_lib.benchmark_bench import LatencySizes, Sizes
+from folo_lib.benchmark_workloads import ThroughputSizes
+from folo_lib.course import throughput_figures as shown
+from folo_lib.course.figures import HUGGING_FACE, OTHER, US
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORD = ROOT / "notebooks" / "data" / "throughput_h200.json"
+PAGE = ROOT / "notebooks" / "18_benchmark.ipynb"
+Result = dict[str, Any]
+
+
+def row(requests: int, tokens: int, seconds: list[float], **more: Any) -> Result:
+    middle = sorted(seconds)[len(seconds) // 2]
+    spread = (max(seconds) - min(seconds)) / middle
+    made = {"requests": requests, "output_tokens": tokens, "seconds": seconds}
+    return made | {"spread": spread, "tokens_per_second": tokens / middle} | more
+
+
+def engine(speed: float) -> Result:
+    more = {"floor_tokens_per_second": 400.0, "share_of_floor": speed / 400}
+    times = [1000 / speed * factor for factor in (0.9, 1.0, 1.25)]
+    return {
+        "one": {"ttft_ms": 3.21, "tpot_ms": 1.234},
+        "equal": [row(n, 1000, times, **more) for n in (8, 32, 64)],
+        "mixed": row(256, 1000, times, **more),
+        "memory": {"beyond": {"allocated": 300 * 2**20}},
+    }
+
+
+@pytest.fixture
+def record() -> Result:
+    """A recording in the form of the benchmark's, with easy numbers."""
+    meta = {"date": "2026-01-02T03:04:05+00:00", "seconds": 9.0}
+    theirs = [row(32, 90, [10.0]) | {"system": "generate_batch"}]
+    rungs = [
+        ("slow", 1, [2.0]),
+        ("many", 256, [50.0]),
+        ("fast", 256, [190.0, 200.0, 230.0]),
+    ]
+    rows = [
+        {
+            "rung": name,
+            "requests": requests,
+            "starts": [{"tokens_per_second": speed} for speed in speeds],
+            "tokens_per_second": sorted(speeds)[len(speeds) // 2],
+        }
+        for name, requests, speeds in rungs
+    ]
+    setup = {"device": "my card", "torch": "9.9"}
+    vllm = [
+        meta | {"versions": {"vllm": "1.2"}} | engine(speed) for speed in (125, 100)
+    ]
+    gaps = {"running": 64, "long_prompt": 8192}
+    gaps |= {
+        name: {"median": value} for name, value in (("before", 0.01), ("after", 0.04))
+    }
+    context = {"prompt_tokens": 128, "tpot": {"median": 0.00123}}
+    start = {"compile_cache": "empty", "first_token_seconds": 12.34}
+    sections = {
+        "throughput": [
+            meta
+            | {"folo_lib": engine(200), "huggingface": {"rows": theirs, "left_out": {}}}
+        ],
+        "vllm": vllm,
+        "waterfall": [meta | {"rows": rows, "left_out": {"odd": "no such option"}}],
+        "latency": [meta | {"context": [context], "gaps": gaps, "starts": [start]}],
+    }
+    return {"setup": setup, "sections": sections}
+
+
+@pytest.fixture
+def ax() -> Any:
+    return Figure(figsize=(8, 3)).subplots()
+
+
+def texts(ax: Any) -> list[str]:
+    return [text.get_text() for text in ax.texts]
+
+
+def dots(ax: Any) -> list[int]:
+    """How many dots each line of dots has."""
+    return [len(line.get_xdata()) for line in ax.lines if line.get_marker() == "o"]
+
+
+def test_the_better_start_counts_workload_by_workload(record: Result) -> None:
+    one, two = record["sections"]["vllm"]
+    assert shown.best_start([two, one]) is one["mixed"]
+    two["equal"][1]["tokens_per_second"] = 999
+    assert shown.best_start([one, two], 32) is two["equal"][1]
+    assert shown.best_start([one, two], 64) is one["equal"][2]
+    assert shown.best_start([], 64) == {} == shown.best_start([one], 7)
+
+
+def test_systems(ax: Any, record: Result) -> None:
+    shown.draw_systems(ax, record)
+    assert [to_hex(bar.get_facecolor()).upper() for bar in ax.patches] == [
+        look.colour for look in (US, OTHER, HUGGING_FACE)
+    ]
+    assert [round(bar.get_width()) for bar in ax.patches] == [200, 125, 9]
+    assert all(bar.get_x() == 0 for bar in ax.patches) and ax.get_xlim()[0] == 0
+    assert dots(ax) == [3, 3]  # one run has none
+    assert texts(ax) == [
+        "200", "125", "9 (the first 32 of 256 requests)", "memory allows\n400",
+    ]  # fmt: skip
+    assert ax.get_title() == "1.60 times the tokens of vLLM"
+    assert ax.get_xlim()[1] > 400
+
+
+def test_systems_without_vllm(ax: Any, record: Result) -> None:
+    del record["sections"]["vllm"]
+    shown.draw_systems(ax, record)
+    assert len(ax.patches) == 2 and ax.get_title() == ""
+    assert shown.describe(record, "throughput") == "my card, torch 9.9, 2026-01-02"
+
+
+def test_batches(ax: Any, record: Result) -> None:
+    shown.draw_batches(ax, record)
+    assert texts(ax) == ["folo_lib", "vLLM"]
+    ours, *_ = ax.lines
+    assert list(ours.get_xdata()) == [8, 32, 64]
+    assert ours.get_ydata() == pytest.approx([200] * 3)
+    assert ax.get_ylim()[0] == 0 and ax.get_xlim()[0] == 0
+    assert ax.get_xscale() == ax.get_yscale() == "linear"
+
+
+def test_waterfall(ax: Any, record: Result) -> None:
+    shown.draw_waterfall(ax, record)
+    assert [bar.get_width() for bar in ax.patches] == [2, 50, 200]
+    colours = [to_hex(bar.get_facecolor()).upper() for bar in ax.patches]
+    assert colours == [shown.SLOW.colour, US.colour, US.colour]
+    assert dots(ax) == [3]
+    assert texts(ax) == ["2 (the first of 256 requests)", "50", "200, 4.00 times"]
+    assert ax.get_title() == "100 times the tokens of the naive engine"
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
+        "slow",
+        "many",
+        "fast",
+    ]
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first on top
+    assert ax.get_xlim()[0] == 0
+
+
+def test_captions_name_card_versions_and_date(record: Result) -> None:
+    expected = "my card, torch 9.9, vLLM 1.2, 2026-01-02"
+    assert shown.describe(record, "throughput") == expected
+    assert shown.describe(record, "waterfall") == "my card, torch 9.9, 2026-01-02"
+
+
+def test_lines(record: Result) -> None:
+    lines = shown.list_throughput(record)
+    assert lines[0] == (
+        "folo_lib: mixed 200 tokens/s (spread 35%); one alone 3.2 ms to the first token, "
+        "then 1.23 ms each"
+    )
+    assert [line[:13] for line in lines[1:3]] == ["vLLM, start 1", "vLLM, start 2"]
+    assert lines[3] == "Hugging Face, generate_batch: 9 tokens/s"
+    assert lines[5].split() == [
+        "32",
+        "equal",
+        "requests:",
+        "200",
+        "tokens/s,",
+        "50%",
+        "of",
+        "what",
+        "memory",
+        "allows,",
+        "1.60",
+        "times",
+        "vLLM",
+    ]
+    assert lines[7].split()[:3] == ["256", "mixed", "requests:"]
+    assert lines[8] == "memory beyond weights and cache: 300 MiB"
+    assert shown.list_waterfall(record) == [
+        "slow: 2 tokens/s (the first of 256 requests)",
+        "many: 50 tokens/s",
+        "fast: 200 tokens/s, 3 starts 190 to 230, 4.00 times the rung before",
+        "odd was left out: no such option",
+    ]
+    assert shown.list_latency(record) == [
+        "after   128 tokens: 1.23 ms per token",
+        "longest gap of 64 requests: 10.0 ms, and 40.0 ms when a prompt of 8,192 tokens "
+        "arrives",
+        "compile cache empty: 12.3 s to the first token",
+    ]
+
+
+def test_nothing_is_shown_of_a_recording_that_is_not_there(tmp_path: Path) -> None:
+    record = shown.read_recording(tmp_path / "none.json")
+    for draw in (shown.draw_systems, shown.draw_batches, shown.draw_waterfall):
+        ax = Figure().subplots()
+        draw(ax, record)
+        assert texts(ax) == ["no recording yet"] and not ax.patches
+    assert shown.list_throughput(record) == ["no recording yet"]
+    assert shown.list_latency(record) == ["no recording yet"]
+    assert shown.list_waterfall(record) == ["no recording yet"]
+    assert shown.describe(record, "latency") == ""
+
+
+def test_the_last_recording_is_drawn(record: Result) -> None:
+    assert shown.latest(record, "waterfall") is record["sections"]["waterfall"][-1]
+    record["sections"]["waterfall"].append({"rows": []})
+    assert shown.latest(record, "waterfall") == {"rows": []}
+
+
+# The page
+
+
+def cells_of_section() -> list[Result]:
+    """The cells of section 11, to the next heading of its rank."""
+    cells = json.loads(PAGE.read_text(encoding="utf-8"))["cells"]
+    found: list[Result] = []
+    for cell in cells:
+        text = "".join(cell["source"])
+        if found and "## What you built" in text:
+            found.append(cell | {"source": [text.split("## What you built")[0]]})
+            break
+        if found or "## 11. Many requests" in text:
+            found.append(cell)
+    return found
+
+
+def printed(cells: list[Result]) -> str:
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    return "".join("".join(output.get("text", "")) for output in outputs)
+
+
+def numbers(text: str) -> set[str]:
+    return {*re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", text)}
+
+
+def test_the_page_prints_the_recording() -> None:
+    record = shown.read_recording(RECORD)
+    text = printed(cells_of_section())
+    lines = [*shown.list_throughput(record), *shown.list_latency(record)]
+    for line in [*lines, *shown.list_waterfall(record)]:
+        assert line + "\n" in text, (
+            "tools/run_pages.py --save notebooks/18_benchmark.ipynb"
+        )
+    for name, recordings in record["sections"].items():
+        for made in recordings:
+            assert re.search(rf"^{name} +{made['date'][:16]} UTC", text, re.MULTILINE)
+
+
+def test_numbers_in_the_prose_are_printed_or_options() -> None:
+    """Options are those of the benchmark's sizes; a date must be one that is printed."""
+    cells = cells_of_section()
+    outputs = numbers(printed(cells))
+    options = {"0"}  # the seed
+    for sizes in (ThroughputSizes(), LatencySizes(), Sizes()):
+        for field in fields(sizes):
+            value = getattr(sizes, field.name)
+            values = value if isinstance(value, tuple) else (value,)
+            options |= {f"{one:,}" for one in values if isinstance(one, int)}
+    for cell in cells:
+        if cell["cell_type"] == "markdown":
+            text = re.sub(r"```.*?```", "", "".join(cell["source"]), flags=re.DOTALL)
+            text = re.sub(r"(?:[Ss]ection|[Pp]age|Figure) \d+|^#+ \d+\.", "", text)
+            text = re.sub(r"^## \d+\.", "", text, flags=re.MULTILINE)
+            unknown = numbers(text) - outputs - options
+            assert not unknown, (cell["id"], unknown)
+
+
+def test_the_recording_is_of_the_real_workload() -> None:
+    record = shown.read_recording(RECORD)
+    if not record["sections"]:
+        pytest.skip("there is no recording yet")
+    made = shown.latest(record, "throughput")
+    systems = [made["folo_lib"], *record["sections"]["vllm"]]
+    assert len(systems) >= 3, "two starts of vLLM"
+    for system in systems:
+        assert system["mixed"]["output_tokens"] == 133_966
+        assert system["mixed"]["requests"] == 256
+        assert len(system["mixed"]["seconds"]) >= 3
+        assert [one["requests"] for one in system["equal"]] == [8, 32, 64, 128, 256]
+    rungs = shown.latest(record, "waterfall")["rows"]
+    assert [len(rung["starts"]) for rung in rungs[-3:]] == [5, 5, 5]
+    assert RECORD.stat().st_size < 400_000
