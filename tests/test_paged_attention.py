@@ -7,10 +7,12 @@ same tests run on it, and those marked `gpu` add every dtype and long contexts.
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from folo_lib import paged_attention as module
 from folo_lib.paged_attention import (
     TileSizes,
     TritonBackend,
+    choose_decode_sizes,
     choose_num_splits,
     store_kv,
 )
@@ -47,10 +50,11 @@ def small_tiles(
 ) -> None:
     if "gpu" in request.keywords:
         return
-    monkeypatch.setattr(module, "DECODE", TileSizes(TILE, 4, 2, min_chunk=TILE))
-    small = TileSizes(TILE, 4, 2, rows=16)
-    monkeypatch.setattr(module, "PREFILL", small)
-    monkeypatch.setattr(module, "SMALL_PREFILL", small)
+    tiles = TileSizes(TILE, 4, 2, min_chunk=TILE)
+    monkeypatch.setattr(module, "DECODE", tiles)
+    monkeypatch.setattr(module, "SMALL_DECODE", tiles)
+    rows = TileSizes(TILE, 4, 2, rows=16)
+    monkeypatch.setattr(module, "choose_prefill_sizes", lambda *_: rows)
 
 
 @pytest.fixture
@@ -241,7 +245,9 @@ class TestDecode:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """No part is written for them: parts are allocated full of NaN here."""
-        monkeypatch.setattr(module, "DECODE", TileSizes(TILE, 4, 2, min_chunk=48))
+        for name in ("DECODE", "SMALL_DECODE"):
+            tiles = TileSizes(TILE, 4, 2, min_chunk=48)
+            monkeypatch.setattr(module, name, tiles)
         monkeypatch.setattr(module, "choose_num_splits", lambda *_: 4)
         made_here: list[Tensor] = []
         new_empty = Tensor.new_empty
@@ -452,6 +458,15 @@ class TestLaunch:
                 assert found == 1 or found * needed <= programs
                 assert found == module.MAX_SPLITS or (found + 1) * needed > programs
 
+    def test_tiles_are_small_where_large_ones_would_need_a_second_round(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        count, large = module.count_multiprocessors(DEVICE), module.DECODE
+        small = TileSizes(TILE, 2, 2)
+        monkeypatch.setattr(module, "SMALL_DECODE", small)
+        chosen = [choose_decode_sizes(n * count, DEVICE) for n in (1, 3, 4, 8, 9, 50)]
+        assert chosen == [large, large, small, small, large, large]
+
     def test_compiled(self) -> None:
         """The operator is taken whole, and its writes to the cache are kept."""
         step = Step([1, 6], [40, 30])
@@ -493,6 +508,22 @@ class TestBackend:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert "pip install triton" in done.stdout
         assert "torch_sdpa" in done.stdout
+
+
+@pytest.mark.more
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "room"), [(80, 163), (89, 99), (90, 227)])
+def test_compiles_for_a_card_that_is_not_there(capability: int, room: int) -> None:
+    """The interpreter lets pass what the compiler refuses; and each kernel must fit."""
+    script = Path(__file__).with_name("compile_kernels.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(script), str(capability)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 9
+    for name, shared in lines:
+        assert int(shared) <= 1024 * room, name
 
 
 def error(output: Tensor, exact: Tensor) -> float:
