@@ -11,7 +11,7 @@ __all__ = [
     "MEDIUM_PREFILL",
     "SMALL_PREFILL",
     "MAX_SPLITS",
-    "library",
+    "OPERATORS",
     "paged_attention_operator",
     "TritonNotFoundError",
     "store_kv_kernel",
@@ -593,19 +593,22 @@ def paged_attention(
     return output
 
 
-def make_operator() -> tuple[torch.library.Library, OpOverloadPacket]:
-    """`paged_attention` as an operator, and what keeps it registered."""
-    library = torch.library.Library(__name__.replace(".", "_"), "FRAGMENT")
-    name, changed = f"{library.ns}::paged_attention", ("key_cache", "value_cache")
+OPERATORS = torch.library.Library(__name__.replace(".", "_"), "FRAGMENT")
+
+
+def make_operator(name: str) -> OpOverloadPacket:
+    """`paged_attention` as an operator of that name."""
+    changed = ("key_cache", "value_cache")
     schema = torch.library.infer_schema(paged_attention, mutates_args=changed)
-    library.define("paged_attention" + schema)
-    library.impl("paged_attention", paged_attention, "CompositeExplicitAutograd")
+    OPERATORS.define(name + schema)
+    OPERATORS.impl(name, paged_attention, "CompositeExplicitAutograd")
     shape_of = lambda query, *_: query.new_empty(query.shape)  # noqa: E731
-    torch.library.register_fake(name, shape_of, lib=library)
-    return library, getattr(torch.ops, library.ns).paged_attention
+    torch.library.register_fake(f"{OPERATORS.ns}::{name}", shape_of, lib=OPERATORS)
+    operator: OpOverloadPacket = getattr(getattr(torch.ops, OPERATORS.ns), name)
+    return operator
 
 
-library, paged_attention_operator = make_operator()
+paged_attention_operator = make_operator("paged_attention")
 
 
 # %% ../notebooks/13_paged_attention.ipynb #triton-backend
