@@ -477,12 +477,13 @@ class InFlightStep:
         prompt_logprobs: Sequence[tuple[PromptChunk, LogprobsTensors]],
     ) -> "InFlightStep":
         """Starts the copy of results to the host, which goes on meanwhile."""
-        arrival = torch.cuda.Event() if token_ids.is_cuda else None
-        token_ids, logprobs = to_host(token_ids), logprobs and logprobs.map(to_host)
+        ids, logprobs = to_host(token_ids), logprobs and logprobs.map(to_host)
         scores = [(chunk, tensors.map(to_host)) for chunk, tensors in prompt_logprobs]
-        if arrival is not None:
+        arrival = None
+        if token_ids.is_cuda:
+            arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrival.record()
-        return cls(drawing, token_ids, logprobs, scores, arrival)
+        return cls(drawing, ids, logprobs, scores, arrival)
 
     def read(self) -> StepOutput:
         """Waits for the results; a step that was launched later is not waited for."""
