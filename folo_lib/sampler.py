@@ -622,8 +622,7 @@ class SamplingRows:
 
     def gather_columns(self, rows: Sequence[int], index: Tensor) -> dict[str, Any]:
         """What stays the same as long as these rows run on; `gather` keeps it."""
-        wishes = [self.asked[row] for row in rows]
-        asked = {"seeds", "sample_indices"}.union(*wishes)
+        asked = {"seeds", "sample_indices"} | self.get_wishes(rows)
         exact = self.floats.index_select(0, index).T.contiguous()  # [6, B]
         ints = self.ints.index_select(0, index).T.contiguous()  # [4, B]
         columns = dict(zip(FLOATS, exact.float().unbind(), strict=True))
@@ -635,7 +634,7 @@ class SamplingRows:
                 found[name] = self.tables.get(name).index_select(0, index)
         if "bad_words" in asked:
             found["bad_words"] = self.bad_words.words.index_select(0, index)
-        return found | combine_wishes(wishes)
+        return found | combine_wishes([self.asked[row] for row in rows])
 
     def record(self, metadata: SamplingMetadata, token_ids: Tensor) -> None:
         """After a step: counts what was drawn, `[B]`, without waiting for the device.

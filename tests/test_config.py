@@ -10,6 +10,7 @@ import torch
 
 from folo_lib import LLMEngine
 from folo_lib.config import MODEL_RUNNERS, SCHEDULERS, EngineConfig
+from folo_lib.cuda_graph import CompiledRunner, GraphRunner, PlainGraphRunner
 from folo_lib.engine import FCFSScheduler
 from folo_lib.runner import ModelRunner
 from folo_lib.scheduler import ContinuousScheduler
@@ -140,10 +141,21 @@ class TestOptions:
 
 class TestLookUp:
     def test_runners(self) -> None:
-        assert EngineConfig(device="cpu").get_model_runner(CPU) is ModelRunner
-        assert EngineConfig(decode="eager").get_model_runner(CUDA) is ModelRunner
+        by_name = {
+            "eager": ModelRunner,
+            "compile": CompiledRunner,
+            "graph_plain": PlainGraphRunner,
+            "graph": GraphRunner,
+        }
+        assert list(MODEL_RUNNERS) == list(by_name)
+        for name, runner in by_name.items():
+            for device in (CPU, CUDA):
+                assert EngineConfig(decode=name).get_model_runner(device) is runner
+        for options in ({}, {"decode": "auto"}):
+            assert EngineConfig(**options).get_model_runner(CUDA) is GraphRunner
+            for device in (CPU, torch.device("mps")):
+                assert EngineConfig(**options).get_model_runner(device) is ModelRunner
         assert EngineConfig(enforce_eager=True).get_model_runner(CUDA) is ModelRunner
-        assert EngineConfig(device="cpu").get_model_runner(CUDA) is ModelRunner
 
     def test_every_name(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("folo_lib.config.resolve_device", lambda device: CUDA)
