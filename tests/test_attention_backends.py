@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -550,8 +551,10 @@ class TestGetAttentionBackend:
         assert get_attention_backend("torch_sdpa") is TorchSDPABackend
         assert get_attention_backend("auto") is TorchSDPABackend
         assert get_attention_backend() is TorchSDPABackend
+        has_triton = find_spec("triton") is not None
         for name in ATTENTION_BACKENDS:
-            assert get_attention_backend(name).get_name() == name
+            if name != "triton" or has_triton:
+                assert get_attention_backend(name).get_name() == name
 
     @pytest.mark.parametrize("backend", [*BACKENDS, Loud])
     def test_runs_everywhere_and_is_not_recorded(
