@@ -12,6 +12,8 @@ from folo_lib import LLMEngine
 from folo_lib.config import MODEL_RUNNERS, SCHEDULERS, EngineConfig
 from folo_lib.cuda_graph import CompiledRunner, GraphRunner, PlainGraphRunner
 from folo_lib.engine import FCFSScheduler
+from folo_lib.kv_cache import TorchSDPABackend
+from folo_lib.qwen3 import ATTENTION_BACKENDS
 from folo_lib.runner import ModelRunner
 from folo_lib.scheduler import ContinuousScheduler
 
@@ -137,6 +139,25 @@ class TestOptions:
     def test_nothing_like_it(self) -> None:
         with pytest.raises(TypeError, match="no option 'xyz': there are dtype, device"):
             EngineConfig.from_options({"xyz": 1})
+
+
+class Faulty(TorchSDPABackend):
+    @staticmethod
+    def find_fault(device: torch.device, dtype: torch.dtype) -> str:
+        return f"unwell with {dtype} on {device}"
+
+
+class TestAttentionBackend:
+    def test_a_fault_is_told_with_the_options(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setitem(ATTENTION_BACKENDS, "triton", f"{__name__}:Faulty")
+        monkeypatch.setattr("folo_lib.config.resolve_device", lambda device: CUDA)
+        with pytest.raises(ValueError, match=r"unwell with torch.float16 on cuda:0"):
+            EngineConfig(attention_backend="triton", dtype="float16")
+        EngineConfig(attention_backend="torch_naive")
+        EngineConfig()
+        assert not caplog.records  # the model is told, which may run elsewhere
 
 
 class TestLookUp:
