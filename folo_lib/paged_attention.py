@@ -11,8 +11,6 @@ __all__ = [
     "MEDIUM_PREFILL",
     "SMALL_PREFILL",
     "MAX_SPLITS",
-    "OPERATORS",
-    "paged_attention_operator",
     "TritonNotFoundError",
     "store_kv_kernel",
     "store_kv",
@@ -31,7 +29,6 @@ __all__ = [
     "choose_prefill_sizes",
     "prefill",
     "paged_attention",
-    "make_operator",
     "TritonBackend",
 ]
 
@@ -44,7 +41,6 @@ from math import e, log2
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverloadPacket
 
 from .kv_cache import AttentionBackend, AttentionMetadata
 
@@ -593,24 +589,6 @@ def paged_attention(
     return output
 
 
-OPERATORS = torch.library.Library(__name__.replace(".", "_"), "FRAGMENT")
-
-
-def make_operator(name: str) -> OpOverloadPacket:
-    """`paged_attention` as an operator of that name."""
-    changed = ("key_cache", "value_cache")
-    schema = torch.library.infer_schema(paged_attention, mutates_args=changed)
-    OPERATORS.define(name + schema)
-    OPERATORS.impl(name, paged_attention, "CompositeExplicitAutograd")
-    shape_of = lambda query, *_: query.new_empty(query.shape)  # noqa: E731
-    torch.library.register_fake(f"{OPERATORS.ns}::{name}", shape_of, lib=OPERATORS)
-    operator: OpOverloadPacket = getattr(getattr(torch.ops, OPERATORS.ns), name)
-    return operator
-
-
-paged_attention_operator = make_operator("paged_attention")
-
-
 # %% ../notebooks/13_paged_attention.ipynb #triton-backend
 class TritonBackend(AttentionBackend):
     """One launch for all sequences, of any lengths, over the cache as it lies."""
@@ -650,7 +628,7 @@ class TritonBackend(AttentionBackend):
         metadata: AttentionMetadata,
     ) -> Tensor:
         lengths = metadata.query_lens_list
-        output: Tensor = paged_attention_operator(
+        return paged_attention(
             query,
             key,
             value,
@@ -663,4 +641,3 @@ class TritonBackend(AttentionBackend):
             any(length == 1 for length in lengths),
             any(length > 1 for length in lengths),
         )
-        return output
