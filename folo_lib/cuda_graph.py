@@ -1,7 +1,6 @@
 """What a step waits for: compiled layers, graphs by size of the step, draws on the device."""
 
 import logging
-import math
 import os
 from array import array
 from collections.abc import Callable, Sequence
@@ -119,19 +118,16 @@ def draw_rows(
     """
     seeds, sample_indices, scores = ints[rows, 0], ints[rows, 1], logits
     if is_random:
-        temperature = floats[rows, 0].float()
+        temperature, size = floats[rows, 0].float(), logits.shape[-1]
         sampling = SamplingMetadata(seeds, sample_indices, positions, rows, temperature)
-        noise = gumbel_noise(seeds, sample_indices, positions, logits.shape[-1], jumps)
+        noise = gumbel_noise(seeds, sample_indices, positions, size, jumps)
         is_drawn = temperature.sign()[:, None]  # [B, 1], 0 or 1
         scores = torch.addcmul(apply_filters(logits, sampling), noise, is_drawn)
-    # In chunks, which run side by side, and then the best of their best: a few rows
-    # would keep a few multiprocessors busy, and the others idle.
-    size = logits.shape[-1]
-    num_chunks = math.gcd(size, 128)
-    best, places = scores.unflatten(-1, (num_chunks, -1)).max(dim=-1)  # [B, num_chunks]
-    best, chunk = best.max(dim=-1, keepdim=True)
-    token_ids = places.gather(-1, chunk) + chunk * (size // num_chunks)
-    return token_ids.masked_fill(best - best != 0, -1).squeeze(-1)
+    # Page 07 takes the maximum and its place. A compiler makes two passes of that; the
+    # place alone takes one, and a logit that is not finite has its place there too.
+    token_ids = scores.argmax(dim=-1)
+    best = logits.gather(-1, token_ids[:, None]).squeeze(-1)
+    return token_ids.masked_fill(best - best != 0, -1)
 
 
 # --- sizes

@@ -31,6 +31,7 @@ from folo_lib.paged_attention import (
     TritonBackend,
     choose_decode_sizes,
     choose_num_splits,
+    paged_attention_operator,
     store_kv,
 )
 
@@ -467,21 +468,35 @@ class TestLaunch:
         chosen = [choose_decode_sizes(n * count, DEVICE) for n in (1, 3, 4, 8, 9, 50)]
         assert chosen == [large, large, small, small, large, large]
 
-    def test_compiled(self) -> None:
-        """The operator is taken whole, and its writes to the cache are kept."""
+    def test_the_operator_is_compiled_whole(self) -> None:
+        """And its writes to the cache are kept."""
         step = Step([1, 6], [40, 30])
-        backend = TritonBackend()
+        metadata = step.metadata
+        where = metadata.block_table, metadata.query_start_loc, metadata.seq_lens
+
+        def layer(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            new = query * 1, key, value, *step.kv_cache, metadata.slot_mapping
+            output: Tensor = paged_attention_operator(*new, *where, 0.25, True, True)
+            return output + 1
+
+        whole = {"fullgraph": True, "dynamic": True, "backend": "aot_eager"}
+        output = torch.compile(layer, **whole)(step.query, step.key, step.value)
+        torch.testing.assert_close(output, step.expect() + 1, rtol=2e-5, atol=5e-6)
+        assert not step.kv_cache[0].isnan().all()
+
+    @pytest.mark.parametrize("query_lens", [[1, 6], [1, 1], [6, 6]])
+    def test_the_backend_is_left_out_of_compiled_code(
+        self, query_lens: list[int]
+    ) -> None:
+        step, backend = Step(query_lens, [40, 30]), TritonBackend()
 
         def layer(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             args = query * 1, key, value, step.kv_cache, step.metadata
             return backend.forward(*args) + 1
 
-        compiled = torch.compile(
-            layer, fullgraph=True, dynamic=True, backend="aot_eager"
-        )
+        compiled = torch.compile(layer, dynamic=True, backend="aot_eager")
         output = compiled(step.query, step.key, step.value)
         torch.testing.assert_close(output, step.expect() + 1, rtol=2e-5, atol=5e-6)
-        assert not step.kv_cache[0].isnan().all()
 
 
 class TestBackend:

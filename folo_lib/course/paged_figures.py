@@ -78,13 +78,11 @@ def draw_tiles(ax: Axes, query_len: int, cached: int, rows: int, tile: int) -> N
             width = min(tile, seq_len - left)
             first, last = cached + top, cached + top + height - 1
             look: dict[str, Any] = {"edgecolor": "0.8"}
-            text = ""
             if left + tile - 1 <= first:
                 look = KEYS.bar
             elif left <= last:
                 look = KEYS.bar | {"facecolor": MASKED}
-                text = "mask" if height > 2 else ""
-            draw_box(ax, (left, top), (width, height), text, 7, **look)
+            draw_box(ax, (left, top), (width, height), **look)
     ends = [cached + row + 1 for row in range(query_len)]  # of what each query sees
     edges = [x for end in ends for x in (end, end)]
     steps = [y for row in range(query_len) for y in (row, row + 1)]
