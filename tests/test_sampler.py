@@ -831,6 +831,8 @@ class TestNoise:
         made = gumbel_noise(*columns, vocab_size)
         for _ in range(2):  # nor does a draw change the jumps
             assert torch.equal(gumbel_noise(*columns, vocab_size, jumps), made)
+            one = gumbel_noise(*(x[:1] for x in columns), vocab_size, jumps)
+            assert torch.equal(one, made[:1])
         assert torch.equal(jumps, before)
         other = gumbel_noise(*columns, vocab_size, jumps + 1)  # they are what is used
         assert not torch.equal(other, made)
