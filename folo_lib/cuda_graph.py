@@ -45,12 +45,18 @@ from folo_lib.runner import (
     lay_end_to_end,
     make_input_batch,
 )
+from folo_lib.sampler import (
+    SamplingMetadata,
+    apply_filters,
+    gumbel_noise,
+    make_jumps,
+    move,
+)
 
 from .config import EngineConfig
 from .kv_cache import AttentionMetadata
 from .platform import can_compile
 from .qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
-from .sampler import SamplingMetadata, apply_filters, gumbel_noise, make_jumps, move
 
 # %% ../notebooks/14_cuda_graph.ipynb #graph-size
 logger = logging.getLogger(__name__)
@@ -206,7 +212,7 @@ def run_embedding(
 
 
 def run_layer(layer: Qwen3DecoderLayer, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """One layer. Its weights are inputs like any other, so all layers share one code."""
+    """One layer. Its weights are inputs too, so that all layers share one code."""
     return layer(*arguments)
 
 
@@ -266,8 +272,8 @@ class LayerwiseModel:
 def choose_wrap(weight: Tensor, compiles: bool) -> Callable[[Function], Function]:
     """What compiles a function, if that is wanted and possible, or leaves it."""
     if compiles and can_compile(weight):
-        # For any number of tokens. Without the patterns the residual is not added in the
-        # matrix product, which is slow at that, but in the norm after it.
+        # For any number of tokens. Without the patterns the residual is not added in
+        # the matrix product, which is slow at that, but in the norm after it.
         return partial(torch.compile, dynamic=True, options={"pattern_matcher": False})
     if compiles and weight.is_cuda:
         needs = "Triton, a C compiler, and for bfloat16 compute capability 8"
@@ -306,7 +312,7 @@ class Recorder:
 
 # %% ../notebooks/14_cuda_graph.ipynb #step-graphs
 class StepGraphs:
-    """Graphs of a runner's steps: from `inputs` to `logits`, and from there to `tokens`.
+    """Graphs of a runner's steps: from `inputs` to `logits`, and from there to tokens.
 
     Args:
         runner: has a model, caches and rows.
@@ -321,23 +327,19 @@ class StepGraphs:
 
     def __init__(self, runner: ModelRunner, draw: Callable[..., Tensor]) -> None:
         self.runner, self.draw, device = runner, draw, runner.device
-        num_seqs, vocab_size = (
-            runner.config.max_num_seqs,
-            runner.model.config.vocab_size,
-        )
+        num_seqs = runner.config.max_num_seqs
         self.sizes = choose_sizes(num_seqs, runner.config.max_num_batched_tokens)
         self.inputs = StaticInputs(self.sizes, runner.rows.num_rows, device)
-        self.jumps = make_jumps(vocab_size, device)
-        self.logits = torch.zeros(
-            num_seqs, vocab_size, dtype=runner.dtype, device=device
-        )
-        self.token_ids = torch.zeros(num_seqs, dtype=torch.int64, device=device)
+        zeros = partial(torch.zeros, device=device)
+        self.jumps = make_jumps(runner.model.config.vocab_size, device)
+        self.logits = zeros(num_seqs, len(self.jumps), dtype=runner.dtype)
+        self.token_ids = zeros(num_seqs, dtype=torch.int64)
         self.steps: dict[GraphSize, Callable[[], None]] = {}
         self.draws: dict[tuple[int, bool], Callable[[], None]] = {}
 
     @torch.inference_mode()
     def record(self) -> None:
-        """Records from the largest size on, whose memory serves the smaller ones too."""
+        """Records from the largest size on, whose memory serves the smaller too."""
         recorder = Recorder(self.runner.device)
         for size in sorted(self.sizes, key=lambda size: -size.num_tokens):
             self.inputs.load(StepLayout(), size)
@@ -350,7 +352,7 @@ class StepGraphs:
         """The model on `inputs`; what a graph records."""
         runner, last_token_ids = self.runner, self.runner.rows.last_token_ids
         rows, seq_lens, starts, input_ids, positions, slots = self.inputs.split(size)
-        # A token that the host has not read yet stands as -1: its sequence drew it last.
+        # A token that the host has not read stands as -1: its sequence drew it last.
         tokens = torch.arange(size.num_tokens, device=rows.device)
         owners = torch.searchsorted(starts[1:], tokens, right=True)
         owners = owners.clamp(max=size.num_seqs - 1)  # padding is nobody's
@@ -403,11 +405,10 @@ class GraphRunner(ModelRunner):
         backend = model.model.layers[0].self_attn.backend
         self.is_static = backend.supports_cuda_graph
         if not self.is_static:
-            asked, name = self.config.decode, backend.get_name()
             message = (
                 "decode=%r needs attention_backend='triton', not %r: steps run eagerly."
             )
-            logger.warning(message, asked, name)
+            logger.warning(message, self.config.decode, backend.get_name())
             return
         wrap = choose_wrap(model.model.embed_tokens.weight, self.compiles)
         self.forward = LayerwiseModel(model, wrap)

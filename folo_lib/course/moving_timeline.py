@@ -170,7 +170,6 @@ class Timeline:
             draw_lanes(ax, lanes, end)
             ax.set_title(lanes.caption, fontsize=10)
         axes[-1].set_xlabel("ms, under the profiler")
-        figure.tight_layout()
         target = io.BytesIO()
         figure.savefig(target, format="png", dpi=110)
         plt.close(figure)
