@@ -196,9 +196,12 @@ def draw_rows(
         is_drawn = temperature.sign()[:, None]  # [B, 1], 0 or 1
         scores = torch.addcmul(apply_filters(logits, sampling), noise, is_drawn)
     # Page 07 takes the maximum and its place. A compiler makes two passes of that; the
-    # place alone takes one, and a logit that is not finite has its place there too.
+    # place alone takes one. It is that of a logit which is not finite, if there is one;
+    # `apply_filters` makes NaN of the whole row then, but has the maximum at hand.
     token_ids = scores.argmax(dim=-1)
     best = logits.gather(-1, token_ids[:, None]).squeeze(-1)
+    if is_random:
+        best = logits.float().amax(dim=-1)
     return token_ids.masked_fill(best - best != 0, -1)
 
 
