@@ -27,12 +27,13 @@ __all__ = [
 ]
 
 # %% ../notebooks/14_cuda_graph.ipynb #imports
+# mypy: allow-untyped-calls
 import logging
 from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate, chain
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,11 +57,11 @@ from folo_lib.sampler import (
 from .config import EngineConfig
 from .kv_cache import AttentionMetadata
 from .platform import can_compile
-from .qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
+from .qwen3 import Attention, Qwen3DecoderLayer, Qwen3ForCausalLM
 
 # %% ../notebooks/14_cuda_graph.ipynb #graph-size
 logger = logging.getLogger(__name__)
-Function = TypeVar("Function", bound=Callable[..., Any])
+Function = Callable[..., Any]
 
 
 class GraphSize(NamedTuple):
@@ -216,14 +217,16 @@ def run_embedding(
 
 def run_layer(layer: Qwen3DecoderLayer, *arguments: Any) -> tuple[Tensor, Tensor]:
     """One layer. Its weights are inputs too, so that all layers share one code."""
-    return layer(*arguments)
+    output: tuple[Tensor, Tensor] = layer(*arguments)
+    return output
 
 
 def run_norm(
     model: Qwen3ForCausalLM, hidden_states: Tensor, residual: Tensor
 ) -> Tensor:
     """The norm after the last layer: `[N, E]`."""
-    return model.model.norm(hidden_states, residual)[0]
+    output: Tensor = model.model.norm(hidden_states, residual)[0]
+    return output
 
 
 # %% ../notebooks/14_cuda_graph.ipynb #layerwise-model
@@ -268,7 +271,8 @@ class LayerwiseModel:
             hidden_states, residual = self.layer(
                 layer, hidden_states, residual, cos, sin, kv_cache, metadata
             )
-        return self.norm(self.model, hidden_states, residual)
+        output: Tensor = self.norm(self.model, hidden_states, residual)
+        return output
 
 
 # %% ../notebooks/14_cuda_graph.ipynb #choose-wrap
@@ -405,7 +409,8 @@ class GraphRunner(ModelRunner):
     ) -> None:
         super().__init__(model, config)
         self.graphs: StepGraphs | None = None
-        backend = model.model.layers[0].self_attn.backend
+        modules = model.modules()
+        backend = next(one.backend for one in modules if isinstance(one, Attention))
         self.is_static = backend.supports_cuda_graph
         if not self.is_static:
             message = (

@@ -39,7 +39,7 @@ from folo_lib.kv_cache import (
     read_cache,
     write_cache,
 )
-from folo_lib.qwen3 import Qwen3ForCausalLM
+from folo_lib.qwen3 import Attention, Qwen3DecoderLayer, Qwen3ForCausalLM
 from folo_lib.runner import (
     InFlightStep,
     ModelRunner,
@@ -91,12 +91,17 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
+def use_tensors(model: Qwen3ForCausalLM) -> None:
+    for one in model.modules():
+        if isinstance(one, Attention):
+            one.backend = TensorBackend()
+
+
 @cache
 def get_model(is_static: bool = True) -> Qwen3ForCausalLM:
     model = load_model(bundled_model_path(), "float32", "cpu", use_tqdm=False)
     if is_static:
-        for layer in model.model.layers:
-            layer.self_attn.backend = TensorBackend()
+        use_tensors(model)
     return model
 
 
@@ -397,6 +402,7 @@ class TestLayerwiseModel:
                 get_model(False), torch.arange(4, 4 + length), torch.arange(length)
             )
             for layer in get_model(False).model.layers:
+                assert isinstance(layer, Qwen3DecoderLayer)
                 run(layer, torch.zeros_like(hidden), hidden, cos, sin)
         assert len(compiled) == 1
 
@@ -663,7 +669,7 @@ class TestRunAhead:
 # --- The engine -----------------------------------------------------------------------
 
 
-PLAIN = {"ignore_eos": True}
+PLAIN: dict[str, Any] = {"ignore_eos": True}
 
 
 def make_traffic(count: int = 14) -> tuple[list[list[int]], list[SamplingParams]]:
@@ -748,8 +754,7 @@ def get_static_models() -> Models:
     ours, theirs, tokenizer = schedules.get_models()
     static = Qwen3ForCausalLM(ours.config, "torch_naive").eval().requires_grad_(False)
     static.load_state_dict(ours.state_dict())
-    for layer in static.model.layers:
-        layer.self_attn.backend = TensorBackend()
+    use_tensors(static)
     return static, theirs, tokenizer
 
 

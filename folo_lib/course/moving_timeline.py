@@ -136,7 +136,7 @@ def draw_lanes(ax: Axes, lanes: Lanes, end: float | None = None) -> None:
 
 
 class Timeline:
-    """Shown by a notebook as lanes with a switch for each cure, and a still picture of two.
+    """Shown by a notebook as lanes with a switch for each cure, and as a picture of two settings.
 
     Args:
         settings: of the section `timeline`.
@@ -216,6 +216,7 @@ class Timeline:
             first=html.escape(self.lanes[0].caption),
             switches=switches,
             end=f"{longest / 1e3:.2f}",
+            order=json.dumps([*moments]),
             moments=json.dumps(moments, ensure_ascii=False).replace("<", "\\u003c"),
         )
 
@@ -257,16 +258,20 @@ PAGE = """\
 <text class="end" x="{right}" y="{bottom}" text-anchor="end">{end} ms</text>
 </svg>
 <p class="says" aria-live="polite">{first}</p>
-<p class="knobs" hidden>{switches}
+<p class="knobs" hidden>
+<button type="button" class="back">Back</button>
+<button type="button" class="next">Next</button>
+{switches}
 <label><input type="checkbox" value="zoom"/> as wide as possible</label></p>
 <script>
 (() => {{
-  const moments = {moments}, longest = "{end} ms";
+  const moments = {moments}, order = {order}, longest = "{end} ms";
   for (const root of document.querySelectorAll("#folo-{name}:not([data-ready])")) {{
     root.dataset.ready = "";
     const boxes = [...root.querySelectorAll("input")], zoom = boxes.pop();
+    const read = () => boxes.map((box) => Number(box.checked)).join("");
     const show = () => {{
-      const key = boxes.map((box) => Number(box.checked)).join("");
+      const key = read();
       const now = moments[key];
       for (const lanes of root.querySelectorAll("[data-s]")) {{
         lanes.setAttribute("display", lanes.dataset.s === key ? "inline" : "none");
@@ -277,6 +282,14 @@ PAGE = """\
       root.querySelector(".end").textContent =
         now && zoom.checked ? `${{now.end}} ms` : longest;
     }};
+    const go = (by) => {{
+      const at = Math.max(0, order.indexOf(read()) + by);
+      const key = order[Math.min(at, order.length - 1)];
+      boxes.forEach((box, i) => {{ box.checked = key[i] === "1"; }});
+      show();
+    }};
+    root.querySelector(".back").onclick = () => go(-1);
+    root.querySelector(".next").onclick = () => go(1);
     for (const box of [...boxes, zoom]) box.onchange = show;
     root.querySelector(".knobs").hidden = false;
     show();
