@@ -616,6 +616,21 @@ class TestPadding:
         place = state.num_computed_tokens - 1
         return [state.block_ids[place // 4] * 4 + place % 4]
 
+    def test_what_is_recorded_runs_with_nobody(self) -> None:
+        """On a GPU all graphs are recorded with a step that holds nothing."""
+        runner = make_runner()
+        graphs, last = runner.graphs, runner.rows.last_token_ids
+        last.copy_(100 + torch.arange(9))
+        cache = runner.kv_caches[0][0]
+        cache.fill_(7)
+        for size in graphs.sizes:
+            graphs.inputs.load(StepLayout(), size)
+            graphs.steps[size]()
+            for is_random in (False, True):
+                graphs.draws[size.num_seqs, is_random]()
+        assert last.tolist()[:8] == list(range(100, 108))
+        assert (cache == 7).all()
+
     def test_the_row_of_nobody_is_never_given_away(self) -> None:
         runner = make_runner()
         new = [make_request(name, 1) for name in "abcdefgh"]

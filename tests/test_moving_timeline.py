@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -13,11 +14,14 @@ import pytest
 
 from folo_lib.benchmark_timeline import PHASES, SETTINGS, write_spans
 from folo_lib.course.moving_timeline import (
+    Lanes,
     Timeline,
     draw_lanes,
     find_busy_shares,
     read_lanes,
 )
+
+PAGES = Path(__file__).resolve().parent.parent / "notebooks"
 
 
 def make_trace(step: float) -> dict[str, Any]:
@@ -50,6 +54,10 @@ def make_settings() -> dict[str, Any]:
     return settings
 
 
+def make_lanes(device: list[tuple[float, float]]) -> Lanes:
+    return Lanes("", (), {}, device, 1.0, 10.0, "")
+
+
 def read(html: str) -> tuple[ElementTree.Element, str]:
     """What is left where scripts are taken out, and the script."""
     script = re.search(r"<script>(.*?)</script>", html, re.S)
@@ -68,22 +76,28 @@ def test_lanes_of_a_recording() -> None:
     )
     assert lanes[0].host["launch"] == [(1000, 1000), (9000, 1000)]
     assert lanes[0].device == [(1600, 800), (9600, 800)]
+    assert lanes[0].density == 1
+    settings = make_settings()  # as if gaps had been merged
+    settings["eager"]["rows"][1]["trace"]["device"] = write_spans([(1000, 9000)])
+    assert read_lanes(settings, 64)[0].density == 0.2
     with pytest.raises(ValueError, match="no setting has a trace of 3 requests"):
         read_lanes(make_settings(), 3)
 
 
 @pytest.mark.parametrize("num_bins", [1, 3, 10, 37])
 def test_busy_shares_lose_no_time(num_bins: int) -> None:
-    spans = [(0.0, 1.0), (3.5, 4.0), (9.5, 2.0)]  # the last goes on after the end
-    shares = find_busy_shares(spans, 10.0, num_bins)
+    lanes = make_lanes([(0.0, 1.0), (3.5, 4.0), (9.5, 2.0)])  # goes on after the end
+    shares = find_busy_shares(lanes, num_bins)
     assert len(shares) == num_bins and all(0 <= share <= 1 for share in shares)
     assert sum(shares) / num_bins * 10 == pytest.approx(5.5)
-    assert find_busy_shares([], 10.0, 2) == [0, 0]
-    assert find_busy_shares([(0.0, 10.0)], 10.0, 3) == pytest.approx([1, 1, 1])
+    assert find_busy_shares(make_lanes([]), 2) == [0, 0]
+    full = make_lanes([(0.0, 10.0)])
+    assert find_busy_shares(full, 3) == pytest.approx([1, 1, 1])
+    assert find_busy_shares(full._replace(density=0.2), 2) == pytest.approx([0.2, 0.2])
 
 
 def test_busy_shares_are_where_the_spans_are() -> None:
-    shares = find_busy_shares([(2.0, 1.0), (5.0, 0.5)], 10.0, 10)
+    shares = find_busy_shares(make_lanes([(2.0, 1.0), (5.0, 0.5)]), 10)
     assert shares == pytest.approx([0, 0, 1, 0, 0, 0.5, 0, 0, 0, 0])
 
 
@@ -153,3 +167,45 @@ def test_lanes_are_drawn() -> None:
     assert [label.get_text() for label in ax.get_yticklabels()] == [*PHASES, "device"]
     assert len(ax.collections) == len(PHASES) + 1
     plt.close(figure)
+
+
+def test_the_prose_of_page_14_is_that_of_its_recording() -> None:
+    page = json.loads((PAGES / "14_cuda_graph.ipynb").read_text(encoding="utf-8"))
+    prose = "\n".join(
+        "".join(cell["source"]) for cell in page["cells"] if cell["cell_type"] != "code"
+    )
+    record = json.loads((PAGES / "data" / "timeline_h200.json").read_text("utf-8"))
+    rows = {
+        (name, row["requests"]): row
+        for name, setting in record["sections"]["timeline"][-1]["settings"].items()
+        for row in setting["rows"]
+    }
+    ms = {key: row["host_us"]["total"] / 1e3 for key, row in rows.items()}
+    eager, compiled = (rows[name, 64]["trace"] for name in ("eager", "compile"))
+    kernels = eager["kernels_per_step"]
+    runs, launches = eager["busy_us_per_step"], rows["eager", 64]["host_us"]["launch"]
+    before, after = (
+        sum(kernel["per_layer"] for kernel in trace["layer"])
+        for trace in (eager, compiled)
+    )
+    best = rows["graph + run-ahead", 64]
+    host = rows["graph", 256]["host_us"]
+    thinks = (host["schedule"] + host["launch"] + host["update"]) / 1e3
+    for said in (
+        f"On average a kernel runs for {runs / kernels:.1f} µs",
+        f"Python launches one every {launches / kernels:.0f} µs",
+        f"Of {before} kernels {after} are left",
+        f"from {ms['eager', 64]:.1f} ms down to {ms['graph_plain', 64]:.1f} ms",
+        f"make it {ms['graph', 64]:.1f} ms",
+        f"makes it {ms['graph + run-ahead', 64]:.1f} ms, and kernels run for "
+        f"{best['busy_share']:.0%} of that",
+        f"take {thinks:.1f} ms together",
+        f"takes {ms['graph + run-ahead', 256]:.1f} ms in place of "
+        f"{ms['graph', 256]:.1f} ms",
+    ):
+        assert said in prose, said
+    half = compiled["busy_us_per_step"] / runs
+    assert 0.45 < half < 0.55, "kernels that run for half the time"
+    assert abs(ms["compile", 64] / ms["eager", 64] - 1) < 0.05, "next to nothing"
+    ahead = [ms[f"{n} + run-ahead", 64] > ms[n, 64] for n in ("eager", "compile")]
+    assert ahead == [False, True], "one faster, the other slower"

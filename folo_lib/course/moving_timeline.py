@@ -47,7 +47,8 @@ class Lanes(NamedTuple):
         name: of the setting.
         switches: those of `SWITCHES` that are on.
         host: by phase, (begin, duration) in microseconds.
-        device: the same of the times in which kernels ran.
+        device: the same of the times in which kernels ran; neighbours may be one span.
+        density: the share of these spans in which kernels ran, on average.
         end: of the last step, in microseconds.
         caption: how long a step takes, and how much of it the device is busy.
     """
@@ -56,6 +57,7 @@ class Lanes(NamedTuple):
     switches: tuple[str, ...]
     host: Mapping[str, Spans]
     device: Spans
+    density: float
     end: float
     caption: str
 
@@ -88,30 +90,32 @@ def read_lanes(
             )
             host = {phase: read_spans(trace["host"][phase]) for phase in PHASES}
             device, end = read_spans(trace["device"]), trace["us_per_step"] * num_steps
-            found.append(Lanes(name, on, host, device, end, caption))
+            shown = sum(length for _, length in device)
+            busy = trace["busy_us_per_step"] * num_steps
+            density = min(1.0, busy / shown) if shown else 0.0
+            found.append(Lanes(name, on, host, device, density, end, caption))
     if not found:
         raise ValueError(f"no setting has a trace of {num_requests} requests.")
     return found
 
 
-def find_busy_shares(spans: Spans, end: float, num_bins: int) -> list[float]:
+def find_busy_shares(lanes: Lanes, num_bins: int) -> list[float]:
     """The share of each bin of the time from 0 to `end` in which kernels ran.
 
     Args:
-        spans: (begin, duration), which do not overlap.
-        end: of the last bin.
+        lanes: whose device is asked for; its spans do not overlap.
         num_bins: all equally long.
     """
-    width = end / num_bins
+    width = lanes.end / num_bins
     shares = [0.0] * num_bins
-    for begin, duration in spans:
-        stop = min(begin + duration, end)
+    for begin, duration in lanes.device:
+        stop = min(begin + duration, lanes.end)
         i = int(begin / width)
         while i < num_bins and i * width < stop:
             inside = min(stop, (i + 1) * width) - max(begin, i * width)
             shares[i] += max(inside, 0.0) / width
             i += 1
-    return [min(share, 1.0) for share in shares]
+    return [min(share, 1.0) * lanes.density for share in shares]
 
 
 def draw_lanes(ax: Axes, lanes: Lanes, end: float | None = None) -> None:
@@ -126,7 +130,7 @@ def draw_lanes(ax: Axes, lanes: Lanes, end: float | None = None) -> None:
         look = HOST.bar | ({"facecolor": "white"} if phase == WAITS else {})
         spans = [(begin / 1e3, length / 1e3) for begin, length in lanes.host[phase]]
         ax.broken_barh(spans, (y - 0.35, 0.7), **look | {"hatch": ""})
-    shares = find_busy_shares(lanes.device, lanes.end, 400)
+    shares = find_busy_shares(lanes, 400)
     edges = [lanes.end / 1e3 * i / 400 for i in range(400)]
     base, tops = 5.35, [5.35 - 1.4 * share for share in shares]
     ax.fill_between(edges, tops, base, step="post", color=DEVICE.colour, linewidth=0)
@@ -237,7 +241,7 @@ def draw_shapes(lanes: Lanes) -> str:
             )
     bottom = ROW * len(PHASES) + DEVICE_HEIGHT + 4
     path, height = [f"M0 {bottom}"], 0
-    for share in find_busy_shares(lanes.device, lanes.end, WIDTH):
+    for share in find_busy_shares(lanes, WIDTH):
         wanted = round(share * DEVICE_HEIGHT)
         path.append(f"v{height - wanted}h1" if wanted != height else "h1")
         height = wanted
