@@ -1,4 +1,4 @@
-"""What the machine offers: memory for the cache, and a lock that threads get in turn."""
+"""What the machine offers: memory for the cache, compilers, and a lock that threads get in turn."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import os
 import sys
 import threading
 from collections import deque
+from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from types import TracebackType
 
 import torch
+from torch import Tensor
 
-__all__ = ["FairLock", "get_kv_cache_memory", "get_physical_memory"]
+__all__ = ["FairLock", "can_compile", "get_kv_cache_memory", "get_physical_memory"]
 
 CGROUP_LIMITS = (
     "/sys/fs/cgroup/memory.max",
@@ -48,6 +51,20 @@ def get_kv_cache_memory(device: torch.device | str) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * GPU_MEMORY_SHARE)
     return min(get_physical_memory() // 4, MAX_CPU_KV_CACHE)
+
+
+def can_compile(weight: Tensor) -> bool:
+    """Whether there are Triton, a C compiler and a GPU that is new enough for both.
+
+    Args:
+        weight: of the model, on its device and in its dtype.
+    """
+    compilers = os.environ.get("CC"), "cc", "gcc", "clang"
+    has_compiler = any(which(name) for name in compilers if name)
+    if not weight.is_cuda or not has_compiler or find_spec("triton") is None:
+        return False
+    oldest = (8, 0) if weight.dtype == torch.bfloat16 else (7, 0)
+    return torch.cuda.get_device_capability(weight.device) >= oldest
 
 
 class FairLock:

@@ -444,7 +444,8 @@ def check_rows(engine: LLMEngine) -> None:
     """Every row of the runner is free or held once, and knows what the scheduler knows."""
     rows, scheduler = get_runner(engine).rows, engine.scheduler
     taken = [state.row for state in rows.by_id.values()]
-    assert sorted([*rows.free_rows, *taken]) == list(range(len(rows.block_table)))
+    assert sorted([*rows.free_rows, *taken]) == list(range(rows.num_rows))
+    assert len(rows.block_table) == rows.num_rows + 1  # the last is never given away
     leaving = set(scheduler.finished_ids)
     for request in scheduler.running:
         assert request.sample_id not in leaving

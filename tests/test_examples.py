@@ -371,6 +371,7 @@ PROVOKED: list[Callable[[Path], Any]] = [
     lambda path: LLMEngine("./no/such/folder"),
     lambda path: LLMEngine(device="mps"),
     lambda path: LLMEngine(decode="cuda_graph"),
+    lambda path: LLMEngine(decode="graph", **CPU),
     lambda path: LLMEngine(attention_backend="flash"),
     lambda path: LLMEngine(dtype="fp16"),
     lambda path: LLMEngine(kv_cache_memory_bytes=50_000, **CPU),
@@ -380,7 +381,12 @@ PROVOKED: list[Callable[[Path], Any]] = [
     lambda path: SamplingParams(n=2, temperature=0),
     lambda path: SamplingParams(temperature=0.001),
 ]
-IN_SOURCE = {  # this needs a hub
+IN_SOURCE = {  # these need a hub, and a GPU
+    "Layers are not compiled: that needs Triton, a C compiler, and for bfloat16 "
+    "compute capability 8.": (
+        "cuda_graph",
+        '"Triton, a C compiler, and for bfloat16 compute capability 8"',
+    ),
     "the hub has no model 'Qwen/Qwen3-0.6C', or wants a login (`hf auth login`).": (
         "checkpoint_checks",
         'f"the hub has no model {model!r}, or wants a login (`hf auth login`)."',

@@ -43,6 +43,7 @@ TABLE = (
     "scheduler",
     "block_pool",
     "paged_attention",
+    "cuda_graph",
     "benchmark",
     "benchmark_workloads",
     "benchmark_systems",

@@ -1,4 +1,4 @@
-"""platform.py: what the machine says of its memory, and threads that take turns."""
+"""platform.py: what the machine says of its memory and compilers, and threads that take turns."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from folo_lib import platform
 from folo_lib.platform import (
     MAX_CPU_KV_CACHE,
     FairLock,
+    can_compile,
     get_kv_cache_memory,
     get_physical_memory,
 )
@@ -221,3 +222,44 @@ class TestFairLock:
             thread.join(10)
         assert ends == ["interrupted", "in"]
         assert lock._owner is None
+
+
+class TestCanCompile:
+    """Of a weight on a GPU, which needs no GPU to be asked about."""
+
+    @pytest.fixture(autouse=True)
+    def machine(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It has gcc, Triton, and a GPU of compute capability 7.5."""
+        monkeypatch.delenv("CC", raising=False)
+        monkeypatch.setattr(platform, "which", {"gcc": "/usr/bin/gcc"}.get)
+        monkeypatch.setattr(platform, "find_spec", {"triton": "found"}.get)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+
+    @staticmethod
+    def make_weight(dtype: torch.dtype, is_cuda: bool = True) -> Any:
+        return SimpleNamespace(dtype=dtype, is_cuda=is_cuda, device="cuda:0")
+
+    def test_all_that_it_needs(self) -> None:
+        assert can_compile(self.make_weight(torch.float32))
+        assert can_compile(self.make_weight(torch.float16))
+        assert not can_compile(self.make_weight(torch.float32, is_cuda=False))
+        assert not can_compile(torch.zeros(1))
+
+    def test_bfloat16_needs_a_newer_card(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert not can_compile(self.make_weight(torch.bfloat16))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+        assert can_compile(self.make_weight(torch.bfloat16))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+        assert not can_compile(self.make_weight(torch.float32))
+
+    def test_no_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(platform, "which", lambda name: None)
+        assert not can_compile(self.make_weight(torch.float32))
+        monkeypatch.setattr(platform, "which", {"my-cc": "/opt/my-cc"}.get)
+        assert not can_compile(self.make_weight(torch.float32))
+        monkeypatch.setenv("CC", "my-cc")
+        assert can_compile(self.make_weight(torch.float32))
+
+    def test_no_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(platform, "find_spec", lambda name: None)
+        assert not can_compile(self.make_weight(torch.float32))

@@ -380,7 +380,7 @@ PARTS = {  # page: left, bottom, width, height, text
     "14": (87, 47, 12, 12, "14 CUDA\ngraphs"),
     "18": (83, 0, 16, 10, "18 Benchmark\nmeasures it all"),
 }
-ASIDE = ("14", "18")
+ASIDE = ("18",)
 WAYS: tuple[
     tuple[Point, Point, str, Point], ...
 ] = (  # from, to, what travels, where that is written
@@ -430,7 +430,7 @@ def draw_map(
     ax.text(49, 36, said, **style)
     ax.plot([20, 25], [5, 5], "k-", lw=1)  # from the sampler, then up
     ax.plot([58, 84.5], [64.5, 64.5], "k-", lw=1)  # from the scheduler, then down
-    ax.plot([82, 87], [53, 53], "k--", lw=1)
+    ax.plot([82, 87], [53, 53], "k-", lw=1)
     ax.plot([82.2, 83], [25.5, 25.5], "k-", lw=1)  # from the kernels to the cache
     if here:
         left, bottom, width, height, _ = PARTS[here]

@@ -10,69 +10,72 @@ import torch
 from torch import Tensor
 
 from folo_lib.course.exercises.cuda_graph import (
+    check_choose_few_sizes,
     check_count_accepted,
-    check_make_geometric_buckets,
+    check_count_padding,
+    count_padded_rows,
 )
 
 
-def without_the_last(n: int, smallest: int, factor: float, block: int) -> list[int]:
-    buckets, width = [], smallest
-    while width <= n:
-        buckets.append(width)
-        width = max(int(-(-width * factor // block)) * block, width + block)
-    return buckets
+def count_loosely(sizes: list[int], num_seqs: int) -> int:
+    return min((size - num_seqs for size in sizes if size > num_seqs), default=0)
 
 
-def rounded_down(n: int, smallest: int, factor: float, block: int) -> list[int]:
-    buckets, width = [], smallest
-    while width < n:
-        buckets.append(width)
-        width = max(int(width * factor // block) * block, width + block)
-    return [*buckets, n]
+def takes_the_first(sizes: list[int], num_seqs: int) -> int:
+    return next((size - num_seqs for size in sizes if size >= num_seqs), 0)
 
 
-def not_whole_blocks(n: int, smallest: int, factor: float, block: int) -> list[int]:
-    buckets, width = [], smallest
-    while width < n:
-        buckets.append(width)
-        width = int(width * factor) + 1
-    return [*buckets, n]
-
-
-def doubling(n: int, smallest: int, factor: float, block: int) -> list[int]:
-    buckets, width = [], smallest
-    while width < n:
-        buckets.append(width)
-        width *= 2
-    return [*buckets, n]
-
-
-def stays_the_same(n: int, smallest: int, factor: float, block: int) -> list[int]:
-    buckets, width = [], smallest
-    while width < n:
-        buckets.append(width)
-        round(width * factor / block) * block
-    return [*buckets, n]
+def needs_a_graph(sizes: list[int], num_seqs: int) -> int:
+    return min((size for size in sizes if size >= num_seqs), default=0) - num_seqs
 
 
 @pytest.mark.parametrize(
     ("attempt", "reason"),
     [
-        (without_the_last, "the last bucket must hold all"),
-        (rounded_down, "more graphs than needed"),
-        (not_whole_blocks, "round up to a multiple of 16"),
-        (doubling, "jumps from 256 to 512"),
+        (count_loosely, "a graph of exactly that size"),
+        (takes_the_first, "in any order"),
+        (needs_a_graph, "nothing is padded"),
     ],
 )
-def test_make_geometric_buckets(attempt: Callable[..., Any], reason: str) -> None:
-    verdict = check_make_geometric_buckets(attempt)
+def test_count_padding(attempt: Callable[..., Any], reason: str) -> None:
+    verdict = check_count_padding(attempt)
     assert not verdict and reason in verdict.message
 
 
-def test_buckets_that_stay_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("folo_lib.course.exercises.MAX_SECONDS", 0.1)
-    verdict = check_make_geometric_buckets(stays_the_same)
-    assert not verdict and "still running" in verdict.message
+def evenly_spread(steps: dict[int, int], num_graphs: int) -> list[int]:
+    largest = max(steps)
+    return sorted({-(-largest * (i + 1) // num_graphs) for i in range(num_graphs)})
+
+
+def the_commonest(steps: dict[int, int], num_graphs: int) -> list[int]:
+    return sorted(sorted(steps, key=lambda n: -steps[n])[:num_graphs])
+
+
+def greedily(steps: dict[int, int], num_graphs: int) -> list[int]:
+    """The best next size, one after another; the best pair need not hold it."""
+    sizes = [max(steps)]
+    while len(sizes) < min(num_graphs, len(steps)):
+        rest = [n for n in steps if n not in sizes]
+        sizes.append(min(rest, key=lambda n: count_padded_rows(steps, [*sizes, n])))
+    return sorted(sizes)
+
+
+def all_of_them(steps: dict[int, int], num_graphs: int) -> list[int]:
+    return sorted(steps)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "reason"),
+    [
+        (evenly_spread, "pads"),
+        (the_commonest, "the last size must be"),
+        (greedily, "pads"),
+        (all_of_them, "may be recorded at most"),
+    ],
+)
+def test_choose_few_sizes(attempt: Callable[..., Any], reason: str) -> None:
+    verdict = check_choose_few_sizes(attempt)
+    assert not verdict and reason in verdict.message
 
 
 def counts_all_that_agree(draft: Tensor, chosen: Tensor) -> Tensor:
@@ -100,7 +103,7 @@ def one_number(draft: Tensor, chosen: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("attempt", "reason"),
     [
-        (counts_all_that_agree, "behind the first wrong guess does not count"),
+        (counts_all_that_agree, "after the first wrong guess does not count"),
         (forgets_its_own, "own choice is one token more"),
         (loops, "it asks the device for a value"),
         (one_number, "returns the shape []"),

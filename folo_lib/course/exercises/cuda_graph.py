@@ -4,61 +4,103 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from folo_lib.course.exercises import exercise, require
 
+FEWEST_OF_256 = 1_123_580
+"""Rows that the best twelve sizes pad in the last check of `choose_few_sizes`."""
+
 
 @exercise
-def check_make_geometric_buckets(
-    make_geometric_buckets: Callable[[int, int, float, int], list[int]],
-) -> None:
-    """Few buckets, none too wide, every one of whole blocks."""
-    for num_slots, smallest, factor, block in (
-        (1024, 256, 2.0, 16),
-        (8192, 256, 1.25, 16),
-        (4096, 256, 1.5, 16),
-        (1008, 16, 1.1, 16),
-        (240, 240, 1.5, 16),
-        (64, 256, 2.0, 16),
-        (40_960, 128, 1.3, 128),
+def check_count_padding(count_padding: Callable[[list[int], int], int]) -> None:
+    """The smallest size that holds the step, whatever the order of the sizes."""
+    for sizes, num_seqs, right, hint in (
+        ([1, 2, 4, 8], 3, 1, ""),
+        ([1, 2, 4, 8], 4, 0, "a graph of exactly that size holds the step"),
+        ([1, 2, 4, 8], 5, 3, ""),
+        ([8, 1, 4, 2], 3, 1, "the sizes come in any order"),
+        ([1, 2, 4, 8], 9, 0, "no graph holds the step, so nothing is padded"),
+        ([], 1, 0, "there is no graph at all"),
+        ([6, 100], 7, 93, ""),
     ):
-        call = f"make_geometric_buckets({num_slots}, {smallest}, {factor}, {block})"
-        buckets = make_geometric_buckets(num_slots, smallest, factor, block)
-        require(isinstance(buckets, list), f"{call} gives {buckets!r}, not a list.")
-        require(
-            bool(buckets) and buckets[-1] == num_slots,
-            f"{call} ends with {buckets[-1:]}: the last bucket must hold all "
-            f"{num_slots} slots, and none may be larger.",
+        got = count_padding(list(sizes), num_seqs)
+        call = f"count_padding({sizes}, {num_seqs})"
+        because = f": {hint}" if hint else ""
+        require(got == right, f"{call} gives {got!r}, and {right} is right{because}.")
+
+
+def count_padded_rows(steps: Mapping[int, int], sizes: Sequence[int]) -> int:
+    """Rows that are nobody's, over all steps; each has a size that holds it."""
+    return sum(
+        count * (min(size for size in sizes if size >= number) - number)
+        for number, count in steps.items()
+    )
+
+
+@exercise
+def check_choose_few_sizes(
+    choose_few_sizes: Callable[[dict[int, int], int], list[int]],
+) -> None:
+    """Against all choices where there are few, then on traffic of 256 numbers."""
+    draw = random.Random(0)
+    cases = [({5: 1}, 1), ({5: 1}, 3), ({1: 100, 7: 1, 8: 1}, 2)]
+    for _ in range(60):
+        numbers = draw.sample(range(1, 20), draw.randint(1, 7))
+        cases.append(({n: draw.randint(1, 50) for n in numbers}, draw.randint(1, 4)))
+    for steps, num_graphs in cases:
+        call = f"choose_few_sizes({steps}, {num_graphs})"
+        sizes = choose_few_sizes(dict(steps), num_graphs)
+        check_sizes(call, sizes, steps, num_graphs)
+        largest, padded = max(steps), count_padded_rows(steps, sizes)
+        others = [number for number in steps if number != largest]
+        best = min(
+            ([*some, largest] for some in subsets(others, num_graphs - 1)),
+            key=partial(count_padded_rows, steps),
         )
-        first = min(smallest, num_slots)
+        fewest = count_padded_rows(steps, best)
         require(
-            buckets[0] == first,
-            f"{call} begins with {buckets[0]} and not with {first}.",
+            padded == fewest,
+            f"{call} gives {sizes}, which pads {padded} rows: {sorted(best)} pads "
+            f"{fewest}.",
         )
-        odd = [n for n in buckets if n % block]
-        require(not odd, f"{call} holds {odd[:3]}: round up to a multiple of {block}.")
-        for small, large in itertools.pairwise(buckets):
-            require(
-                large > small,
-                f"{call} has {large} behind {small}: each must be larger than the one "
-                "before it, also where the factor is so small that rounding stops it.",
-            )
-            wide = -(-small * factor // block) * block
-            wide = max(wide, small + block)
-            require(
-                large <= wide,
-                f"{call} jumps from {small} to {large}; {factor} times as much, in "
-                f"whole blocks, is {wide:.0f}.",
-            )
-            require(
-                large in (wide, num_slots),
-                f"{call} has {large} behind {small}, where {wide:.0f} would do: more "
-                "graphs than needed.",
-            )
+    steps = {n: draw.randint(1, 1000) for n in range(1, 257)}
+    sizes = choose_few_sizes(dict(steps), 12)
+    check_sizes("for numbers up to 256 it", sizes, steps, 12)
+    padded = count_padded_rows(steps, sizes)
+    require(
+        padded <= FEWEST_OF_256,
+        f"for every number up to 256 and 12 graphs it pads {padded:,} rows, and "
+        f"{FEWEST_OF_256:,} is possible.",
+    )
+
+
+def subsets(numbers: Sequence[int], most: int) -> Iterator[tuple[int, ...]]:
+    """All choices of at most so many of the numbers."""
+    for count in range(min(most, len(numbers)) + 1):
+        yield from itertools.combinations(numbers, count)
+
+
+def check_sizes(
+    call: str, sizes: object, steps: Mapping[int, int], num_graphs: int
+) -> None:
+    """What must hold of any choice."""
+    require(isinstance(sizes, list), f"{call} gives {sizes!r}, not a list.")
+    assert isinstance(sizes, list)
+    require(
+        len(sizes) <= num_graphs,
+        f"{call} gives {len(sizes)} sizes, and {num_graphs} may be recorded at most.",
+    )
+    require(sizes == sorted(set(sizes)), f"{call} gives {sizes}: not ascending.")
+    require(
+        bool(sizes) and sizes[-1] == max(steps),
+        f"{call} ends with {sizes[-1:]}: the last size must be {max(steps)}, so that "
+        "every step has a graph and none is larger than needed.",
+    )
 
 
 @exercise
@@ -90,7 +132,7 @@ def check_count_accepted(count_accepted: Callable[[Tensor, Tensor], Tensor]) -> 
             f"for {size} rows it returns the shape {list(got.shape)}, not [{size}].",
         )
         for row, (ours, right) in enumerate(zip(got.tolist(), wanted, strict=True)):
-            hint = "what comes behind the first wrong guess does not count"
+            hint = "what comes after the first wrong guess does not count"
             if ours == right - 1:
                 hint = "the large model's own choice is one token more"
             require(
