@@ -37,6 +37,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, chain
 from os import PathLike
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,8 +93,7 @@ class NewRequest:
     bad_words_ids: Sequence[Sequence[int]] = ()
 
 
-@dataclass(frozen=True)
-class ScheduledRequest:
+class ScheduledRequest(NamedTuple):
     """What a step runs of a request.
 
     Attributes:
