@@ -473,7 +473,7 @@ def poison_free_blocks(engine: LLMEngine) -> None:
     index = torch.tensor([i for i in free if i not in hash_of], dtype=torch.int64)
     for pair in get_runner(engine).kv_caches:
         for tensor in pair:
-            tensor.index_fill_(0, index, float("nan"))
+            tensor.index_fill_(0, index.to(tensor.device), float("nan"))
 
 
 # --- A schedule -----------------------------------------------------------------------
