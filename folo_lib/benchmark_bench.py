@@ -122,7 +122,8 @@ class Sizes:
         throughput, timeline, latency: of the sections of those names; `waterfall` runs the
             workload of the first.
         starts: fresh processes for each of the fast rungs of the section `waterfall`.
-        together: how many of them get ready side by side.
+        together: how many of them get ready side by side; five with the cache that the mixed
+            requests need fill an H200.
     """
 
     prompt_tokens: int = 128
@@ -137,7 +138,7 @@ class Sizes:
     timeline: TimelineSizes = TimelineSizes()
     latency: LatencySizes = LatencySizes()
     starts: int = 5
-    together: int = 4
+    together: int = 5
 
     def cut(self, max_model_len: int) -> Sizes:
         """Without what a model cannot hold."""

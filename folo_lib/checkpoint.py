@@ -261,15 +261,14 @@ def resolve_attention_backend(
         return "torch_sdpa"
     wanted = "triton" if name == "auto" else name
     try:
-        fault = get_attention_backend(wanted).find_fault(device, dtype)
-    except ValueError as error:  # Triton is not installed
-        fault = str(error)
-    if fault is None:
-        return wanted
-    if name != "auto":
-        raise ValueError(fault)
-    logger.warning("Attention runs on torch_sdpa. %s", fault)
-    return "torch_sdpa"
+        if fault := get_attention_backend(wanted).find_fault(device, dtype):
+            raise ValueError(fault)
+    except ValueError as error:  # a fault, or Triton is not installed
+        if name != "auto":
+            raise
+        logger.warning("Attention runs on 'torch_sdpa'. %s", error)
+        return "torch_sdpa"
+    return wanted
 
 
 # %% ../notebooks/05_checkpoint.ipynb #load-model
@@ -287,7 +286,8 @@ def load_model(
         dtype: a name in `DTYPES`, or `"auto"`: the checkpoint's own on a GPU, float32
             on a CPU.
         device: `"cpu"`, `"cuda"`, `"mps"`, or `"auto"`: CUDA if there, else the CPU.
-        attention_backend: see `resolve_attention_backend`.
+        attention_backend: a name in `ATTENTION_BACKENDS`, or `"auto"`: `"triton"` on a
+            GPU that can run it, else `"torch_sdpa"`.
         use_tqdm: show a progress bar.
 
     Raises:
@@ -302,15 +302,13 @@ def load_model(
         UserWarning: if a weight is NaN or infinite, or a tied config has another head.
     """
     target = resolve_device(device)
-    settled = resolve_dtype(dtype, target, None)  # arguments first, a download later
-    resolve_attention_backend(attention_backend, target, settled)
+    wanted = resolve_dtype(dtype, target, None)  # arguments first, a download later
+    backend = resolve_attention_backend(attention_backend, target, wanted)
     folder = find_checkpoint(model)
     config, files = read_config(folder), find_weight_files(folder)
     with naming(folder / "config.json"), torch.device("meta"):
-        dtype = resolve_dtype(dtype, target, config.dtype)
-        backend = resolve_attention_backend(attention_backend, target, dtype)
         loaded = Qwen3ForCausalLM(config, backend)
-    loaded.to(dtype)
+    loaded.to(resolve_dtype(dtype, target, config.dtype))
     headers = list(read_weights(files, headers_only=True))
     with naming(folder):  # on meta: only names and shapes are compared
         loaded.load_weights(headers)

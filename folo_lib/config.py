@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from folo_lib.checkpoint import resolve_device, resolve_dtype
+from folo_lib.checkpoint import (
+    resolve_attention_backend,
+    resolve_device,
+    resolve_dtype,
+)
 from folo_lib.kv_cache import DEFAULT_BLOCK_SIZE
-from folo_lib.qwen3 import get_attention_backend
 
 if TYPE_CHECKING:
     from folo_lib.engine import Scheduler
@@ -38,13 +41,19 @@ class EngineConfig:
     """How an engine runs; the names are vLLM's where vLLM has the option.
 
     Attributes:
-        dtype, device, attention_backend: see `load_model`. A model that is loaded has them, so
-            then they are left out.
+        dtype, device: see `load_model`. A model that is loaded has them, and its attention
+            backend, so then all three are left out.
+        attention_backend: `"torch_naive"`, `"torch_sdpa"`, `"triton"`, or another name in
+            `folo_lib.qwen3.ATTENTION_BACKENDS`; `"auto"`: `"triton"` on a GPU that can run it,
+            else `"torch_sdpa"`.
         max_model_len: most tokens of a prompt and its output together; None: as many as the
             model was made for and the memory holds.
         block_size: tokens in a block of the KV cache.
         kv_cache_memory_bytes: set aside for the cache; None: see `get_kv_cache_memory`.
-        decode: a name in `MODEL_RUNNERS`, or `"auto"`: `"graph"` on a GPU, else `"eager"`.
+        decode: how steps run, a name in `MODEL_RUNNERS`: `"eager"`, kernel by kernel;
+            `"compile"`, layers compiled; `"graph_plain"`, a step replayed as one CUDA graph;
+            `"graph"`, both. `"auto"`: `"graph"` on a GPU, else `"eager"`. Where one of them
+            cannot be had, a warning says once what is done instead.
         enforce_eager: the same as `decode="eager"`.
         scheduler: a name in `SCHEDULERS`, or what makes a scheduler of an `EngineConfig` and
             the number of blocks in the cache.
@@ -99,8 +108,11 @@ class EngineConfig:
                 "leaves it to the engine."
             )
         device = resolve_device(self.device)
-        resolve_dtype(self.dtype, device, None)
-        get_attention_backend(self.attention_backend)
+        dtype = resolve_dtype(self.dtype, device, None)
+        if (
+            self.attention_backend != "auto"
+        ):  # that never fails, and warns when it is used
+            resolve_attention_backend(self.attention_backend, device, dtype)
         if self.enforce_eager and self.decode not in ("auto", "eager"):
             raise ValueError(
                 f"enforce_eager=True means decode='eager', and decode={self.decode!r}: "

@@ -264,8 +264,8 @@ class AttentionBackend(ABC):
     def get_name() -> str:
         """The name under which `get_attention_backend` finds it."""
 
-    @classmethod
-    def find_fault(cls, device: torch.device, dtype: torch.dtype) -> str | None:
+    @staticmethod
+    def find_fault(device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it cannot run there, with the cure; None: it can."""
         return None
 

@@ -6,11 +6,11 @@
 __all__ = [
     "PER_STEP",
     "DECODE",
+    "SMALL_DECODE",
     "PREFILL",
+    "MEDIUM_PREFILL",
     "SMALL_PREFILL",
     "MAX_SPLITS",
-    "library",
-    "paged_attention_operator",
     "TritonNotFoundError",
     "store_kv_kernel",
     "store_kv",
@@ -23,11 +23,12 @@ __all__ = [
     "TileSizes",
     "count_multiprocessors",
     "choose_num_splits",
+    "choose_decode_sizes",
     "decode",
     "prefill_kernel",
+    "choose_prefill_sizes",
     "prefill",
     "paged_attention",
-    "make_operator",
     "TritonBackend",
 ]
 
@@ -40,7 +41,6 @@ from math import e, log2
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverloadPacket
 
 from .kv_cache import AttentionBackend, AttentionMetadata
 
@@ -311,7 +311,8 @@ class TileSizes:
         tile: tokens of keys and values that are looked at together.
         rows: rows of queries, tokens times heads, that look together.
         min_chunk: tokens below which a sequence is not split; for the decode kernel.
-        num_warps, num_stages: see Triton.
+        num_warps: groups of 32 threads that work on a tile.
+        num_stages: tiles in the pipeline, one in use and others on their way.
     """
 
     tile: int
@@ -322,9 +323,12 @@ class TileSizes:
 
 
 DECODE = TileSizes(tile=128, num_warps=4, num_stages=2)
+SMALL_DECODE = TileSizes(tile=64, num_warps=2, num_stages=2)
+"""Of which more programs fit on a multiprocessor, see `choose_decode_sizes`."""
 PREFILL = TileSizes(tile=128, num_warps=8, num_stages=3, rows=128)
+MEDIUM_PREFILL = TileSizes(tile=64, num_warps=4, num_stages=2, rows=64)
 SMALL_PREFILL = TileSizes(tile=32, num_warps=4, num_stages=2, rows=32)
-"""For float32 and for more than 128 numbers per head, of which fewer rows fit."""
+"""See `choose_prefill_sizes`."""
 MAX_SPLITS = 64
 
 
@@ -341,6 +345,15 @@ def choose_num_splits(num_seqs: int, num_kv_heads: int, device: torch.device) ->
     """Into how many programs a long context is split, so that the card is full."""
     wanted = 2 * count_multiprocessors(device)
     return max(1, min(MAX_SPLITS, wanted // (num_seqs * num_kv_heads)))
+
+
+def choose_decode_sizes(num_programs: int, device: torch.device) -> TileSizes:
+    """Small tiles where the large ones would need a second round, mostly idle.
+
+    Three programs with large tiles run on a multiprocessor at once.
+    """
+    per_processor = num_programs / count_multiprocessors(device)
+    return SMALL_DECODE if 3 < per_processor <= 8 else DECODE
 
 
 # %% ../notebooks/13_paged_attention.ipynb #decode
@@ -362,7 +375,8 @@ def decode(
     parts = query.new_empty(*shape, head_dim, dtype=torch.float32)
     part_logs = query.new_empty(shape, dtype=torch.float32)
     dims = {"D": head_dim, "DIMS": max(16, triton.next_power_of_2(head_dim))}
-    chunks = {"BT": DECODE.tile, "MIN_CHUNK": DECODE.min_chunk}
+    sizes = choose_decode_sizes(num_seqs * num_kv_heads * num_splits, query.device)
+    chunks = {"BT": sizes.tile, "MIN_CHUNK": sizes.min_chunk}
     decode_kernel[(num_kv_heads, num_seqs, num_splits)](
         query,
         key_cache,
@@ -379,10 +393,10 @@ def decode(
         *key_cache.stride()[:3],
         num_splits,
         GROUP=group,
-        ROWS=max(DECODE.rows, triton.next_power_of_2(group)),
+        ROWS=max(sizes.rows, triton.next_power_of_2(group)),
         BLOCK_SIZE=key_cache.shape[1],
-        num_warps=DECODE.num_warps,
-        num_stages=DECODE.num_stages,
+        num_warps=sizes.num_warps,
+        num_stages=sizes.num_stages,
         **dims,
         **chunks,
     )
@@ -479,6 +493,20 @@ def prefill_kernel(
 
 
 # %% ../notebooks/13_paged_attention.ipynb #prefill-launch
+@cache
+def choose_prefill_sizes(
+    dtype: torch.dtype, head_dim: int, device: torch.device
+) -> TileSizes:
+    """What fits into the registers and the shared memory of a multiprocessor."""
+    if dtype == torch.float32 or head_dim > 128:
+        return SMALL_PREFILL
+    if device.type != "cuda":
+        return MEDIUM_PREFILL
+    properties = torch.cuda.get_device_properties(device)
+    has_room = properties.shared_memory_per_multiprocessor > 200 * 1024
+    return PREFILL if has_room else MEDIUM_PREFILL
+
+
 def prefill(
     query: Tensor,
     key_cache: Tensor,
@@ -492,8 +520,7 @@ def prefill(
     """Writes into `output` the answers of the sequences that run several tokens."""
     (num_tokens, num_heads, head_dim), num_kv_heads = query.shape, key_cache.shape[2]
     group, dims = num_heads // num_kv_heads, triton.next_power_of_2(head_dim)
-    fits = query.dtype != torch.float32 and dims <= 128
-    sizes = PREFILL if fits else SMALL_PREFILL
+    sizes = choose_prefill_sizes(query.dtype, dims, query.device)
     rows = max(sizes.rows, triton.next_power_of_2(group))
     num_tiles = num_tokens // (rows // group) + len(seq_lens)
     prefill_kernel[(num_kv_heads, num_tiles)](
@@ -563,21 +590,6 @@ def paged_attention(
     return output
 
 
-def make_operator() -> tuple[torch.library.Library, OpOverloadPacket]:
-    """`paged_attention` as an operator, and what keeps it registered."""
-    library = torch.library.Library(__name__.replace(".", "_"), "FRAGMENT")
-    name, changed = f"{library.ns}::paged_attention", ("key_cache", "value_cache")
-    schema = torch.library.infer_schema(paged_attention, mutates_args=changed)
-    library.define("paged_attention" + schema)
-    library.impl("paged_attention", paged_attention, "CompositeExplicitAutograd")
-    shape_of = lambda query, *_: query.new_empty(query.shape)  # noqa: E731
-    torch.library.register_fake(name, shape_of, lib=library)
-    return library, getattr(torch.ops, library.ns).paged_attention
-
-
-library, paged_attention_operator = make_operator()
-
-
 # %% ../notebooks/13_paged_attention.ipynb #triton-backend
 class TritonBackend(AttentionBackend):
     """One launch for all sequences, of any lengths, over the cache as it lies."""
@@ -607,6 +619,7 @@ class TritonBackend(AttentionBackend):
             )
         return None
 
+    @torch.compiler.disable  # or each kind of step would be compiled anew
     def forward(
         self,
         query: Tensor,
@@ -616,7 +629,7 @@ class TritonBackend(AttentionBackend):
         metadata: AttentionMetadata,
     ) -> Tensor:
         lengths = metadata.query_lens_list
-        output: Tensor = paged_attention_operator(
+        return paged_attention(
             query,
             key,
             value,
@@ -629,4 +642,3 @@ class TritonBackend(AttentionBackend):
             any(length == 1 for length in lengths),
             any(length > 1 for length in lengths),
         )
-        return output

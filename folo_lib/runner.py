@@ -5,7 +5,6 @@
 # %% auto #0
 __all__ = [
     "TokenLogprobs",
-    "SampledTokens",
     "Source",
     "NewRequest",
     "ScheduledRequest",
@@ -18,7 +17,7 @@ __all__ = [
     "StepLayout",
     "lay_end_to_end",
     "InputBatch",
-    "send",
+    "to_device",
     "make_input_batch",
     "to_entries",
     "to_host",
@@ -379,7 +378,9 @@ class InputBatch(AttentionMetadata):
     scoring: list[PromptChunk]
 
 
-def send(columns: Sequence[Sequence[int]], device: torch.device) -> Sequence[Tensor]:
+def to_device(
+    columns: Sequence[Sequence[int]], device: torch.device
+) -> Sequence[Tensor]:
     """Lists of integers as int64 tensors, in one copy that the host does not await."""
     numbers = array("q", chain.from_iterable(columns))  # 64 bits each
     packed = torch.frombuffer(numbers, dtype=torch.int64)
@@ -394,7 +395,7 @@ def make_input_batch(
     rows: RequestRows, step: StepLayout, block_size: int
 ) -> InputBatch:
     """The tensors of a step, on the device of `rows`."""
-    sent = send(step.to_columns(), rows.block_table.device)
+    sent = to_device(step.to_columns(), rows.block_table.device)
     input_ids, positions, slot_mapping, *sent = sent
     query_start_loc, seq_lens, row_index, *sent = sent
     logits_indices, next_positions, draw_index, pending, pending_rows = sent
@@ -444,13 +445,9 @@ def to_entries(
 
 
 # %% ../notebooks/08_runner.ipynb #in-flight-step
-SampledTokens = tuple[Tensor, LogprobsTensors | None]
-"""Of some rows: `[B]` ids, and log-probabilities if any row asked."""
-
-
 def to_host(tensor: Tensor) -> Tensor:
     """Starts a copy to the host, which a later step cannot overwrite."""
-    return tensor.to("cpu", non_blocking=True, copy=True)
+    return tensor.to("cpu", non_blocking=tensor.is_cuda, copy=True)
 
 
 @dataclass(frozen=True)
@@ -480,12 +477,13 @@ class InFlightStep:
         prompt_logprobs: Sequence[tuple[PromptChunk, LogprobsTensors]],
     ) -> "InFlightStep":
         """Starts the copy of results to the host, which goes on meanwhile."""
-        arrival = torch.cuda.Event() if token_ids.is_cuda else None
-        token_ids, logprobs = to_host(token_ids), logprobs and logprobs.map(to_host)
+        ids, logprobs = to_host(token_ids), logprobs and logprobs.map(to_host)
         scores = [(chunk, tensors.map(to_host)) for chunk, tensors in prompt_logprobs]
-        if arrival is not None:
+        arrival = None
+        if token_ids.is_cuda:
+            arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrival.record()
-        return cls(drawing, token_ids, logprobs, scores, arrival)
+        return cls(drawing, ids, logprobs, scores, arrival)
 
     def read(self) -> StepOutput:
         """Waits for the results; a step that was launched later is not waited for."""
@@ -575,8 +573,10 @@ class ModelRunner:
         last = hidden_states.index_select(0, batch.logits_indices)
         return self.model.compute_logits(last)
 
-    def draw(self, logits: Tensor, sampling: SamplingMetadata) -> SampledTokens:
-        """Draws from logits `[B, V]`, and takes note of what was drawn."""
+    def draw(
+        self, logits: Tensor, sampling: SamplingMetadata
+    ) -> tuple[Tensor, LogprobsTensors | None]:
+        """Draws from logits `[B, V]`, and writes the tokens `[B]` into the rows."""
         token_ids, logprobs = self.sampler.sample(logits, sampling)
         self.rows.sampling.record(sampling, token_ids)
         known = token_ids.clamp(min=0)  # -1 is no token that could run
@@ -592,11 +592,11 @@ class ModelRunner:
             (chunk, score_prompt(self.model, hidden_states, chunk))
             for chunk in batch.scoring
         ]
-        drawn: SampledTokens = batch.logits_indices, None  # of nobody
-        if batch.drawing:
-            logits = self.get_next_token_logits(hidden_states, batch)
-            drawn = self.draw(logits, batch.sampling)
-        return InFlightStep.send(batch.drawing, *drawn, scores)
+        if not batch.drawing:
+            return InFlightStep.send([], batch.logits_indices, None, scores)
+        logits = self.get_next_token_logits(hidden_states, batch)
+        token_ids, logprobs = self.draw(logits, batch.sampling)
+        return InFlightStep.send(batch.drawing, token_ids, logprobs, scores)
 
     def launch(self, plan: StepPlan) -> InFlightStep:
         """Starts a step of which nothing is awaited; an empty one only tells news."""

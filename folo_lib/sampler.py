@@ -548,7 +548,7 @@ class SamplingRows:
         self.bad_words = BadWords(num_rows, self.device)
         self.asked: list[dict[str, Any]] = [{} for _ in range(num_rows)]
         self.gathered: tuple[list[int], dict[str, Any]] | None = None
-        self.united: tuple[list[int], set[str]] | None = None
+        self.united: tuple[list[int], set[str]] = [], set()
 
     def set_row(
         self,
@@ -584,20 +584,18 @@ class SamplingRows:
         self, row: int, asked: dict[str, Any], seed: int, sample_index: int
     ) -> None:
         """Overwrites the single numbers of the row."""
-        signed = (seed + 2**63) % 2**64 - 2**63  # as 64 bits
-        known = {**OFF, "min_positions": 0, **asked}
-        known |= {"seeds": signed, "sample_indices": sample_index}
+        known = {**OFF, "min_positions": 0, **asked, "sample_indices": sample_index}
+        known["seeds"] = (seed + 2**63) % 2**64 - 2**63  # as 64 bits
         for packed, names in ((self.floats, FLOATS), (self.ints, INTS)):
             host = torch.tensor([known[name] for name in names], dtype=packed.dtype)
             host = host.pin_memory() if self.device.type == "cuda" else host
             packed[row].copy_(host, non_blocking=True)
-        self.asked[row], self.gathered, self.united = asked, None, None
+        self.asked[row], self.gathered, self.united = asked, None, ([], set())
 
     def get_wishes(self, rows: Sequence[int]) -> set[str]:
         """What these rows ask for, all together; see `read_wishes`."""
-        if self.united is None or self.united[0] != list(rows):
-            wishes = (self.asked[row] for row in rows)
-            self.united = list(rows), set().union(*wishes)
+        if self.united[0] != list(rows):
+            self.united = list(rows), set().union(*(self.asked[row] for row in rows))
         return self.united[1]
 
     def gather(
@@ -612,22 +610,19 @@ class SamplingRows:
         """
         if self.gathered is None or self.gathered[0] != list(rows):
             self.gathered = list(rows), self.gather_columns(rows, index)
-        found = SamplingMetadata(positions=positions, rows=index, **self.gathered[1])
-        if found.repetition_penalty is not None:
-            counts = self.tables.get("output_counts")
-            found.output_counts = counts.index_select(0, index)
-        if found.bad_words is not None:
-            found.recent_tokens = self.bad_words.recent.index_select(0, index)
-        return found
+        step = SamplingMetadata(positions=positions, rows=index, **self.gathered[1])
+        if step.repetition_penalty is not None:
+            step.output_counts = self.tables.get("output_counts").index_select(0, index)
+        if step.bad_words is not None:
+            step.recent_tokens = self.bad_words.recent.index_select(0, index)
+        return step
 
     def gather_columns(self, rows: Sequence[int], index: Tensor) -> dict[str, Any]:
         """What stays the same as long as these rows run on; `gather` keeps it."""
-        wishes = [self.asked[row] for row in rows]
-        asked = {"seeds", "sample_indices"}.union(*wishes)
+        asked = {"seeds", "sample_indices"} | self.get_wishes(rows)
         exact = self.floats.index_select(0, index).T.contiguous()  # [6, B]
         ints = self.ints.index_select(0, index).T.contiguous()  # [4, B]
-        columns = dict(zip(FLOATS, exact.float().unbind(), strict=True))
-        columns |= dict(zip(INTS, ints.unbind(), strict=True))
+        columns = dict(zip(FLOATS + INTS, [*exact.float(), *ints], strict=True))
         columns["top_p"] = exact[FLOATS.index("top_p")]
         found = {name: value for name, value in columns.items() if name in asked}
         for name, wish in self.NEEDED_BY.items():
@@ -635,7 +630,7 @@ class SamplingRows:
                 found[name] = self.tables.get(name).index_select(0, index)
         if "bad_words" in asked:
             found["bad_words"] = self.bad_words.words.index_select(0, index)
-        return found | combine_wishes(wishes)
+        return found | combine_wishes([self.asked[row] for row in rows])
 
     def record(self, metadata: SamplingMetadata, token_ids: Tensor) -> None:
         """After a step: counts what was drawn, `[B]`, without waiting for the device.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -550,8 +551,40 @@ class TestGetAttentionBackend:
         assert get_attention_backend("torch_sdpa") is TorchSDPABackend
         assert get_attention_backend("auto") is TorchSDPABackend
         assert get_attention_backend() is TorchSDPABackend
+        has_triton = find_spec("triton") is not None
         for name in ATTENTION_BACKENDS:
-            assert get_attention_backend(name).get_name() == name
+            if name != "triton" or has_triton:
+                assert get_attention_backend(name).get_name() == name
+
+    @pytest.mark.parametrize("backend", [*BACKENDS, Loud])
+    def test_runs_everywhere_and_is_not_recorded(
+        self, backend: type[PerSequenceBackend]
+    ) -> None:
+        """It cuts tensors by lengths that the host knows: no other step has the same."""
+        for device in ("cpu", "cuda", "mps"):
+            for dtype in DTYPES:
+                assert backend.find_fault(torch.device(device), dtype) is None
+        assert not backend.supports_cuda_graph
+
+    def test_triton_needs_a_gpu_of_its_age(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        triton = pytest.importorskip("triton")
+        backend = get_attention_backend("triton")
+        cpu, cuda = torch.device("cpu"), torch.device("cuda", 1)
+        monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+        assert backend.find_fault(cpu, torch.float32) is None
+        monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+        assert "'cpu'" in str(backend.find_fault(cpu, torch.float32))
+        ages = {cuda: (7, 5)}
+        monkeypatch.setattr(torch.cuda, "get_device_capability", ages.__getitem__)
+        monkeypatch.setattr(torch.cuda, "get_device_name", {cuda: "T4"}.__getitem__)
+        for dtype in DTYPES:
+            ages[cuda] = 7, 5
+            fault = str(backend.find_fault(cuda, dtype))
+            assert all(part in fault for part in ("8.0", "T4", "'torch_sdpa'"))
+            ages[cuda] = 8, 0
+            assert backend.find_fault(cuda, dtype) is None
 
     @pytest.mark.parametrize("name", ["flash", "", "TORCH_SDPA", "AUTO"])
     def test_an_unknown_name_is_told_the_choices(self, name: str) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import shutil
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import huggingface_hub
 import pytest
@@ -30,9 +33,12 @@ from folo_lib.checkpoint import (
     load_tokenizer,
     read_config,
     read_weights,
+    resolve_attention_backend,
     resolve_device,
     resolve_dtype,
 )
+from folo_lib.kv_cache import TorchSDPABackend
+from folo_lib.qwen3 import ATTENTION_BACKENDS
 
 Config = dict[str, Any]
 Weights = dict[str, Tensor]
@@ -440,6 +446,150 @@ class TestHub:
         monkeypatch.setenv("HOME", str(small.parent))
         monkeypatch.setenv("USERPROFILE", str(small.parent))
         assert find_checkpoint("~/small").samefile(small)
+
+
+class Faultless(TorchSDPABackend):
+    """In place of page 13's, on a GPU that can run it."""
+
+
+class Faulty(TorchSDPABackend):
+    """In place of page 13's, where it can run nothing."""
+
+    asked: ClassVar[list[tuple[torch.device, torch.dtype]]] = []
+
+    @staticmethod
+    def find_fault(device: torch.device, dtype: torch.dtype) -> str:
+        Faulty.asked.append((device, dtype))
+        return "triton is unwell: choose 'torch_sdpa'"
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+class TestAttentionBackend:
+    """`"auto"` on a GPU, without one."""
+
+    def put(self, monkeypatch: pytest.MonkeyPatch, backend: type) -> None:
+        name = f"{__name__}:{backend.__name__}"
+        monkeypatch.setitem(ATTENTION_BACKENDS, "triton", name)
+
+    def uninstall_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "triton", None)
+        monkeypatch.delitem(sys.modules, "folo_lib.paged_attention", raising=False)
+
+    def make_gpu(
+        self, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+    ) -> None:
+        triton = pytest.importorskip("triton")
+        monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+        for name, value in (("capability", capability), ("name", "Some GPU")):
+            answer = partial(lambda value, device: value, value)
+            monkeypatch.setattr(torch.cuda, f"get_device_{name}", answer)
+
+    @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
+    def test_auto_is_triton_on_a_gpu_that_can_run_it(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        capability: tuple[int, int],
+    ) -> None:
+        self.make_gpu(monkeypatch, capability)
+        assert resolve_attention_backend("auto", CUDA, torch.bfloat16) == "triton"
+        assert resolve_attention_backend("triton", CUDA, torch.bfloat16) == "triton"
+        assert not caplog.records
+
+    @pytest.mark.parametrize("capability", [(6, 1), (7, 0), (7, 5)])
+    def test_auto_says_that_a_gpu_is_too_old(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        capability: tuple[int, int],
+    ) -> None:
+        self.make_gpu(monkeypatch, capability)
+        assert resolve_attention_backend("auto", CUDA, torch.float32) == "torch_sdpa"
+        [record] = caplog.records
+        assert record.levelno == logging.WARNING
+        for part in ("runs on 'torch_sdpa'", "8.0", "Some GPU", str(capability)):
+            assert part in record.getMessage()
+        with pytest.raises(ValueError, match=r"8\.0.*Some GPU.*'torch_sdpa'"):
+            resolve_attention_backend("triton", CUDA, torch.float32)
+        assert len(caplog.records) == 1
+
+    def test_auto_says_that_triton_is_missing(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        self.uninstall_triton(monkeypatch)
+        assert resolve_attention_backend("auto", CUDA, torch.float32) == "torch_sdpa"
+        [record] = caplog.records
+        assert "pip install triton" in record.getMessage()
+        with pytest.raises(ValueError, match=r"pip install triton.*'torch_sdpa'"):
+            resolve_attention_backend("triton", CUDA, torch.float32)
+        assert len(caplog.records) == 1
+
+    @pytest.mark.parametrize("device", ["cpu", "mps"])
+    def test_auto_asks_for_triton_on_a_gpu_only(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        device: str,
+    ) -> None:
+        self.put(monkeypatch, Faulty)
+        backend = resolve_attention_backend("auto", torch.device(device), torch.float32)
+        assert backend == "torch_sdpa"
+        assert not caplog.records
+
+    def test_the_backend_is_asked_about_this_device_and_dtype(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.put(monkeypatch, Faulty)
+        Faulty.asked.clear()
+        device = torch.device("cuda", 3)
+        resolve_attention_backend("auto", device, torch.float16)
+        assert Faulty.asked == [(device, torch.float16)]
+
+    @pytest.mark.parametrize("name", ["torch_naive", "torch_sdpa"])
+    def test_torch_runs_everywhere(self, name: str) -> None:
+        for device in (CPU, CUDA, torch.device("mps")):
+            assert resolve_attention_backend(name, device, torch.float32) == name
+
+    @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+    def test_an_unknown_name_is_told_the_choices(self, device: torch.device) -> None:
+        with pytest.raises(ValueError, match=r"'flash'.*'auto'.*'torch_sdpa'"):
+            resolve_attention_backend("flash", device, torch.float32)
+
+    @pytest.mark.parametrize(
+        ("backend", "chosen"), [(Faultless, "Faultless"), (Faulty, "TorchSDPABackend")]
+    )
+    def test_a_model_is_told_once_what_it_runs_on(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        backend: type,
+        chosen: str,
+    ) -> None:
+        """On a GPU that is none: its memory is the CPU's."""
+        self.put(monkeypatch, backend)
+        monkeypatch.setattr(checkpoint, "resolve_device", lambda device: CUDA)
+        to_empty = nn.Module.to_empty
+        on_cpu = lambda module, *, device: to_empty(module, device=CPU)  # noqa: E731
+        monkeypatch.setattr(nn.Module, "to_empty", on_cpu)
+        folder = write_folder(tmp_path / "m", SMALL, random_weights(SMALL))
+        model = load_model(folder, use_tqdm=False)
+        attention = model.model.layers[0].self_attn
+        assert type(attention.backend).__name__ == chosen
+        assert len(caplog.records) == (backend is Faulty)
+
+    def test_a_fault_is_told_before_a_download(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def download(*args: object, **options: object) -> None:
+            pytest.fail("asked the hub before looking at the backend")
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        self.put(monkeypatch, Faulty)
+        with pytest.raises(ValueError, match="triton is unwell"):
+            load_model("someone/small", device="cpu", attention_backend="triton")
 
 
 class TestLoading:

@@ -10,7 +10,10 @@ import torch
 
 from folo_lib import LLMEngine
 from folo_lib.config import MODEL_RUNNERS, SCHEDULERS, EngineConfig
+from folo_lib.cuda_graph import CompiledRunner, GraphRunner, PlainGraphRunner
 from folo_lib.engine import FCFSScheduler
+from folo_lib.kv_cache import TorchSDPABackend
+from folo_lib.qwen3 import ATTENTION_BACKENDS
 from folo_lib.runner import ModelRunner
 from folo_lib.scheduler import ContinuousScheduler
 
@@ -138,12 +141,42 @@ class TestOptions:
             EngineConfig.from_options({"xyz": 1})
 
 
+class Faulty(TorchSDPABackend):
+    @staticmethod
+    def find_fault(device: torch.device, dtype: torch.dtype) -> str:
+        return f"unwell with {dtype} on {device}"
+
+
+class TestAttentionBackend:
+    def test_a_fault_is_told_with_the_options(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setitem(ATTENTION_BACKENDS, "triton", f"{__name__}:Faulty")
+        monkeypatch.setattr("folo_lib.config.resolve_device", lambda device: CUDA)
+        with pytest.raises(ValueError, match=r"unwell with torch.float16 on cuda:0"):
+            EngineConfig(attention_backend="triton", dtype="float16")
+        EngineConfig(attention_backend="torch_naive")
+        EngineConfig()
+        assert not caplog.records  # the model is told, which may run elsewhere
+
+
 class TestLookUp:
     def test_runners(self) -> None:
-        assert EngineConfig(device="cpu").get_model_runner(CPU) is ModelRunner
-        assert EngineConfig(decode="eager").get_model_runner(CUDA) is ModelRunner
+        by_name = {
+            "eager": ModelRunner,
+            "compile": CompiledRunner,
+            "graph_plain": PlainGraphRunner,
+            "graph": GraphRunner,
+        }
+        assert list(MODEL_RUNNERS) == list(by_name)
+        for name, runner in by_name.items():
+            for device in (CPU, CUDA):
+                assert EngineConfig(decode=name).get_model_runner(device) is runner
+        for options in ({}, {"decode": "auto"}):
+            assert EngineConfig(**options).get_model_runner(CUDA) is GraphRunner
+            for device in (CPU, torch.device("mps")):
+                assert EngineConfig(**options).get_model_runner(device) is ModelRunner
         assert EngineConfig(enforce_eager=True).get_model_runner(CUDA) is ModelRunner
-        assert EngineConfig(device="cpu").get_model_runner(CUDA) is ModelRunner
 
     def test_every_name(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("folo_lib.config.resolve_device", lambda device: CUDA)

@@ -26,7 +26,7 @@ from transformers import (
 
 from folo_lib import LLMEngine, SamplingParams, bundled_model_path, load_model
 from folo_lib.config import EngineConfig
-from folo_lib.engine import FCFSScheduler, describe_request
+from folo_lib.engine import FCFSScheduler, Inbox, RequestTable, describe_request
 from folo_lib.inputs import get_eos_token_ids, load_generation_config
 from folo_lib.request import (
     CompletionOutput,
@@ -932,6 +932,22 @@ class TestBadDays:
             seen += [(one.request_id, one.finished) for one in engine.step()]
         assert seen == [("b", False)] * 5 + [("b", True)]
         assert_idle(engine)
+
+    def test_news_of_a_request_that_is_gone_are_not_its_successors(
+        self, engine: LLMEngine
+    ) -> None:
+        """A late update of the first "x", when a second one has its id."""
+        config = EngineConfig(device="cpu")
+        table, inbox = RequestTable(FCFSScheduler(config, 10)), Inbox(every_token=True)
+        old, new = (
+            engine.processor.process_request("The fox", GREEDY, "x") for _ in range(2)
+        )
+        table.add([old], inbox)
+        table.abort("x")
+        assert [one.finished for one in table.collect(inbox)] == [True]
+        table.add([new], inbox)
+        table.update(old[0])
+        assert list(table.unfinished.values()) == new and not inbox.updated
 
     def test_stale_contents_of_the_cache_never_matter(
         self, fresh: LLMEngine, right: list[list[int]]

@@ -7,10 +7,12 @@ same tests run on it, and those marked `gpu` add every dtype and long contexts.
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from folo_lib import paged_attention as module
 from folo_lib.paged_attention import (
     TileSizes,
     TritonBackend,
+    choose_decode_sizes,
     choose_num_splits,
     store_kv,
 )
@@ -47,10 +50,11 @@ def small_tiles(
 ) -> None:
     if "gpu" in request.keywords:
         return
-    monkeypatch.setattr(module, "DECODE", TileSizes(TILE, 4, 2, min_chunk=TILE))
-    small = TileSizes(TILE, 4, 2, rows=16)
-    monkeypatch.setattr(module, "PREFILL", small)
-    monkeypatch.setattr(module, "SMALL_PREFILL", small)
+    tiles = TileSizes(TILE, 4, 2, min_chunk=TILE)
+    monkeypatch.setattr(module, "DECODE", tiles)
+    monkeypatch.setattr(module, "SMALL_DECODE", tiles)
+    rows = TileSizes(TILE, 4, 2, rows=16)
+    monkeypatch.setattr(module, "choose_prefill_sizes", lambda *_: rows)
 
 
 @pytest.fixture
@@ -171,8 +175,9 @@ class TestStore:
     @pytest.mark.parametrize("head_dim", [16, 24])
     @pytest.mark.parametrize("kv_heads", [1, 2, 5])
     def test_slices_of_wider_tensors(self, kv_heads: int, head_dim: int) -> None:
-        qkv = torch.randn(6, 3 * kv_heads, head_dim, device=DEVICE)
-        key, value = qkv[:, kv_heads : 2 * kv_heads], qkv[:, 2 * kv_heads :]
+        rotated = torch.randn(6, 2 * kv_heads, head_dim, device=DEVICE)
+        wide = torch.randn(6, 3 * kv_heads, head_dim + 8, device=DEVICE)
+        key, value = rotated[:, kv_heads:], wide[:, 2 * kv_heads :, :head_dim]
         slots = torch.tensor([5, 3, 2, 1, 9, 8], device=DEVICE)
         cache = torch.zeros(2, 5, kv_heads, 2, head_dim, device=DEVICE).transpose(2, 3)
         store_kv(key, value, cache[0], cache[1], slots)
@@ -185,7 +190,8 @@ class TestStore:
     @on_gpu
     def test_a_block_beyond_two_to_the_31_numbers(self) -> None:
         num_blocks = 2**31 // (16 * 8 * 128) + 3
-        cache = torch.zeros(2, num_blocks, 16, 8, 128, dtype=torch.bfloat16).to(DEVICE)
+        kwargs = {"dtype": torch.bfloat16, "device": DEVICE}
+        cache = torch.zeros(2, num_blocks, 16, 8, 128, **kwargs)
         step = Step([1, 5], [40, 70], (16, 8), 128, 16, torch.bfloat16)
         shift = num_blocks - len(step.kv_cache[0])
         for big, small in zip(cache, step.kv_cache, strict=True):
@@ -239,7 +245,9 @@ class TestDecode:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """No part is written for them: parts are allocated full of NaN here."""
-        monkeypatch.setattr(module, "DECODE", TileSizes(TILE, 4, 2, min_chunk=48))
+        for name in ("DECODE", "SMALL_DECODE"):
+            tiles = TileSizes(TILE, 4, 2, min_chunk=48)
+            monkeypatch.setattr(module, name, tiles)
         monkeypatch.setattr(module, "choose_num_splits", lambda *_: 4)
         made_here: list[Tensor] = []
         new_empty = Tensor.new_empty
@@ -300,6 +308,23 @@ class TestMixed:
         shape = rng.choice([8, 16, 24]), rng.choice([1, 3, 4, 16])
         order = rng.choice(["NHD", "HND"])
         Step(query_lens, seq_lens, heads, *shape, order=order, seed=seed).check()
+
+    @pytest.mark.parametrize("splits", [1, 3], indirect=True)
+    def test_each_kernel_writes_the_rows_of_its_own_sequences(
+        self, splits: int
+    ) -> None:
+        step = Step([1, 6, 1, 2], [40, 30, 9, 70])
+        step.run()  # stores
+        metadata, is_decode = step.metadata, [True] + 6 * [False] + [True] + 2 * [False]
+        where = metadata.block_table, metadata.query_start_loc, metadata.seq_lens
+        for function, own in (
+            (module.decode, is_decode),
+            (module.prefill, [not x for x in is_decode]),
+        ):
+            output = torch.full_like(step.query, NAN)
+            function(step.query, *step.kv_cache, *where, output, 0.25)
+            assert (~output.isnan()).all(-1).all(-1).tolist() == own
+            assert output.isnan().all(-1).all(-1).tolist() == [not x for x in own]
 
     @pytest.mark.parametrize("scale", [0.0, -0.1, 0.3, 2.0])
     def test_scale(self, scale: float) -> None:
@@ -433,21 +458,28 @@ class TestLaunch:
                 assert found == 1 or found * needed <= programs
                 assert found == module.MAX_SPLITS or (found + 1) * needed > programs
 
-    def test_compiled(self) -> None:
-        """The operator is taken whole, and its writes to the cache are kept."""
-        step = Step([1, 6], [40, 30])
-        backend = TritonBackend()
+    def test_tiles_are_small_where_large_ones_would_need_a_second_round(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        count, large = module.count_multiprocessors(DEVICE), module.DECODE
+        small = TileSizes(TILE, 2, 2)
+        monkeypatch.setattr(module, "SMALL_DECODE", small)
+        chosen = [choose_decode_sizes(n * count, DEVICE) for n in (1, 3, 4, 8, 9, 50)]
+        assert chosen == [large, large, small, small, large, large]
+
+    @pytest.mark.parametrize("query_lens", [[1, 6], [1, 1], [6, 6]])
+    def test_the_backend_is_left_out_of_compiled_code(
+        self, query_lens: list[int]
+    ) -> None:
+        step, backend = Step(query_lens, [40, 30]), TritonBackend()
 
         def layer(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             args = query * 1, key, value, step.kv_cache, step.metadata
             return backend.forward(*args) + 1
 
-        compiled = torch.compile(
-            layer, fullgraph=True, dynamic=True, backend="aot_eager"
-        )
+        compiled = torch.compile(layer, dynamic=True, backend="aot_eager")
         output = compiled(step.query, step.key, step.value)
         torch.testing.assert_close(output, step.expect() + 1, rtol=2e-5, atol=5e-6)
-        assert not step.kv_cache[0].isnan().all()
 
 
 class TestBackend:
@@ -476,6 +508,22 @@ class TestBackend:
         assert "torch_sdpa" in done.stdout
 
 
+@pytest.mark.more
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "room"), [(80, 163), (89, 99), (90, 227)])
+def test_compiles_for_a_card_that_is_not_there(capability: int, room: int) -> None:
+    """The interpreter lets pass what the compiler refuses; and each kernel must fit."""
+    script = Path(__file__).with_name("compile_kernels.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(script), str(capability)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 9
+    for name, shared in lines:
+        assert int(shared) <= 1024 * room, name
+
+
 def error(output: Tensor, exact: Tensor) -> float:
     return (output.float() - exact).norm().item() / exact.norm().item()
 
@@ -487,9 +535,9 @@ class TestOnTheCard:
 
     def compare(self, step: Step) -> None:
         exact, naive = step.expect(dtype=torch.float32), step.expect()
+        ours = error(step.run(), exact)  # stores the keys, in whatever order
         new = step.query, step.key, step.value
         sdpa = TorchSDPABackend().forward(*new, step.kv_cache, step.metadata)
-        ours = error(step.run(), exact)
         if step.query.dtype == torch.float32:
             assert ours < 1e-5
         else:
@@ -535,7 +583,7 @@ class TestOnTheCard:
         """And replayed with other sequences, lengths and blocks."""
         steps = [
             Step([1] * 4, lengths, (16, 8), 128, 16, torch.bfloat16, seed=seed)
-            for seed, lengths in enumerate([[900, 16, 17, 300], [5, 1200, 64, 700]])
+            for seed, lengths in enumerate([[900, 16, 17, 1300], [5, 1200, 64, 700]])
         ]
         static = steps[0]
         static.run()  # compiles

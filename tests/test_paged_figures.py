@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pytest
+import torch
 from matplotlib.colors import to_rgba
 
 from folo_lib.course.figures import KEYS
-from folo_lib.course.paged_figures import MASKED, draw_tiles, move_splits
+from folo_lib.course.paged_figures import (
+    MASKED,
+    draw_speeds,
+    draw_tiles,
+    move_splits,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDING = ROOT / "notebooks/data/paged_attention_h200.json"
 
 
 def run(code: str) -> str:
@@ -36,15 +50,16 @@ class TestWithoutTriton:
             importlib.util.find_spec = hidden
             import folo_lib.course.triton_setup as setup
             setup.prepare_triton()
+            shell.run_cell('''
             import triton, triton.language as tl
-
             @triton.jit
             def one(x, SIZE: tl.constexpr): ...
 
             @triton.jit(do_not_specialize=["x"])
             def two(x): ...
-
-            for kernel in (one, two):
+            ''').raise_error()
+            assert "triton" not in sys.modules  # nobody else takes it for the real one
+            for kernel in (shell.user_ns["one"], shell.user_ns["two"]):
                 try: kernel[(1,)](3)
                 except ImportError as error: print(error)
             shell.run_cell_magic("triton", "", "print('it ran')")
@@ -106,3 +121,127 @@ def test_tiles_are_dark_pale_or_white(query_len: int, cached: int) -> None:
         colour = KEYS.colour if all(seen) else MASKED if any(seen) else "white"
         assert box.get_facecolor() == to_rgba(colour)
     plt.close(fig)
+
+
+def test_speeds_are_shares_of_the_speed_of_memory() -> None:
+    row = {"shape": "2x30..40", "floor_us": 8.0, "us": 10.0, "torch_sdpa_us": 40.0}
+    fig, ax = plt.subplots()
+    draw_speeds(ax, [row, row | {"torch_sdpa_us": 1000.0}])
+    assert [box.get_width() for box in ax.patches] == pytest.approx([80, 20, 80, 0.8])
+    written = [text.get_text() for text in ax.texts]
+    assert written == ["ours, 80 %", "PyTorch, 20 %", "80 %", "less than 1 %"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["2 × 30 to 40"] * 2
+    plt.close(fig)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter")
+def test_the_script_of_the_recording_writes_what_the_page_reads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On small shapes, in the interpreter, with a clock that stands still."""
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    script = importlib.import_module("record_kernels")
+    for name, small in {
+        "DEVICE": torch.device("cpu"),
+        "DTYPE": torch.float32,
+        "HEADS": 4,
+        "KV_HEADS": 2,
+        "HEAD_DIM": 16,
+        "BLOCK_SIZE": 4,
+        "NUM_BLOCKS": 512,
+        "STORED": 3,
+        "DECODES": {"3x40": [40] * 3, "1x200": [200]},
+        "PREFILLS": {"9": ([9], [9]), "6 after 8": ([6], [14])},
+        "SPLIT": ("1x200",),
+    }.items():
+        monkeypatch.setattr(script, name, small)
+    card = {"device": "none", "multiprocessors": 8, "matmul_tflops": 1.0}
+    card |= {"read_gb_s": 1.0, "copy_gb_s": 1.0}
+    monkeypatch.setattr(script, "describe_card", lambda: card)
+    monkeypatch.setattr(script, "measure", lambda calls, *_: len([f() for f in calls]))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for name, few in (("time_host", {"rounds": 1}), ("make_steps", {"most": 1})):
+        few = functools.partial(getattr(script, name), **few)
+        monkeypatch.setattr(script, name, few)
+    made = script.record()
+    kept = json.loads(RECORDING.read_text(encoding="utf-8"))
+    assert (
+        made.keys() == kept.keys() and made["host_us"].keys() <= kept["host_us"].keys()
+    )
+    for part in ("recording", "splits"):
+        keys = {row.get("kernel"): row.keys() for row in kept[part]}
+        assert {row.get("kernel"): row.keys() for row in made[part]} == keys
+    assert made["recording"][0]["bytes"] == 2 * 120 * 2 * 16 * 4
+
+
+class TestRecording:
+    """The sentences of section 8 say what was recorded."""
+
+    @pytest.fixture
+    def record(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(RECORDING.read_text(encoding="utf-8"))
+        return found
+
+    @pytest.fixture
+    def prose(self) -> str:
+        path = ROOT / "notebooks/13_paged_attention.ipynb"
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        words = ["".join(c["source"]) for c in cells if c["cell_type"] == "markdown"]
+        return "\n".join(words)
+
+    def test_floors_are_bytes_at_the_speed_of_memory(
+        self, record: dict[str, Any]
+    ) -> None:
+        for row in record["recording"]:
+            if row["kernel"] == "decode":
+                floor = row["bytes"] / record["read_gb_s"] / 1e3
+                assert row["floor_us"] == pytest.approx(floor, abs=0.01)
+
+    def test_the_copies_are_what_figure_1_says(self, record: dict[str, Any]) -> None:
+        """Three to six times as fast, says the title of figure 4."""
+        rows = [row for row in record["recording"] if row["kernel"] == "decode"]
+        ratios = [row["torch_sdpa_us"] / row["us"] for row in rows]
+        assert (round(min(ratios)), round(max(ratios))) == (3, 6)
+
+    def test_words(self, record: dict[str, Any], prose: str) -> None:
+        rows = {row["shape"]: row for row in record["recording"]}
+        us = {name: row["us"] for name, row in rows.items()}
+        floor = {name: row.get("floor_us") for name, row in rows.items()}
+        taken = {(row["shape"], row["splits"]): row["us"] for row in record["splits"]}
+        long = [taken["1x32768", n] for n in (1, 16, 32, 64)]
+
+        def share(shape: str, time: float | None = None) -> str:
+            return f"{floor[shape] / (time or us[shape]):.0%}".replace("%", " %")
+
+        for words in (
+            f"Unequal requests are read at {share('256x200..1600')} of the speed",
+            f"64 of one length at {share('64x800')}",
+            f"The 256 of one length come to {share('256x800')} here and to "
+            f"{share('256x800', taken['256x800', 1])} in the next table",
+            f"is read at {share('1x32768')}: {us['1x32768']:.0f} µs, of which the "
+            f"floor is {floor['1x32768']:.0f}",
+            f"with 128 tokens it takes {us['1x128']:.0f} µs",
+            f"takes {us['256 tokens']:.0f} µs for 256 tokens",
+            "It is six for 256 requests of unequal lengths",
+            "well over a hundred operations",
+            f"An H200 has {record['multiprocessors']} multiprocessors",
+            "a factor of more than thirteen",
+            "twice as many gain almost nothing more",
+            "makes them slower by a sixth",
+            f"is {rows['8192']['flash_us'] / us['8192']:.2f} times as fast as PyTorch's",
+            f"a little slower, at {rows['4x512']['flash_us'] / us['4x512']:.2f}",
+            "less than half of what the card can multiply",
+            f"spends {us['8x512']:.0f} µs in the attention of a layer, and Python "
+            f"needed {record['host_us']['decode, as a function']:.0f} µs to launch it",
+        ):
+            assert words in prose, words
+        assert round(rows["256x200..1600"]["torch_sdpa_us"] / us["256x200..1600"]) == 6
+        assert 150 < 1000 * record["matmul_tflops"] / record["read_gb_s"] < 200
+        assert 13 < long[0] / long[2] < long[0] / long[3] < 14
+        assert (
+            8 * 16 < record["multiprocessors"] < 8 * 32 and 1 < long[2] / long[3] < 1.02
+        )
+        assert 1.15 < taken["64x800", 2] / taken["64x800", 1] < 1.18
+        assert 10 <= us["1x32768"] - floor["1x32768"] < 11
+        assert rows["8192"]["tflops"] < record["matmul_tflops"] / 2

@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,14 +25,19 @@ from folo_lib.runner import (
     InputBatch,
     ModelRunner,
     NewRequest,
+    PromptChunk,
+    RequestRow,
     RequestRows,
     SampledToken,
     ScheduledRequest,
     StepOutput,
     StepPlan,
     TokenLogprobs,
-    send,
+    lay_end_to_end,
+    make_input_batch,
+    to_device,
     to_entries,
+    to_host,
 )
 from folo_lib.sampler import LogprobsTensors
 from folo_lib.sampling_params import SamplingParams
@@ -228,9 +234,34 @@ class TestInputBatch:
 
     def test_columns_are_sent_as_they_are(self) -> None:
         columns = [[1, -2], [], range(3), [2**40]]
-        sent = send(columns, CPU)
+        sent = to_device(columns, CPU)
         assert [tensor.tolist() for tensor in sent] == [list(c) for c in columns]
         assert {tensor.dtype for tensor in sent} == {torch.int64}
+
+    def test_no_token_stands_for_one_that_only_the_device_knows(
+        self, bundled: Qwen3ForCausalLM
+    ) -> None:
+        """Wherever it is in the step, and however many there are."""
+        runner = make_runner(bundled)
+        told = [make_request(n, [i + 1, i + 2]) for i, n in enumerate("ABC")]
+        scheduled = [ScheduledRequest(n, 2, [i, 9 - i]) for i, n in enumerate("ABC")]
+        drawn = run(runner, scheduled, told)
+        told = [make_request("D", [0, 0, 5])]  # 0 is a token like any other
+        names = [("C", 1), ("D", 3), ("A", 1)]
+        blocks: dict[str, list[int]] = {"D": [20]}
+        plan = StepPlan(
+            [ScheduledRequest(n, count, blocks.get(n, [])) for n, count in names], told
+        )
+        runner.rows.update(plan)
+        step = lay_end_to_end(runner.rows, plan, runner.config.block_size)
+        assert step.input_ids == [-1, 0, 0, 5, -1]
+        assert step.pending == [0, 4]
+        row_of = {name: state.row for name, state in runner.rows.by_id.items()}
+        assert step.pending_rows == [row_of["C"], row_of["A"]]
+        batch = make_input_batch(runner.rows, step, runner.config.block_size)
+        assert batch.input_ids.tolist() == [drawn["C"], 0, 0, 5, drawn["A"]]
+        assert step.positions == [2, 0, 1, 2, 2]
+        assert step.slots == [2 * 4 + 2, 80, 81, 82, 0 * 4 + 2]
 
     def test_a_table_is_of_its_step(self, bundled: Qwen3ForCausalLM) -> None:
         """The same ids and counts in other blocks; what was made before stays as it was."""
@@ -626,6 +657,81 @@ class TestRows:
         run(runner, [], [], ended)
         assert sorted(runner.rows.free_rows) == list(range(8))
 
+    def test_the_spare_row_is_given_to_nobody(self) -> None:
+        rows = RequestRows(3, 4, 50, CPU)
+        assert rows.block_table.shape[0] == rows.last_token_ids.shape[0] == 4
+        assert rows.sampling.floats.shape[0] == rows.sampling.ints.shape[0] == 4
+        assert rows.num_rows == 3
+        for _ in range(2):
+            told = [make_request(n, [1]) for n in "ABC"]
+            rows.update(StepPlan([], told))
+            assert {state.row for state in rows.by_id.values()} == {0, 1, 2}
+            with pytest.raises(IndexError):
+                rows.update(StepPlan([], [make_request("D", [1])]))
+            rows.update(StepPlan([], [], ["A", "C"]))
+            rows.update(StepPlan([], [make_request(n, [1]) for n in "EF"]))
+            assert {state.row for state in rows.by_id.values()} == {0, 1, 2}
+            rows.reset()
+        assert sorted(rows.free_rows) == [0, 1, 2]
+
+    def test_nobody_touches_the_spare_row(self, bundled: Qwen3ForCausalLM) -> None:
+        """It is filled with what would be seen, and so is what lies around it."""
+        rng = random.Random(4)
+        num_rows, num_blocks = 3, 12
+        runner = make_runner(bundled, num_blocks, num_rows=num_rows)
+        rows, vocab_size = runner.rows, bundled.config.vocab_size
+        sampling = rows.sampling
+        asks = SamplingParams(
+            temperature=0.9,
+            top_p=0.8,
+            frequency_penalty=0.5,
+            repetition_penalty=1.3,
+            min_tokens=4,
+            logit_bias={7: 2.0},
+        )
+        word = [[3, 4], [5]]
+        made = make_request("0", [1, 2], asks, stop_token_ids=[2], bad_words_ids=word)
+        run(runner, [ScheduledRequest("0", 2, [0])], [made])  # makes all tables
+        run(runner, [], [], ["0"])
+        tables = {
+            **sampling.tables.made,
+            "block_table": rows.block_table,
+            "last_token_ids": rows.last_token_ids,
+            "floats": sampling.floats,
+            "ints": sampling.ints,
+            "words": sampling.bad_words.words,
+            "recent": sampling.bad_words.recent,
+        }
+        assert len(sampling.tables.made) == 4
+        for name, table in tables.items():
+            assert table.shape[0] == num_rows + 1, name
+            table[num_rows].fill_(1 if table.dtype == torch.bool else 77)
+        kept = {name: table[num_rows].clone() for name, table in tables.items()}
+        free, running, count = list(range(num_blocks)), dict[str, list[int]](), 0
+        for _ in range(60):
+            ended = [name for name in running if rng.random() < 0.3]
+            for name in ended:
+                free += running.pop(name)
+            told, scheduled = [], [ScheduledRequest(name, 1) for name in running]
+            while len(running) < num_rows and rng.random() < 0.8:
+                name, count = f"{count}", count + 1
+                blocks = [free.pop() for _ in range(4)]
+                running[name] = blocks
+                ids = [rng.randrange(vocab_size) for _ in range(rng.randint(1, 3))]
+                told.append(
+                    make_request(
+                        name, ids, asks, stop_token_ids=[2], bad_words_ids=word
+                    )
+                )
+                scheduled.append(ScheduledRequest(name, len(ids), blocks))
+            rng.shuffle(scheduled)
+            run(runner, scheduled, told, ended)
+        assert count > 40
+        for name, value in kept.items():
+            assert torch.equal(tables[name][num_rows], value), name
+        for name, table in sampling.tables.made.items():  # the same, as it has stayed
+            assert table is tables[name]
+
     def test_reset(self, bundled: Qwen3ForCausalLM) -> None:
         executor = make_executor(max_num_seqs=3)
         told = [make_request(n, [3, 4], self.params) for n in "ABC"]
@@ -717,6 +823,108 @@ class TestLaunchAndRead:
         launched = [late.launch(plan) for plan in plans]
         assert [step.read() for step in launched] == seen
 
+    def test_a_later_step_cannot_change_what_was_sent(self) -> None:
+        """All results, read after their tensors hold something else."""
+        ids, ranks = torch.tensor([[4, 9], [2, 2]]), torch.tensor([2, 1])
+        params = SamplingParams(logprobs=1, prompt_logprobs=1)
+        told = [make_request(name, [1, 3, 5], params) for name in "AB"]
+        drawing = [RequestRow(i, one, [], 3) for i, one in enumerate(told)]
+        chunk = PromptChunk(told[0], start=0, first=1, stop=3)
+        tensors = LogprobsTensors(ids, -ids.float(), ranks)
+        of_prompt = tensors.map(torch.clone)
+        token_ids = torch.tensor([4, 2])
+        results = drawing, token_ids, tensors, [(chunk, of_prompt)]
+        expected = InFlightStep(*results).read()
+        step = InFlightStep.send(*results)
+        for tensor in (token_ids, *vars(tensors).values(), *vars(of_prompt).values()):
+            tensor.fill_(77)
+        assert step.read() == expected
+        assert expected.tokens["A"] == SampledToken(4, [(4, -4.0, 2), (9, -9.0, 1)])
+        assert expected.prompt_logprobs["A"][1][1] == [(2, -2.0, 1), (2, -2.0, 1)]
+        assert InFlightStep(*results).read() != expected  # this one was not sent
+
+    def test_steps_that_draw_into_one_tensor_may_be_read_late(
+        self, bundled: Qwen3ForCausalLM
+    ) -> None:
+        """As those of page 14 do."""
+
+        class OneTensor(ModelRunner):
+            place = torch.zeros(2, dtype=torch.int64)
+
+            def draw(self, logits: Tensor, sampling: Any) -> Any:
+                token_ids, logprobs = super().draw(logits, sampling)
+                return self.place[: len(token_ids)].copy_(token_ids), logprobs
+
+        loose = SamplingParams(temperature=2.0)
+        told = [make_request(n, [5, i], loose, seed=i) for i, n in enumerate("AB")]
+        start = StepPlan(
+            [ScheduledRequest(n, 2, [i]) for i, n in enumerate("AB")], told
+        )
+        plans = [start, *[StepPlan([ScheduledRequest(n, 1) for n in "BA"])] * 2]
+        eager = make_runner(bundled)
+        late = OneTensor(bundled, EngineConfig(block_size=4))
+        late.initialize_kv_caches(64, 256)
+        seen = [eager.launch(plan).read() for plan in plans]
+        launched = [late.launch(plan) for plan in plans]
+        assert [step.read() for step in launched] == seen
+        drawn = {token.token_id for one in seen for token in one.tokens.values()}
+        assert len(drawn) > 3
+
+    def test_read_waits_for_its_own_results_once(self) -> None:
+        """For a mark that stands after the copies, and before it looks."""
+        place, waited = torch.zeros(1, dtype=torch.int64), []
+
+        class Mark:
+            def synchronize(self) -> None:
+                waited.append(place.fill_(5))
+
+        drawing = [RequestRow(0, make_request("A", [1]), [], 1)]
+        step = InFlightStep(drawing, place, arrival=Mark())  # type: ignore[arg-type]
+        assert not waited
+        assert step.read().tokens == {"A": SampledToken(5)}
+        assert len(waited) == 1
+        assert InFlightStep.send(drawing, place, None, []).arrival is None
+
+    def test_only_a_gpu_copies_while_the_host_goes_on(self) -> None:
+        """Only there is a mark to wait for; elsewhere the host would read too early."""
+        for is_cuda in (False, True):
+            tensor = Mock(is_cuda=is_cuda)
+            to_host(tensor)
+            tensor.to.assert_called_once_with("cpu", non_blocking=is_cuda, copy=True)
+
+    def test_a_step_of_nothing(
+        self, bundled: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        nothing = StepOutput({}, {})
+        empty = torch.empty(0, dtype=torch.int64)
+        assert InFlightStep().read() == nothing
+        assert InFlightStep.send([], empty, None, []).read() == nothing
+        runner = make_runner(bundled)
+        monkeypatch.setattr(runner, "run", lambda batch: pytest.fail("ran a step"))
+        told = [make_request("A", [3])]
+        assert runner.launch(StepPlan([], told, [])).read() == nothing
+        assert list(runner.rows.by_id) == ["A"]  # the news was told
+        assert runner.launch(StepPlan([], [], ["A"])).read() == nothing
+        assert not runner.rows.by_id
+
+    def test_another_forward_may_take_the_models_place(
+        self, bundled: Qwen3ForCausalLM
+    ) -> None:
+        runner, calls = make_runner(bundled), []
+
+        def forward(*arguments: Any) -> Tensor:
+            calls.append(arguments)
+            return bundled(*arguments)
+
+        plan = [ScheduledRequest("A", 2, [0])], [make_request("A", [5, 6])]
+        expected = run(runner, *plan)
+        again = make_runner(bundled)
+        again.forward = forward
+        assert run(again, *plan) == expected
+        [(input_ids, positions, kv_caches, _)] = calls
+        assert (input_ids.tolist(), positions.tolist()) == ([5, 6], [0, 1])
+        assert kv_caches is again.kv_caches
+
     @pytest.mark.parametrize(
         "params",
         [GREEDY, SamplingParams(temperature=0.7, top_k=20, logprobs=3, seed=1)],
@@ -757,6 +965,7 @@ class TestLaunchAndRead:
         second = runner.launch(StepPlan([ScheduledRequest(n, 1) for n in "AB"]))
         tokens = [step.read().tokens for step in (first, second)]
         assert [step["A"].token_id for step in tokens] == [-1, -1]
+        assert runner.rows.last_token_ids[runner.rows.by_id["A"].row] == 0
         assert [step["B"].token_id for step in tokens] == alone
 
     def test_entries_are_as_many_as_were_asked_for(self) -> None:
@@ -899,7 +1108,8 @@ class TestExecutor:
             assert executor.max_model_len == 100
             assert (executor.num_blocks, executor.block_size) == (num_blocks, 16)
             rows = executor.worker.runner.rows
-            assert rows.block_table.shape == (3, 7)
+            # A row for each of three requests, and one that is nobody's.
+            assert (rows.num_rows, *rows.block_table.shape) == (3, 4, 7)
         assert executor.get_peak_memory() is None
 
     def test_the_cache_stays_within_its_memory(self) -> None:

@@ -32,6 +32,7 @@ from folo_lib.sampler import (
     apply_top_p_filtering,
     gather_logprobs,
     gumbel_noise,
+    make_jumps,
     mask_early_stops,
     mix_bits,
 )
@@ -663,6 +664,17 @@ class TestStopConditions:
 
 
 class TestLogprobs:
+    def test_map_changes_each_tensor(self) -> None:
+        logits, ids = torch.randn(3, 9), torch.tensor([4, 0, 8])
+        out = gather_logprobs(logits, ids, 2)
+        last = out.map(lambda tensor: tensor[-1:])
+        again = gather_logprobs(logits[-1:], ids[-1:], 2)
+        assert type(last) is type(out)
+        assert set(vars(out)) == {"token_ids", "logprobs", "ranks"}
+        for name, value in vars(again).items():
+            assert torch.equal(getattr(last, name), value), name
+            assert getattr(out, name).shape[0] == 3
+
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_equals_brute_force(self, dtype: torch.dtype) -> None:
         rng = random.Random(5)
@@ -807,6 +819,23 @@ class TestNoise:
         # Nor does a token's noise depend on the size of the vocabulary.
         short = gumbel_noise(seeds, indices, positions, 100)
         assert torch.equal(short, whole[:, :100])
+
+    @pytest.mark.parametrize("vocab_size", [1, 2, 1013, 151_936])
+    def test_jumps_at_hand_change_no_bit(self, vocab_size: int) -> None:
+        rng = random.Random(vocab_size)
+        seeds = torch.tensor([rng.randrange(-(2**63), 2**63) for _ in range(3)])
+        columns = seeds, torch.arange(3), 31 * torch.arange(3)
+        jumps = make_jumps(vocab_size, "cpu")
+        assert (jumps.shape, jumps.dtype) == ((vocab_size,), torch.int64)
+        before = jumps.clone()
+        made = gumbel_noise(*columns, vocab_size)
+        for _ in range(2):  # nor does a draw change the jumps
+            assert torch.equal(gumbel_noise(*columns, vocab_size, jumps), made)
+            one = gumbel_noise(*(x[:1] for x in columns), vocab_size, jumps)
+            assert torch.equal(one, made[:1])
+        assert torch.equal(jumps, before)
+        other = gumbel_noise(*columns, vocab_size, jumps + 1)  # they are what is used
+        assert not torch.equal(other, made)
 
     @pytest.mark.parametrize("walking", [0, 1, 2])
     def test_follows_the_gumbel_distribution(self, walking: int) -> None:
@@ -1643,6 +1672,33 @@ class TestRows:
             random_asker(rng, 50).sit(rows, rng.randrange(4))
         now = {name: table.data_ptr() for name, table in rows.tables.made.items()}
         assert now == where
+
+    def test_wishes_are_forgotten_when_a_row_changes_hands(self) -> None:
+        rows = SamplingRows(3, 10, "cpu")
+        warm = SamplingParams(temperature=0.5)
+        picky = SamplingParams(temperature=0, top_k=2, min_tokens=3)
+        for row, params in enumerate((GREEDY, warm, picky)):
+            Asker(params, row, [1], [3], []).sit(rows, row)
+        assert rows.get_wishes([0]) == set()
+        assert rows.get_wishes([1]) == {"temperature"}
+        both = rows.get_wishes([0, 1])
+        assert both == rows.get_wishes((0, 1)) == rows.get_wishes([1, 0])
+        assert both == {"temperature"}
+        assert "temperature" not in rows.get_wishes([2])
+        assert rows.get_wishes([2]) >= {"min_positions"}
+        assert rows.get_wishes([0, 1, 2]) == both | rows.get_wishes([2])
+        assert rows.get_wishes([]) == set()
+        for asked in ([0, 1], [0], [1, 0]):  # what was asked last is kept
+            rows.get_wishes(asked)
+            rows.gather(asked, torch.tensor(asked), torch.tensor(asked))
+            Asker(SamplingParams(presence_penalty=1), 7, [1], [3], []).sit(rows, 0)
+            assert "repetition_penalty" in rows.get_wishes(asked)
+            found = rows.gather(asked, torch.tensor(asked), torch.tensor(asked))
+            assert found.output_counts is not None
+            Asker(GREEDY, 8, [1], [3], []).sit(rows, 0)
+            assert rows.get_wishes(asked) <= {"temperature"}
+            found = rows.gather(asked, torch.tensor(asked), torch.tensor(asked))
+            assert found.output_counts is None
 
     def test_a_row_leaves_the_others_alone(self) -> None:
         rng, rows = random.Random(6), SamplingRows(3, 30, "cpu")

@@ -274,6 +274,23 @@ class TestPlans:
         assert h.schedule().finished_ids == []
 
 
+class TestRunAhead:
+    def test_unread_tokens_run_and_the_last_one_does_not(self) -> None:
+        """Steps are scheduled, and nothing is read; who has none left keeps nobody up."""
+        h = Harness(make_scheduler())
+        h.add(make_request("a", 4, 2), make_request("b", 4, 4), make_request("c", 4, 1))
+        plans = [h.scheduler.schedule() for _ in range(5)]
+        ran = [{x.request_id[0]: x.num_tokens for x in one.scheduled} for one in plans]
+        assert ran == [
+            {"a": 4, "b": 4, "c": 4},
+            {"a": 1, "b": 1},
+            {"b": 1},
+            {"b": 1},
+            {},
+        ]
+        assert len(h.scheduler.running) == 3
+
+
 class TestPreemption:
     def test_the_last_comer_gives_way_and_returns_first(self) -> None:
         h = Harness(make_scheduler(num_blocks=3, seqs=3))

@@ -796,6 +796,25 @@ class TestTimeline:
         assert three["busy_share"] == 0
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_has_a_lane_of_its_own(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"eager": {"decode": "eager"}}
+    monkeypatch.setattr(timeline, "SETTINGS", settings)
+    bench = Bench(tiny, torch.device("cuda"), torch.float32, SIZES)
+    made = timeline.run_timeline(bench)
+    _, three = made["settings"]["eager"]["rows"]
+    trace = three["trace"]
+    spans = timeline.read_spans(trace["device"])
+    assert spans and 0 < three["busy_share"] <= 1
+    assert spans[0][0] >= 0 and sum(spans[-1]) <= 1.01 * 2 * trace["us_per_step"]
+    busy = sum(duration for _, duration in spans) / 2
+    assert busy >= 0.9 * trace["busy_us_per_step"] > 0
+    assert sum(row["per_layer"] for row in trace["layer"]) >= 5
+
+
 class TestLatency:
     def test_gaps_are_those_of_the_watched(
         self, monkeypatch: pytest.MonkeyPatch

@@ -187,7 +187,12 @@ def test_lines(record: Result) -> None:
     ]
     assert lines[7].split()[:3] == ["256", "mixed", "requests:"]
     assert lines[8] == "memory beyond weights and cache: 300 MiB"
-    assert shown.list_waterfall(record) == ["odd was left out: no such option"]
+    assert shown.list_waterfall(record) == [
+        "slow: 2 tokens/s (the first of 256 requests)",
+        "many: 50 tokens/s",
+        "fast: 200 tokens/s, 3 starts 190 to 230, 4.00 times the rung before",
+        "odd was left out: no such option",
+    ]
     assert shown.list_latency(record) == [
         "after   128 tokens: 1.23 ms per token",
         "longest gap of 64 requests: 10.0 ms, and 40.0 ms when a prompt of 8,192 tokens "
@@ -204,7 +209,8 @@ def test_nothing_is_shown_of_a_recording_that_is_not_there(tmp_path: Path) -> No
         assert texts(ax) == ["no recording yet"] and not ax.patches
     assert shown.list_throughput(record) == ["no recording yet"]
     assert shown.list_latency(record) == ["no recording yet"]
-    assert shown.list_waterfall(record) == [] and not shown.describe(record, "latency")
+    assert shown.list_waterfall(record) == ["no recording yet"]
+    assert shown.describe(record, "latency") == ""
 
 
 def test_the_last_recording_is_drawn(record: Result) -> None:

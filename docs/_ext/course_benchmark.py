@@ -119,8 +119,8 @@ def describe_setup(record: Result, is_gpu: bool) -> str:
     if is_gpu:
         first = (
             f"Measured on one **{setup['device']}**, with the **engine for one request**, "
-            f"whose decode step was a CUDA graph. Until its graphs are rebuilt for "
-            f"batches, the engine is eager on a GPU."
+            f"whose decode step was a CUDA graph. Today's engine has graphs for "
+            f"steps of many requests."
         )
     else:
         first = (

@@ -1,15 +1,25 @@
-"""Figures of page 13: the splits of a context, and the tiles that a prefill reads."""
+"""Figures of page 13: splits of a context, tiles that a prefill reads, and speeds."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 
-from folo_lib.course.figures import CACHE, DECODE, KEYS, US, Look, draw_box
+from folo_lib.course.figures import (
+    CACHE,
+    DECODE,
+    KEYS,
+    OTHER,
+    US,
+    Look,
+    draw_box,
+    ink_on,
+)
 from folo_lib.course.moving import MovingFigure, Piece, State
 
-__all__ = ["draw_tiles", "move_splits"]
+__all__ = ["draw_speeds", "draw_tiles", "move_splits"]
 
 MASKED = "#D8EEFA"  # keys that not every query sees
 READ = Look("#E0E0E0", "..", "s", ":")  # a tile that has been read
@@ -78,13 +88,11 @@ def draw_tiles(ax: Axes, query_len: int, cached: int, rows: int, tile: int) -> N
             width = min(tile, seq_len - left)
             first, last = cached + top, cached + top + height - 1
             look: dict[str, Any] = {"edgecolor": "0.8"}
-            text = ""
             if left + tile - 1 <= first:
                 look = KEYS.bar
             elif left <= last:
                 look = KEYS.bar | {"facecolor": MASKED}
-                text = "mask" if height > 2 else ""
-            draw_box(ax, (left, top), (width, height), text, 7, **look)
+            draw_box(ax, (left, top), (width, height), **look)
     ends = [cached + row + 1 for row in range(query_len)]  # of what each query sees
     edges = [x for end in ends for x in (end, end)]
     steps = [y for row in range(query_len) for y in (row, row + 1)]
@@ -92,3 +100,29 @@ def draw_tiles(ax: Axes, query_len: int, cached: int, rows: int, tile: int) -> N
     ax.set(xlim=(0, seq_len), ylim=(query_len, 0), xlabel="key", ylabel="query")
     ax.set_title(f"{query_len} tokens after {cached}", fontsize=9)
     ax.grid(False)
+
+
+def draw_speeds(ax: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    """Our decode kernels and PyTorch's backend, in percent of the speed of memory.
+
+    Args:
+        ax: where to draw.
+        rows: of the recording; with `shape`, and `floor_us`, `us` and `torch_sdpa_us`.
+    """
+    parts = (("us", "ours", US, -0.2), ("torch_sdpa_us", "PyTorch", OTHER, 0.2))
+    for place, row in enumerate(rows):
+        for key, name, look, shift in parts:
+            share = 100 * row["floor_us"] / row[key]
+            ax.barh(place + shift, share, height=0.36, **look.bar)
+            text = f"{share:.0f} %" if share > 1 else "less than 1 %"
+            text = f"{name}, {text}" if place == 0 else text
+            where = {"x": share + 1, "ha": "left"}
+            if share > 60:  # inside, clear of the line at 100
+                where = {"x": share - 1, "ha": "right", "color": ink_on(look.colour)}
+            ax.text(y=place + shift, s=text, va="center", fontsize=8, **where)
+    names = [r["shape"].replace("x", " × ").replace("..", " to ") for r in rows]
+    ax.set_yticks(range(len(rows)), names)
+    ax.axvline(100, color="black", linestyle="--")
+    ax.set_xlim(0, 103)
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)

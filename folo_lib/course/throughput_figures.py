@@ -132,7 +132,7 @@ def draw_bars(ax: Axes, bars: Sequence[tuple[str, Look, Result]]) -> None:
         draw_bar(ax, y, name, look, row)
     ax.set_yticks(range(len(bars)), [name for name, *_ in bars])
     ax.invert_yaxis()
-    ax.margins(x=0.22)
+    ax.margins(x=0.28)
     ax.set_xlim(left=0)
     ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.xaxis.set_major_formatter("{x:,.0f}")
@@ -271,9 +271,22 @@ def list_throughput(record: Result) -> list[str]:
 
 
 def list_waterfall(record: Result) -> list[str]:
-    """What the section `waterfall` left out, and why."""
-    left_out = latest(record, "waterfall").get("left_out", {})
-    return [f"{name} was left out: {reason}" for name, reason in left_out.items()]
+    """The section `waterfall` in lines of text, and what it left out, with the reason."""
+    made = latest(record, "waterfall")
+    if not made:
+        return [NOTHING_YET]
+    rows, lines = made["rows"], list[str]()
+    for before, row in zip([rows[0], *rows], rows, strict=False):
+        speeds = [start["tokens_per_second"] for start in row["starts"]]
+        line = f"{row['rung']}: {row['tokens_per_second']:,.0f} tokens/s"
+        if len(speeds) > 1:
+            line += f", {len(speeds)} starts {min(speeds):,.0f} to {max(speeds):,.0f}"
+        ratio = row["tokens_per_second"] / before["tokens_per_second"]
+        if row is not before and row["requests"] == before["requests"]:
+            line += f", {ratio:.2f} times the rung before"
+        lines.append(line + name_part(row, max(one["requests"] for one in rows)))
+    left_out = made["left_out"].items()
+    return lines + [f"{name} was left out: {reason}" for name, reason in left_out]
 
 
 def list_latency(record: Result) -> list[str]:

@@ -39,23 +39,39 @@ class Kernel:
         raise ImportError(MISSING)
 
 
-def make_stand_in() -> ModuleType:
-    """A module `triton` in which kernels can be defined, and not run."""
+def make_stand_in() -> dict[str, ModuleType]:
+    """Modules `triton` and `triton.language`: kernels can be defined, and not run."""
     package, language = ModuleType("triton"), ModuleType("triton.language")
     for module in (package, language):
         module.__spec__ = ModuleSpec(module.__name__, None)
     vars(package).update(jit=Kernel, language=language, __path__=[])
     vars(language)["constexpr"] = int  # all that stands in the head of a kernel
-    return package
+    return {module.__name__: module for module in (package, language)}
+
+
+def lend_stand_in(shell: Any) -> None:
+    """Lets cells import the stand-in, and nobody else: PyTorch would try to use it."""
+    stand_in = make_stand_in()
+
+    def show(info: Any) -> None:
+        if "import triton" in (info.raw_cell or ""):
+            sys.modules.update(stand_in)
+
+    def hide(_: Any) -> None:
+        for name in stand_in:
+            sys.modules.pop(name, None)
+
+    shell.events.register("pre_run_cell", show)
+    shell.events.register("post_run_cell", hide)
 
 
 def prepare_triton() -> None:
-    """Sets Triton's interpreter, or puts the stand-in in its place, and prints which.
+    """Sets Triton's interpreter, or lends a stand-in where it is missing; prints which.
 
     Raises:
         RuntimeError: if Triton was imported before, when it is too late to choose.
     """
-    shell = get_ipython()
+    shell: Any = get_ipython()
     has_triton = find_spec("triton") is not None
     if "triton" in sys.modules and not os.environ.get("TRITON_INTERPRET"):
         raise RuntimeError("Triton is loaded already: restart the kernel of this page.")
@@ -65,20 +81,13 @@ def prepare_triton() -> None:
 
         print(f"Triton {triton.__version__.split('+')[0]}, interpreted")
     else:
-        package = make_stand_in()
-        sys.modules.update({"triton": package, "triton.language": package.language})
+        lend_stand_in(shell)
         print("Triton is not installed: kernels are shown and not run.")
-
-    if shell is None:  # not in a notebook
-        return
-
-    run: Any = shell.run_cell
 
     def run_cell(_: str, cell: str) -> None:
         if has_triton:
-            run(cell).raise_error()
+            shell.run_cell(cell).raise_error()
         else:
             print(MISSING)
 
-    register: Any = shell.register_magic_function
-    register(run_cell, "cell", "triton")
+    shell.register_magic_function(run_cell, "cell", "triton")

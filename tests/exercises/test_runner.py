@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 
-from folo_lib.course.exercises.runner import check_choose_sizes, check_generate_batch
+from folo_lib.course.exercises.runner import (
+    check_choose_padded_sizes,
+    check_generate_batch,
+)
 from folo_lib.kv_cache import BlockAllocator
 from folo_lib.runner import GPUExecutor, NewRequest, ScheduledRequest, StepPlan
 from folo_lib.sampling_params import SamplingParams
@@ -162,6 +165,6 @@ def powers_of_two(lengths: list[int], num_sizes: int) -> list[int]:
     ],
 )
 def test_wrong_sizes(wrong: Callable[..., list[int]], message: str) -> None:
-    verdict = check_choose_sizes(wrong)
+    verdict = check_choose_padded_sizes(wrong)
     assert not verdict
     assert message in verdict.message

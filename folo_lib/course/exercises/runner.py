@@ -18,7 +18,7 @@ from folo_lib.runner import (
     StepPlan,
 )
 
-__all__ = ["check_choose_sizes", "check_generate_batch"]
+__all__ = ["check_choose_padded_sizes", "check_generate_batch"]
 
 VOCAB_SIZE = 11
 
@@ -227,8 +227,10 @@ def find_best(lengths: Sequence[int], num_sizes: int) -> tuple[int, list[int]]:
 
 
 @exercise
-def check_choose_sizes(choose_sizes: Callable[[list[int], int], list[int]]) -> None:
-    """Of `choose_sizes`: as little waste as any choice of that many sizes has."""
+def check_choose_padded_sizes(
+    choose_padded_sizes: Callable[[list[int], int], list[int]],
+) -> None:
+    """Of `choose_padded_sizes`: as little waste as any choice of that many sizes has."""
     rng = random.Random(8)
     cases = [([5], 1), ([2, 7, 4], 1), ([3, 4, 9, 10], 2), ([6, 6, 1], 3)]
     for case in range(60):
@@ -238,7 +240,7 @@ def check_choose_sizes(choose_sizes: Callable[[list[int], int], list[int]]) -> N
     cases.append(([*[10] * 50, 11, 12, 99, 100], 2))
     for lengths, num_sizes in cases:
         given = f"lengths={lengths}, num_sizes={num_sizes}"
-        got = choose_sizes(list(lengths), num_sizes)
+        got = choose_padded_sizes(list(lengths), num_sizes)
         require(
             isinstance(got, list) and all(isinstance(size, int) for size in got),
             f"for {given} it returns {got!r}: a list of ints is wanted.",

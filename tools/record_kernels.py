@@ -1,0 +1,279 @@
+"""Measure the kernels of page 13 on a GPU, for the figures of its section 8.
+
+    python tools/record_kernels.py notebooks/data/paged_attention_h200.json
+
+A time is the median over replays of a CUDA graph that holds one call for each of several steps.
+Each step has blocks of its own, so that its keys come from memory and not from the card's cache.
+The recording of 2026-11-29 was made by the first version of this script, which timed the launches
+through a registered operator as well.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from folo_lib import paged_attention as module  # noqa: E402
+from folo_lib.kv_cache import (  # noqa: E402
+    AttentionMetadata,
+    TorchSDPABackend,
+    compute_slot_mapping,
+)
+
+DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
+HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 16, 8, 128, 16  # as Qwen3-0.6B
+NUM_BLOCKS = 2**16  # 4.3 GB of keys and values
+UNEQUAL = torch.randint(200, 1601, (256,), generator=torch.Generator().manual_seed(0))
+DECODES = {
+    "256x800": [800] * 256,
+    "64x800": [800] * 64,
+    "1x32768": [32768],
+    "1x128": [128],
+    "8x512": [512] * 8,
+    "256x200..1600": UNEQUAL.tolist(),
+}
+PREFILLS = {  # tokens that run, and all tokens
+    "8192": ([8192], [8192]),
+    "2048 after 6144": ([2048], [8192]),
+    "4x512": ([512] * 4, [512] * 4),
+}
+SPLIT = ("1x32768", "64x800", "256x800")
+STORED = 256
+
+Step = tuple[Tensor, AttentionMetadata]
+
+
+def measure(calls: Sequence[Callable[[], object]], replays: int = 7) -> float:
+    """Microseconds per call."""
+    calls[0]()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [call() for call in calls]
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    del kept
+    return round(statistics.median(times), 2)
+
+
+def describe_card() -> dict[str, Any]:
+    """Its name, and how fast it multiplies, reads and copies."""
+    a = torch.randn(8192, 8192, device=DEVICE, dtype=DTYPE)
+    for _ in range(20):  # until its clock is up
+        a @ a
+    multiply = measure([lambda: a @ a] * 3)
+    x = torch.randn(2**30, device=DEVICE)
+    y = torch.empty_like(x)
+    read, copy = (measure([f] * 4) for f in (x.sum, lambda: y.copy_(x)))
+    return {
+        "device": torch.cuda.get_device_name(),
+        "multiprocessors": module.count_multiprocessors(DEVICE),
+        "matmul_tflops": round(2 * 8192**3 / multiply / 1e6, 1),
+        "read_gb_s": round(x.nbytes / read / 1e3, 1),
+        "copy_gb_s": round(2 * x.nbytes / copy / 1e3, 1),
+    }
+
+
+def make_steps(
+    query_lens: Sequence[int], seq_lens: Sequence[int], most: int = 24
+) -> list[Step]:
+    """Queries and metadata of up to `most` steps, over different blocks in random order."""
+    needed = [-(-length // BLOCK_SIZE) for length in seq_lens]
+    order = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(0))
+    steps = []
+    for i in range(max(1, min(most, NUM_BLOCKS // sum(needed)))):
+        own = order[i * sum(needed) : (i + 1) * sum(needed)]
+        rows = [row.tolist() for row in own.split(needed)]
+        slots = [
+            slot
+            for row, new, end in zip(rows, query_lens, seq_lens, strict=True)
+            for slot in compute_slot_mapping(row, end - new, end, BLOCK_SIZE)
+        ]
+        table = [row + [0] * (max(needed) - len(row)) for row in rows]
+        metadata = AttentionMetadata(
+            block_size=BLOCK_SIZE,
+            slot_mapping=torch.tensor(slots, device=DEVICE),
+            block_table=torch.tensor(table, device=DEVICE),
+            query_start_loc=torch.tensor([0, *accumulate(query_lens)], device=DEVICE),
+            seq_lens=torch.tensor(seq_lens, device=DEVICE),
+            query_lens_list=list(query_lens),
+            seq_lens_list=list(seq_lens),
+        )
+        query = torch.randn(sum(query_lens), HEADS, HEAD_DIM, device=DEVICE)
+        steps.append((query.to(DTYPE), metadata))
+    return steps
+
+
+def time_kernel(
+    kernel: Callable[..., None], caches: Tensor, steps: list[Step], replays: int = 7
+) -> float:
+    """Of `decode` or `prefill`."""
+
+    def bind(query: Tensor, metadata: AttentionMetadata) -> Callable[[], None]:
+        where = metadata.block_table, metadata.query_start_loc, metadata.seq_lens
+        args = (query, *caches, *where, torch.empty_like(query), HEAD_DIM**-0.5)
+        return lambda: kernel(*args)
+
+    return measure([bind(*step) for step in steps], replays)
+
+
+def draw_new(num_tokens: int) -> Tensor:
+    """Keys and values of new tokens."""
+    return torch.randn(2, num_tokens, KV_HEADS, HEAD_DIM, device=DEVICE).to(DTYPE)
+
+
+def time_torch_sdpa(caches: Tensor, steps: list[Step]) -> float:
+    """PyTorch's backend of page 06. It stores the new keys and values, too."""
+    backend, new = TorchSDPABackend(), draw_new(len(steps[0][0]))
+    calls = [
+        lambda query=query, metadata=metadata: backend.forward(
+            query, *new, tuple(caches), metadata
+        )
+        for query, metadata in steps[:4]
+    ]
+    for call in calls:  # plans its reads before it is captured
+        call()
+    return measure(calls, 3)
+
+
+def time_flash(query_lens: list[int], seq_lens: list[int]) -> float:
+    """PyTorch's flash kernel, over keys in one piece and of every query head its own."""
+    num_seqs, new, length = len(query_lens), query_lens[0], seq_lens[0]
+    query, key, value = (
+        torch.randn(num_seqs, HEADS, n, HEAD_DIM, device=DEVICE).to(DTYPE)
+        for n in (new, length, length)
+    )
+    mask = (
+        {"is_causal": True}
+        if new == length
+        else {"attn_mask": causal_lower_right(new, length)}
+    )
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        attend = F.scaled_dot_product_attention
+        return measure([lambda: attend(query, key, value, **mask)] * 3, 5)
+
+
+def time_host(caches: Tensor, rounds: int = 200) -> dict[str, float]:
+    """Microseconds that Python needs to launch the kernels of one layer."""
+    found = {}
+    for name, new, ends in (
+        ("decode", [1] * 8, [200] * 8),
+        ("mixed", [1, 1, 9], [200] * 3),
+    ):
+        [(query, metadata)] = make_steps(new, ends, most=1)
+        args = (query, *draw_new(sum(new)), tuple(caches), metadata)
+        backend = module.TritonBackend()
+        for _ in range(3):
+            backend.forward(*args)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(rounds):
+            backend.forward(*args)
+        spent = (time.perf_counter() - start) / rounds
+        torch.cuda.synchronize()
+        found[f"{name}, as a function"] = round(spent * 1e6, 1)
+    return found
+
+
+def record_rows(caches: Tensor, speed: float) -> list[dict[str, Any]]:
+    """Each kernel beside its floor, at `speed` GB/s, and beside PyTorch."""
+    token_bytes = 2 * KV_HEADS * HEAD_DIM * DTYPE.itemsize
+    rows: list[dict[str, Any]] = []
+    for shape, lens in DECODES.items():
+        steps = make_steps([1] * len(lens), lens)
+        rows.append(
+            {
+                "kernel": "decode",
+                "shape": shape,
+                "splits": module.choose_num_splits(len(lens), KV_HEADS, DEVICE),
+                "bytes": sum(lens) * token_bytes,
+                "operations": 4 * HEADS * HEAD_DIM * sum(lens),
+                "us": time_kernel(module.decode, caches, steps),
+                "floor_us": round(sum(lens) * token_bytes / speed / 1e3, 2),
+                "torch_sdpa_us": time_torch_sdpa(caches, steps),
+            }
+        )
+    new, steps = draw_new(STORED), make_steps([1] * STORED, [BLOCK_SIZE] * STORED)
+    stores = [
+        lambda m=m: module.store_kv(*new, *caches, m.slot_mapping) for _, m in steps
+    ]
+    moved = 2 * STORED * token_bytes
+    floor = round(moved / speed / 1e3, 2)
+    row = {"kernel": "store", "shape": f"{STORED} tokens", "bytes": moved}
+    rows.append(row | {"us": measure(stores), "floor_us": floor})
+    for shape, (lens, ends) in PREFILLS.items():
+        pairs = sum(n * (m - n) + n * (n + 1) // 2 for n, m in zip(lens, ends))  # noqa: B905
+        operations = 4 * HEADS * HEAD_DIM * pairs
+        us = time_kernel(module.prefill, caches, make_steps(lens, ends, most=3))
+        row = {"kernel": "prefill", "shape": shape, "operations": operations, "us": us}
+        row["tflops"] = round(operations / us / 1e6, 1)
+        rows.append(row | {"flash_us": time_flash(lens, ends)})
+    return rows
+
+
+def record_splits(caches: Tensor) -> list[dict[str, Any]]:
+    """Decode with numbers of splits that it would not choose."""
+    chosen, rows = module.choose_num_splits, []
+    for shape in SPLIT:
+        steps = make_steps([1] * len(DECODES[shape]), DECODES[shape])
+        for splits in (1, 2, 4, 8, 16, 32, 64):
+            module.choose_num_splits = lambda *_, splits=splits: splits
+            us = time_kernel(module.decode, caches, steps, 3)
+            rows.append({"shape": shape, "splits": splits, "us": us})
+    module.choose_num_splits = chosen
+    return rows
+
+
+def record() -> dict[str, Any]:
+    card = describe_card()
+    shape = (NUM_BLOCKS, BLOCK_SIZE, KV_HEADS, HEAD_DIM)
+    caches = torch.empty(2, *shape, dtype=DTYPE, device=DEVICE).normal_()
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "command": "python tools/record_kernels.py",
+        "model": {
+            "num_attention_heads": HEADS,
+            "num_key_value_heads": KV_HEADS,
+            "head_dim": HEAD_DIM,
+            "block_size": BLOCK_SIZE,
+            "dtype": str(DTYPE),
+        },
+        **card,
+        "settings": {
+            name: vars(getattr(module, name))
+            for name in ("DECODE", "SMALL_DECODE", "PREFILL")
+        },
+        "host_us": time_host(caches),
+        "recording": record_rows(caches, card["read_gb_s"]),
+        "splits": record_splits(caches),
+    }
+
+
+if __name__ == "__main__":
+    text = json.dumps(record(), indent=1) + "\n"
+    Path(sys.argv[1]).write_text(text, encoding="utf-8")
