@@ -109,9 +109,8 @@ class EngineConfig:
             )
         device = resolve_device(self.device)
         dtype = resolve_dtype(self.dtype, device, None)
-        if (
-            self.attention_backend != "auto"
-        ):  # that never fails, and warns when it is used
+        # "auto" never fails, and warns where it is used.
+        if self.attention_backend != "auto":
             resolve_attention_backend(self.attention_backend, device, dtype)
         if self.enforce_eager and self.decode not in ("auto", "eager"):
             raise ValueError(
