@@ -473,7 +473,7 @@ def poison_free_blocks(engine: LLMEngine) -> None:
     index = torch.tensor([i for i in free if i not in hash_of], dtype=torch.int64)
     for pair in get_runner(engine).kv_caches:
         for tensor in pair:
-            tensor.index_fill_(0, index, float("nan"))
+            tensor.index_fill_(0, index.to(tensor.device), float("nan"))
 
 
 # --- A schedule -----------------------------------------------------------------------
@@ -575,7 +575,13 @@ class Schedule:
             for name in [name for name, at in deadlines.items() if at <= step]:
                 engine.abort_request(name)
                 del deadlines[name]
-            for output in engine.step():
+            try:
+                news = engine.step()
+            except RuntimeError:  # it broke where it was no request's, and all go on
+                assert spoiler.broken_plan is not None
+                assert not spoiler.broken_plan.scheduled
+                news = []
+            for output in news:
                 outputs[output.request_id] = output
             check(engine)
             poison_free_blocks(engine)
@@ -682,12 +688,14 @@ class Spoiler:
             get_runner(engine).sampler.sample,
         )
         self.spoiled_row: int | None = None
+        self.broken_plan: StepPlan | None = None
         engine.executor.launch = self.launch  # type: ignore[method-assign]
         get_runner(engine).sampler.sample = self.sample
 
     def launch(self, plan: StepPlan) -> InFlightStep:
         number, self.num_launches = self.num_launches, self.num_launches + 1
         where = self.schedule.broken_launches.get(number)
+        self.broken_plan = None if where is None else plan
         if where is not None:
             self.victims |= {get_request_id(one.request_id) for one in plan.scheduled}
         check_plan(self.engine, plan)

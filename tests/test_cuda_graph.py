@@ -806,6 +806,12 @@ def test_more_random_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- On a GPU -------------------------------------------------------------------------
 
 
+@pytest.fixture
+def fresh_compiler() -> None:
+    """Each engine compiles anew, and the compiler gives up on a function after eight."""
+    torch._dynamo.reset()
+
+
 @cache
 def get_gpu_models(dtype: torch.dtype = torch.float32) -> Models:
     ours, theirs, tokenizer = schedules.get_models()
@@ -816,6 +822,7 @@ def get_gpu_models(dtype: torch.dtype = torch.float32) -> Models:
 
 @gpu
 @on_gpu
+@pytest.mark.usefixtures("fresh_compiler")
 def test_random_schedules_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Real graphs of compiled layers: the tokens of a CPU, or near-ties."""
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -833,9 +840,10 @@ def make_gpu_engine(dtype: torch.dtype, decode: str) -> LLMEngine:
 
 @gpu
 @on_gpu
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("decode", ["graph", "graph_plain", "compile"])
 def test_logits_on_a_gpu(decode: str) -> None:
-    """float32: close to the CPU's. bfloat16: hardly further than eager ones."""
+    """Hardly further from Hugging Face's in float32 than those of eager steps."""
     prompts, _ = make_traffic(8)
     errors: dict[tuple[str, torch.dtype], float] = {}
     params = SamplingParams(temperature=0, max_tokens=1, logprobs=-1)
@@ -851,13 +859,14 @@ def test_logits_on_a_gpu(decode: str) -> None:
                 ours = torch.tensor([entries[i].logprob for i in range(len(exact))])
                 worst.append((ours - exact).square().mean().sqrt().item())
             errors[one, dtype] = sum(worst) / len(worst)
-    assert errors[decode, torch.float32] < 1e-4
-    bound = 1.2 * errors["eager", torch.bfloat16]
-    assert errors[decode, torch.bfloat16] <= bound
+    for dtype in (torch.float32, torch.bfloat16):
+        assert errors[decode, dtype] <= 1.2 * errors["eager", dtype] + 1e-6
+    assert errors["eager", torch.float32] < errors["eager", torch.bfloat16]
 
 
 @gpu
 @on_gpu
+@pytest.mark.usefixtures("fresh_compiler")
 def test_an_engine_that_has_only_started_on_a_gpu() -> None:
     """Recording leaves nothing behind: no request, no token, a cache that is not read."""
     engine = make_gpu_engine(torch.float32, "graph")

@@ -204,6 +204,10 @@ def test_the_prose_of_page_14_is_that_of_its_recording() -> None:
         f"{ms['graph', 256]:.1f} ms",
     ):
         assert said in prose, said
+    short = sum(k["per_layer"] for k in compiled["layer"] if k["us"] < 2)
+    assert (after, short) == (12, 7) and "Seven of the twelve run for less" in prose
+    saved = [ms["graph", n] - ms["graph + run-ahead", n] for n in (64, 256)]
+    assert saved[0] < saved[1], "run-ahead saves more where there are more requests"
     half = compiled["busy_us_per_step"] / runs
     assert 0.45 < half < 0.55, "kernels that run for half the time"
     assert abs(ms["compile", 64] / ms["eager", 64] - 1) < 0.05, "next to nothing"
