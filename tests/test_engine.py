@@ -86,7 +86,7 @@ def assert_idle(engine: LLMEngine) -> None:
     assert (stats.num_running, stats.num_waiting, stats.num_used_blocks) == (0, 0, 0)
     assert stats.num_blocks == engine.executor.num_blocks
     rows = engine.executor.worker.runner.rows  # each is free, or held by one request
-    assert len(rows.free_rows) + len(rows.by_id) == len(rows.block_table)
+    assert len(rows.free_rows) + len(rows.by_id) == rows.num_rows
 
 
 def run(engine: LLMEngine, *args: Any) -> list[RequestOutput]:
