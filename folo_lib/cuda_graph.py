@@ -65,11 +65,9 @@ Function = Callable[..., Any]
 
 
 class GraphSize(NamedTuple):
-    """How much a graph holds.
+    """How many sequences and tokens of a step a graph holds at most.
 
-    Attributes:
-        num_seqs, num_tokens: of a step at most.
-        is_decode: each sequence runs one token.
+    `is_decode`: each of the sequences runs one token.
     """
 
     num_seqs: int
