@@ -166,13 +166,18 @@ class Timeline:
         }
 
     def to_png(self) -> bytes:
-        """The first setting and the last, on one axis."""
-        shown = [self.lanes[0], self.lanes[-1]]
-        end = max(lanes.end for lanes in shown)
-        figure, axes = plt.subplots(2, 1, figsize=(8, 4.6), sharex=True)
-        for ax, lanes in zip(axes, shown, strict=True):
-            draw_lanes(ax, lanes, end)
-            ax.set_title(lanes.caption, fontsize=10)
+        """The first setting and the last on one axis, and the last as wide as possible."""
+        first, last = self.lanes[0], self.lanes[-1]
+        end = max(first.end, last.end)
+        figure, axes = plt.subplots(3, 1, figsize=(8, 6.4))
+        wide = f"{last.name}, as wide as possible"
+        for ax, lanes, until, title in (
+            (axes[0], first, end, first.caption),
+            (axes[1], last, end, last.caption),
+            (axes[2], last, last.end, wide),
+        ):
+            draw_lanes(ax, lanes, until)
+            ax.set_title(title, fontsize=10)
         axes[-1].set_xlabel("ms, under the profiler")
         target = io.BytesIO()
         figure.savefig(target, format="png", dpi=110)
