@@ -6,6 +6,7 @@ import difflib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ MODEL_RUNNERS = {
     "compile": "folo_lib.cuda_graph:CompiledRunner",
     "graph_plain": "folo_lib.cuda_graph:PlainGraphRunner",
     "graph": "folo_lib.cuda_graph:GraphRunner",
+    "fused": "folo_lib.fused_decode:FusedRunner",
 }
 SCHEDULERS = {
     "continuous": "folo_lib.scheduler:ContinuousScheduler",
@@ -52,8 +54,9 @@ class EngineConfig:
         kv_cache_memory_bytes: set aside for the cache; None: see `get_kv_cache_memory`.
         decode: how steps run, a name in `MODEL_RUNNERS`: `"eager"`, kernel by kernel;
             `"compile"`, layers compiled; `"graph_plain"`, a step replayed as one CUDA graph;
-            `"graph"`, both. `"auto"`: `"graph"` on a GPU, else `"eager"`. Where one of them
-            cannot be had, a warning says once what is done instead.
+            `"graph"`, both; `"fused"`, the same with fused kernels where the model allows it.
+            `"auto"`: `"fused"` on a GPU, else `"eager"`. Where one of them cannot be had, a
+            warning says once what is done instead.
         enforce_eager: the same as `decode="eager"`.
         scheduler: a name in `SCHEDULERS`, or what makes a scheduler of an `EngineConfig` and
             the number of blocks in the cache.
@@ -166,7 +169,7 @@ class EngineConfig:
         return cls(**options)
 
     def get_model_runner(self, device: torch.device) -> type[ModelRunner]:
-        """The class that `decode` names; `"auto"` is `"graph"` on a GPU, else `"eager"`.
+        """The class that `decode` names; `"auto"` is `"fused"` on a GPU, else `"eager"`.
 
         Args:
             device: where the model is, or will be.
@@ -176,7 +179,9 @@ class EngineConfig:
         """
         name = "eager" if self.enforce_eager else self.decode
         if name == "auto":
-            name = "graph" if device.type == "cuda" else "eager"
+            name = "fused" if device.type == "cuda" else "eager"
+        if name == "fused" and find_spec("triton") is None:
+            name = "graph"  # which says what is missing
         runner: type[ModelRunner] = _find("decode", name, MODEL_RUNNERS, "auto")
         return runner
 

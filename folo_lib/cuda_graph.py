@@ -392,6 +392,7 @@ class GraphRunner(ModelRunner):
         graphs: None if steps are not recorded.
     """
 
+    graphs_class: type[StepGraphs] = StepGraphs
     compiles: ClassVar[bool] = True
     records: ClassVar[bool] = True
 
@@ -417,7 +418,7 @@ class GraphRunner(ModelRunner):
         """Allocates what steps need, and records the graphs."""
         super().initialize_kv_caches(num_blocks, max_model_len)
         if self.records and self.is_static:
-            self.graphs = StepGraphs(self, self.draw_rows)
+            self.graphs = self.graphs_class(self, self.draw_rows)
             self.graphs.record()
 
     def launch(self, plan: StepPlan) -> InFlightStep:

@@ -551,42 +551,33 @@ def prefill(
 # %% ../notebooks/13_paged_attention.ipynb #paged-attention
 def paged_attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    slot_mapping: Tensor,
-    block_table: Tensor,
-    query_start_loc: Tensor,
-    seq_lens: Tensor,
+    metadata: AttentionMetadata,
     scale: float,
-    has_decodes: bool,
-    has_prefills: bool,
 ) -> Tensor:
-    """Stores a step's keys and values, and attends over the paged cache.
+    """Attends over a paged cache that holds the keys and values of the step already.
 
     It never asks the device for a number, so that it can be captured in a CUDA graph.
 
     Args:
         query: `[N, H, D]`.
-        key, value: `[N, H_kv, D]`.
         key_cache, value_cache: see `store_kv`.
-        slot_mapping, block_table, query_start_loc, seq_lens: see `AttentionMetadata`. A
-            row that pads a graph has slot -1 and sequence length 0; its output is left
-            as it was allocated.
+        metadata: of the step. A row that pads a graph has slot -1 and sequence length 0;
+            its output is left as it was allocated. `query_lens_list` says whether there
+            are sequences that run one token, and sequences that run more.
         scale: factor on the scores.
-        has_decodes, has_prefills: whether a sequence runs one token, and more than one.
 
     Returns:
         `[N, H, D]`.
     """
-    store_kv(key, value, key_cache, value_cache, slot_mapping)
-    output = query.new_empty(query.shape)
-    step = block_table, query_start_loc, seq_lens, output, scale
-    if has_decodes:
-        decode(query, key_cache, value_cache, *step)
-    if has_prefills:
-        prefill(query, key_cache, value_cache, *step)
+    output, lengths = query.new_empty(query.shape), metadata.query_lens_list
+    table, starts = metadata.block_table, metadata.query_start_loc
+    step = key_cache, value_cache, table, starts, metadata.seq_lens, output, scale
+    if any(length == 1 for length in lengths):
+        decode(query, *step)
+    if any(length > 1 for length in lengths):
+        prefill(query, *step)
     return output
 
 
@@ -628,17 +619,6 @@ class TritonBackend(AttentionBackend):
         kv_cache: tuple[Tensor, Tensor],
         metadata: AttentionMetadata,
     ) -> Tensor:
-        lengths = metadata.query_lens_list
-        return paged_attention(
-            query,
-            key,
-            value,
-            *kv_cache,
-            metadata.slot_mapping,
-            metadata.block_table,
-            metadata.query_start_loc,
-            metadata.seq_lens,
-            query.shape[-1] ** -0.5 if self.scale is None else self.scale,
-            any(length == 1 for length in lengths),
-            any(length > 1 for length in lengths),
-        )
+        store_kv(key, value, *kv_cache, metadata.slot_mapping)
+        scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
+        return paged_attention(query, *kv_cache, metadata, scale)
