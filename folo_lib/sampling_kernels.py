@@ -14,6 +14,7 @@ PyTorch's: a token differs where two scores or two masses are that close to each
 # mypy: allow-untyped-calls, allow-untyped-decorators
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ BINS_PER_UNIT = tl.constexpr(64.0)  # of the logits
 MAX_LISTED = tl.constexpr(
     4096
 )  # tokens in a row's list; where there are more, it is not used
-INFINITY = tl.constexpr(float("inf"))
+INFINITY, LARGEST = tl.constexpr(float("inf")), tl.constexpr(3.4028234e38)
 
 NUM_FLOATS, NUM_INTS = tl.constexpr(len(FLOATS)), tl.constexpr(len(INTS))
 TEMPERATURE, MIN_P, TOP_P = (
@@ -64,7 +65,7 @@ class Scratch(NamedTuple):
     scores: Tensor  # the same, the highest of what is kept for sure
     ids: Tensor  # [B, MAX_SLICES] int32, whose they are
     tallies: Tensor  # [B, NUM_BINS] int64
-    cuts: Tensor  # [B, 2] int64, the bin of the threshold, and what it has to hold
+    cuts: Tensor  # [B, 2] int64, the first bin that is listed, and what the list has to hold
     counts: Tensor  # [B] int32
     listed: Tensor  # [B, MAX_LISTED] int64, keys of the tokens at the threshold
 
@@ -73,8 +74,8 @@ class Scratch(NamedTuple):
 def read_wishes(step, row):
     """A row's temperature, 0.01 at least, and its filters; all are off where it is 0.
 
-    Returns also whether it is above 0, the largest distance that min_p leaves (inf: off),
-    top_k (0: off) and `1 - top_p` (0: off).
+    Returns also whether it is above 0, the largest distance that min_p leaves (any that is
+    finite: off), top_k (0: off) and `1 - top_p` (0: off).
     """
     own = tl.load(step.rows + row)
     floats, ints = step.floats + own * NUM_FLOATS, step.ints + own * NUM_INTS
@@ -82,7 +83,7 @@ def read_wishes(step, row):
     is_random = temperature > 0
     min_p = tl.load(floats + MIN_P).to(tl.float32)
     limit = 1e-6 - tl.log(tl.maximum(min_p, 2.0**-126))
-    limit = tl.where(is_random & (min_p > 0), limit, INFINITY)
+    limit = tl.where(is_random & (min_p > 0), limit, LARGEST)
     top_k = tl.load(ints + TOP_K)
     top_k = tl.where(is_random & (top_k > 0) & (top_k < step.vocab_size), top_k, 0)
     spare = (1 - tl.load(floats + TOP_P)).to(tl.float32)  # of float64
@@ -219,14 +220,8 @@ def tally_kernel(step, scratch, num_slices, ID_BITS: tl.constexpr):
         ids = first + tl.arange(0, TILE)
         distances, bins = measure(step, row, ids, best, temperature)
         weights = tl.where(top_k > 0, 1, weigh(distances, ID_BITS))
-        is_kept = (ids < step.vocab_size) & (distances <= limit)
-        weights = tl.where(is_kept, weights, 0)
-        is_last = bins == NUM_BINS - 1  # a crowd perhaps, added up here
-        has_one = (weights != 0) & ~is_last
-        tl.atomic_add(tallies + bins, weights, mask=has_one, sem="relaxed")
-        crowd = tl.sum(tl.where(is_last, weights, 0), 0)
-        if crowd > 0:
-            tl.atomic_add(tallies + NUM_BINS - 1, crowd, sem="relaxed")
+        counts = (distances <= limit) & (weights != 0)
+        tl.atomic_add(tallies + bins, weights, mask=counts, sem="relaxed")
 
 
 @triton.jit
@@ -262,7 +257,7 @@ def score_kernel(
     if FILTERS:
         first_bin, last_bin, target = find_bins(step, scratch, row)
         if part == 0:
-            tl.store(scratch.cuts + row * 2, last_bin.to(tl.int64))
+            tl.store(scratch.cuts + row * 2, first_bin.to(tl.int64))
             tl.store(scratch.cuts + row * 2 + 1, target)
     state = start_noise(step, row)
     scores = tl.full([TILE], -INFINITY, tl.float32)
@@ -270,9 +265,8 @@ def score_kernel(
     for first in tl.range(part * TILE, step.vocab_size, num_slices * TILE):
         ids = first + tl.arange(0, TILE)
         distances, bins = measure(step, row, ids, best, temperature)
-        is_kept = ids < step.vocab_size
+        is_kept = distances <= limit
         if FILTERS:
-            is_kept = is_kept & (distances <= limit)
             is_near = is_kept & (bins >= first_bin) & (bins <= last_bin)
             is_kept = is_kept & (bins < first_bin)
             number = tl.sum(is_near.to(tl.int32), 0)
@@ -304,12 +298,12 @@ def make_keys(distances, ids, ID_BITS: tl.constexpr):
 
 
 @triton.jit
-def read_keys(step, scratch, row, candidates, first, ID_BITS: tl.constexpr):
-    """A tile of a row's list, or of the row itself if the list was too short.
+def read_keys(near, first, ID_BITS: tl.constexpr):
+    """A tile of a row's list, or of the row itself if the list was too short for it.
 
-    What is no candidate is infinitely far behind.
+    What is not in the list is infinitely far behind.
     """
-    best, temperature, limit, first_bin, last_bin, size = candidates
+    step, scratch, row, best, temperature, limit, first_bin, size = near
     ids = first + tl.arange(0, TILE)
     none = tl.full([TILE], 0x7F800000, tl.int64) << ID_BITS
     if size <= MAX_LISTED:
@@ -317,21 +311,18 @@ def read_keys(step, scratch, row, candidates, first, ID_BITS: tl.constexpr):
         keys = tl.load(places, mask=ids < size, other=none)
     else:
         distances, bins = measure(step, row, ids, best, temperature)
-        is_near = (distances <= limit) & (bins >= first_bin) & (bins <= last_bin)
-        is_near = is_near & (ids < size)
+        is_near = (distances <= limit) & (bins >= first_bin)
         keys = tl.where(is_near, make_keys(distances, ids, ID_BITS), none)
     distances = (keys >> ID_BITS).to(tl.int32).to(tl.float32, bitcast=True)
     return keys, distances, (keys & ((1 << ID_BITS) - 1)).to(tl.int32)
 
 
 @triton.jit
-def add_up(
-    step, scratch, row, candidates, cut, IS_MASS: tl.constexpr, ID_BITS: tl.constexpr
-):
-    """How many candidates have a key up to `cut`, or what they weigh."""
+def add_up(near, size, cut, IS_MASS: tl.constexpr, ID_BITS: tl.constexpr):
+    """How many keys in the list are at most `cut`, or what their tokens weigh."""
     total = tl.zeros([TILE], tl.int64)
-    for first in tl.range(0, candidates[5], TILE):
-        keys, distances, _ = read_keys(step, scratch, row, candidates, first, ID_BITS)
+    for first in tl.range(0, size, TILE):
+        keys, distances, _ = read_keys(near, first, ID_BITS)
         if IS_MASS:
             total += tl.where(keys <= cut, weigh(distances, ID_BITS), 0)
         else:
@@ -340,16 +331,7 @@ def add_up(
 
 
 @triton.jit
-def find_cut(
-    step,
-    scratch,
-    row,
-    candidates,
-    target,
-    highest,
-    IS_MASS: tl.constexpr,
-    ID_BITS: tl.constexpr,
-):
+def find_cut(near, size, target, highest, IS_MASS: tl.constexpr, ID_BITS: tl.constexpr):
     """The lowest key up to which `target` is reached; `highest` if it never is.
 
     Of a count it is the highest key at that distance: top_k keeps equals.
@@ -359,9 +341,9 @@ def find_cut(
     while low < high:
         middle = (low + high) >> 1
         cut = ((middle + 1) << shift) - 1
-        total = add_up(step, scratch, row, candidates, cut, IS_MASS, ID_BITS)
-        low = tl.where(total < target, middle + 1, low)
-        high = tl.where(total < target, high, middle)
+        is_less = add_up(near, size, cut, IS_MASS, ID_BITS) < target
+        low = tl.where(is_less, middle + 1, low)
+        high = tl.where(is_less, high, middle)
     return ((low + 1) << shift) - 1
 
 
@@ -376,50 +358,37 @@ def finish_kernel(
     FILTERS: tl.constexpr,
 ):
     """One program per row finds the threshold among what is listed, and the best token."""
-    row = tl.program_id(0).to(tl.int64)
+    row, slices = tl.program_id(0).to(tl.int64), tl.arange(0, MAX_SLICES)
     best = read_largest(scratch.maxima, row, num_slices)
-    token = tl.full([], -1, tl.int32)
-    if tl.abs(best) < INFINITY:
-        slices = tl.arange(0, MAX_SLICES)
-        exists, slices = slices < num_slices, row * MAX_SLICES + slices
-        tops = tl.load(scratch.scores + slices, mask=exists, other=-INFINITY)
-        top, token = find_first_best(
-            tops, tl.load(scratch.ids + slices, mask=exists, other=0)
-        )
-        if FILTERS:
-            temperature, _, limit, top_k, spare = read_wishes(step, row)
-            if (top_k > 0) | (spare > 0):
-                last_bin = tl.load(scratch.cuts + row * 2).to(tl.int32)
-                first_bin = tl.where(top_k > 0, 0, last_bin)
-                target = tl.load(scratch.cuts + row * 2 + 1)
-                size = tl.load(scratch.counts + row)
-                size = tl.where(size <= MAX_LISTED, size, step.vocab_size)
-                candidates = (best, temperature, limit, first_bin, last_bin, size)
-                cut = (tl.full([], 0x7F800001, tl.int64) << ID_BITS) - 1  # all, inf too
-                if top_k > 0:
-                    cut = find_cut(
-                        step, scratch, row, candidates, target, cut, False, ID_BITS
-                    )
-                    total = add_up(step, scratch, row, candidates, cut, True, ID_BITS)
-                    target = find_needed(total, spare)
-                if spare > 0:
-                    cut = find_cut(
-                        step, scratch, row, candidates, target, cut, True, ID_BITS
-                    )
-                state = start_noise(step, row)
-                for first in tl.range(0, size, TILE):
-                    keys, distances, ids = read_keys(
-                        step, scratch, row, candidates, first, ID_BITS
-                    )
-                    scores = make_noise(state, ids) - distances
-                    scores = tl.where(keys <= cut, scores, -INFINITY)
-                    score, found = find_first_best(scores, ids)
-                    is_better = (score > top) | ((score == top) & (found < token))
-                    token = tl.where(is_better, found, token)
-                    top = tl.maximum(score, top)
-    tl.store(token_ids + row, token.to(tl.int64))
-    own = tl.load(step.rows + row)
-    tl.store(last_token_ids + own, tl.maximum(token, 0).to(tl.int64))
+    parts = row * MAX_SLICES + slices
+    tops = tl.load(scratch.scores + parts, mask=slices < num_slices, other=-INFINITY)
+    top, token = find_first_best(tops, tl.load(scratch.ids + parts))
+    if FILTERS:
+        temperature, _, limit, top_k, spare = read_wishes(step, row)
+        if (tl.abs(best) < INFINITY) & ((top_k > 0) | (spare > 0)):
+            first_bin = tl.load(scratch.cuts + row * 2)
+            target = tl.load(scratch.cuts + row * 2 + 1)
+            size = tl.load(scratch.counts + row)
+            size = tl.where(size <= MAX_LISTED, size, step.vocab_size)
+            near = (step, scratch, row, best, temperature, limit, first_bin, size)
+            cut = (tl.full([], 0x7F800001, tl.int64) << ID_BITS) - 1  # all
+            if top_k > 0:
+                cut = find_cut(near, size, target, cut, False, ID_BITS)
+                target = find_needed(add_up(near, size, cut, True, ID_BITS), spare)
+            if spare > 0:
+                cut = find_cut(near, size, target, cut, True, ID_BITS)
+            state = start_noise(step, row)
+            for first in tl.range(0, size, TILE):
+                keys, distances, ids = read_keys(near, first, ID_BITS)
+                scores = make_noise(state, ids) - distances
+                scores = tl.where(keys <= cut, scores, -INFINITY)
+                score, found = find_first_best(scores, ids)
+                is_better = (score > top) | ((score == top) & (found < token))
+                token = tl.where(is_better, found, token)
+                top = tl.maximum(score, top)
+    token = tl.where(tl.abs(best) < INFINITY, token, -1).to(tl.int64)
+    tl.store(token_ids + row, token)
+    tl.store(last_token_ids + tl.load(step.rows + row), tl.maximum(token, 0))
 
 
 class TritonDraw:
@@ -438,14 +407,11 @@ class TritonDraw:
     ) -> None:
         self.vocab_size, self.device = vocab_size, torch.device(device)
         widths = [MAX_SLICES.value] * 4 + [NUM_BINS.value, 2, 1, MAX_LISTED.value]
-        dtypes = [torch.float32] * 3 + [torch.int32, torch.int64, torch.int64]
-        dtypes += [torch.int32, torch.int64]
-        self.scratch = Scratch(
-            *(
-                torch.empty(num_seqs, width, dtype=dtype, device=device)
-                for width, dtype in zip(widths, dtypes, strict=True)
-            )
-        )
+        floats, int32, int64 = [torch.float32] * 3, torch.int32, torch.int64
+        dtypes = [*floats, int32, int64, int64, int32, int64]
+        columns = zip(widths, dtypes, strict=True)
+        reserve = partial(torch.empty, device=device)
+        self.scratch = Scratch(*(reserve(num_seqs, n, dtype=d) for n, d in columns))
 
     def __call__(
         self,
@@ -468,7 +434,8 @@ class TritonDraw:
             token_ids: `[B]` int64, written; -1 where the best logit is not finite, or one
                 is NaN.
             last_token_ids: `[R]` int64, written at `rows`, 0 in place of -1.
-            filters: whether any row wishes min_p, top_k or top_p; they are off otherwise.
+            filters: whether a row may wish top_k or top_p, which are off otherwise. A
+                temperature and min_p need no more launches.
         """
         step = Step(
             logits, logits.stride(0), self.vocab_size, positions, rows, floats, ints

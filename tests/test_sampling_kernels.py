@@ -133,6 +133,10 @@ class TestAgainstTheSampler:
         wishes = [{"temperature": float(t)} for t in temperatures]
         Batch(wishes, make_logits(len(wishes))).check(filters)
 
+    def test_min_p_needs_no_filters(self) -> None:
+        wishes = [{"min_p": p} for p in (0.01, 0.1, 0.5, 0.9)] * 3
+        Batch(wishes, make_logits(len(wishes), scale=1.0)).check(filters=False)
+
     @pytest.mark.parametrize("size", [1, 2, 100, 128, 129, 256])
     def test_sizes_of_the_vocabulary(self, size: int) -> None:
         wishes = [WISHES[0], WISHES[1], WISHES[4], WISHES[5]]
@@ -238,9 +242,11 @@ class TestNoise:
         )
         batch.check()
 
-    def test_the_highest_of_many(self) -> None:
+    def test_the_highest_of_many(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """What wins among many is far in the tail, where `1 - v` has few digits left."""
-        size, count = 2000, 100
+        size, count = 2000, 60
+        if not HAS_GPU:
+            monkeypatch.setattr(module, "TILE", tl.constexpr(2048))
         logits = torch.zeros(count, size)
         Batch([{}] * count, logits, range(count)).check(filters=False)
 
@@ -287,7 +293,7 @@ class TestThreshold:
         logits = make_logits(len(WISHES) - 2, scale=1.0).mul(2).round().div(2)
         self.check(WISHES[2:], logits)
 
-    def test_all_are_equal(self) -> None:
+    def test_all_are_equal(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """More at the cut than the list of a row holds; top_k keeps all of them."""
         wishes: list[dict[str, Any]] = [
             {"top_p": 0.011},
@@ -296,11 +302,13 @@ class TestThreshold:
             {"top_k": 3, "top_p": 0.9},
             {"min_p": 1.0, "top_p": 0.995},
         ]
+        monkeypatch.setattr(module, "TILE", tl.constexpr(512))
         count = self.check(wishes, torch.ones(5, SIZE))
         assert count.tolist() == [4, 150, 300, 270, 299]
 
     def test_a_list_that_is_too_short(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "MAX_LISTED", tl.constexpr(8))
+        monkeypatch.setattr(module, "TILE", tl.constexpr(256))
         wishes = [{"top_k": 50}, {"top_k": 60, "top_p": 0.7}, {"top_p": 0.5}]
         more = [{"min_p": 0.4, "top_k": 100, "top_p": 0.9}]
         self.check([*wishes, *more], make_logits(4, scale=0.1))
@@ -417,7 +425,8 @@ class TestOnTheCard:
         """Recorded once, replayed on other logits and other rows."""
         draw = make_draw(count, QWEN_SIZE)
         wishes = [WISHES[i % len(WISHES)] for i in range(count)]
-        batch = Batch(wishes, torch.randn(count, QWEN_SIZE).bfloat16())
+        logits = torch.randn(count, QWEN_SIZE, device=DEVICE)
+        batch = Batch(wishes, logits.bfloat16())
         batch.draw(draw=draw)
         graph = torch.cuda.CUDAGraph()
         tables = batch.rows, batch.tables.floats, batch.tables.ints
