@@ -14,12 +14,18 @@ import torch
 from torch import Tensor
 
 from folo_lib import SamplingParams
-from folo_lib.sampler import Sampler, SamplingRows, apply_filters
+from folo_lib.sampler import (
+    Sampler,
+    SamplingRows,
+    apply_filters,
+    gumbel_noise,
+    integer_weights,
+)
 
 pytest.importorskip("triton", reason="Triton runs on Linux")
 
 from folo_lib import sampling_kernels as module
-from folo_lib.sampling_kernels import TritonDraw, tl
+from folo_lib.sampling_kernels import TritonDraw, tl, triton
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
@@ -229,7 +235,42 @@ class TestWhatCannotBeDrawn:
         assert min(batch.token_ids.tolist()) >= 0
 
 
+@triton.jit
+def weights_kernel(distances, weights, ID_BITS: tl.constexpr):
+    places = tl.arange(0, 1024)
+    tl.store(weights + places, module.weigh(tl.load(distances + places), ID_BITS))
+
+
+@triton.jit
+def noise_kernel(step, noise):
+    row, ids = tl.program_id(0), tl.arange(0, 1024)
+    found = module.make_noise(module.start_noise(step, row), ids)
+    tl.store(noise + row * 1024 + ids, found)
+
+
+def test_weights_are_rounded_to_even() -> None:
+    """Of a vocabulary so large that weights are small, and a fraction counts."""
+    distances = torch.linspace(0, 20, 1024, device=DEVICE)
+    weights = torch.zeros(1024, dtype=torch.int64, device=DEVICE)
+    weights_kernel[1,](distances, weights, 40)
+    expected = integer_weights(-distances[None], 2**39)[0]
+    close = (weights - expected).abs() <= 1e-6 * expected
+    assert close.float().mean() > 0.98
+
+
 class TestNoise:
+    def test_is_that_of_page_07(self) -> None:
+        """Of any token, not only of the one that wins."""
+        batch = Batch([{}] * 8, torch.zeros(8, 1024), seeds=[3**i for i in range(8)])
+        tables = batch.rows, batch.tables.floats, batch.tables.ints
+        written = batch.token_ids, batch.last_token_ids
+        step = module.Step(batch.logits, 1024, 1024, batch.positions, *tables, *written)
+        noise = torch.zeros(8, 1024, device=DEVICE)
+        noise_kernel[8,](step, noise)
+        seeds, sample_indices = batch.tables.ints[batch.rows, :2].T
+        expected = gumbel_noise(seeds, sample_indices, batch.positions, 1024)
+        torch.testing.assert_close(noise, expected, rtol=1e-6, atol=1e-6)
+
     def test_seeds_of_64_bits(self) -> None:
         seeds = [0, -1, -(2**63), 2**63 - 1, 2**63, 2**64 - 1, 12345678901234567890]
         Batch([{}] * len(seeds), torch.zeros(len(seeds), SIZE), seeds=seeds).check()
