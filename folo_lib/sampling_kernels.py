@@ -188,7 +188,8 @@ def max_kernel(step, scratch, num_slices, FILTERS: tl.constexpr):
             tl.store(scratch.tallies + bins, tl.zeros([NUM_BINS], tl.int64))
             tl.store(scratch.counts + row, 0)
         _, _, _, top_k, _ = read_wishes(step, row)
-        floor = largest - 32.0  # that top_k lanes reach: below it nothing is kept
+        # A logit that top_k lanes reach, sought as far down as bins go: nothing below is kept.
+        floor = largest - NUM_BINS / BINS_PER_UNIT
         if top_k > 0:
             high = largest
             for _half in tl.range(12):
