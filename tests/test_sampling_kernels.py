@@ -190,11 +190,30 @@ class TestGreedy:
         batch = Batch([{"temperature": 0.0}] * len(pairs), logits)
         assert batch.draw(filters) == [first for first, _ in pairs]
 
+    @pytest.mark.parametrize("num_slices", [1, 2])
+    def test_of_equals_in_a_lane_the_first(
+        self, num_slices: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """In the same place of two tiles that one program takes."""
+        monkeypatch.setattr(
+            TritonDraw, "choose_num_slices", lambda self, num_rows: num_slices
+        )
+        pairs = [(5, 133), (6, 262), (130, 258), (7, 134)]
+        logits = make_logits(len(pairs), scale=1.0)
+        for row, pair in zip(logits, pairs, strict=True):
+            row[list(pair)] = 9.0
+        batch = Batch([{"temperature": 0.0}] * len(pairs), logits)
+        assert batch.draw() == [first for first, _ in pairs]
+
     def test_filters_in_the_tables_are_off(self) -> None:
-        batch = Batch([{"temperature": 0.0}], make_logits(1))
-        batch.tables.floats[batch.rows, 1:3] = 0.5  # min_p and top_p
-        batch.tables.ints[batch.rows, 2] = 7  # top_k
-        assert batch.draw() == batch.logits.argmax(-1).tolist()
+        """With one of them, noise would choose among the likeliest."""
+        logits = make_logits(3, scale=1.0)
+        logits[:, 40:60] = 9.0
+        batch = Batch([{"temperature": 0.0}] * 3, logits)
+        batch.tables.floats[batch.rows[0], 1] = 0.5  # min_p
+        batch.tables.ints[batch.rows[1], 2] = 7  # top_k
+        batch.tables.floats[batch.rows[2], 2] = 0.5  # top_p
+        assert batch.draw() == [40, 40, 40]
 
 
 class TestWhatCannotBeDrawn:
@@ -373,11 +392,12 @@ class TestThreshold:
         self.check(wishes, make_logits(len(wishes), scale=30.0))
 
     def test_exactly_at_the_mass(self) -> None:
-        """Probabilities 1/2, 1/4, 1/8 ..., which sum to `top_p` exactly."""
-        logits = torch.full((3, SIZE), -INF)
-        logits[:, 5:15] = -torch.arange(10) * torch.tensor(2.0).log()
-        wishes = [{"top_p": 0.75}, {"top_k": 2, "top_p": 2 / 3}, {"top_p": 0.7500001}]
-        assert self.check(wishes, logits)[:2].tolist() == [2, 1]
+        """A hundredth each, and as many as `top_p` has hundredths but for its rounding."""
+        logits = torch.full((4, SIZE), -INF)
+        logits[:, 60:160] = 0.0
+        hundredths = [{"top_p": 0.41}, {"top_p": 0.47}, {"top_p": 0.9}]
+        count = self.check([*hundredths, {"top_k": 100, "top_p": 0.41}], logits)
+        assert count.tolist() == [41, 47, 90, 41]
 
     def test_exactly_at_min_p(self) -> None:
         logits = torch.full((3, SIZE), -INF)
