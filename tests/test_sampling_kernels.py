@@ -370,7 +370,7 @@ class TestThreshold:
         monkeypatch.setattr(module, "MAX_LISTED", tl.constexpr(8))
         monkeypatch.setattr(module, "TILE", tl.constexpr(256))
         wishes = [{"top_k": 50}, {"top_k": 60, "top_p": 0.7}, {"top_p": 0.5}]
-        more = [{"min_p": 0.4, "top_k": 100, "top_p": 0.9}]
+        more = [{"min_p": 0.85, "top_k": 100, "top_p": 0.9}]
         self.check([*wishes, *more], make_logits(4, scale=0.1))
 
     def test_a_list_that_is_full_to_the_last_place(
