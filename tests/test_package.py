@@ -43,6 +43,7 @@ TABLE = (
     "scheduler",
     "block_pool",
     "paged_attention",
+    "sampling_kernels",
     "cuda_graph",
     "benchmark",
     "benchmark_workloads",
@@ -297,7 +298,8 @@ class TestModules:
 
     def test_imports_early_only_what_the_design_allows(self, path: Path) -> None:
         allowed = sys.stdlib_module_names | {"torch", "safetensors", "folo_lib"}
-        if path.stem == "paged_attention":  # looked up by name, when it is wanted
+        # Looked up by name, when they are wanted.
+        if path.stem in ("paged_attention", "sampling_kernels"):
             allowed = allowed | {"triton"}
         early = {name.split(".")[0] for name, early in imports_of(path) if early}
         assert early <= allowed
