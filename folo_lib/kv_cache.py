@@ -304,22 +304,20 @@ class PaddedRead:
     mask: Tensor
 
 
-def pad_sequences(
-    metadata: AttentionMetadata, members: list[int], tokens: list[int]
-) -> PaddedRead:
-    """The padded read of those sequences, and the tokens with which they ask."""
+def pad_sequences(metadata: AttentionMetadata, members: list[int]) -> PaddedRead:
+    """The padded read of these sequences, each of which runs one token."""
     device, size = metadata.block_table.device, metadata.block_size
     rows = torch.tensor(members).to(device, non_blocking=True)
     seq_lens = metadata.seq_lens.index_select(0, rows)[:, None]  # [b, 1]
     longest = max(metadata.seq_lens_list[i] for i in members)
     places = torch.arange(longest, device=device)  # [T]
-    own = places.minimum(seq_lens - 1)  # [b, T]
-    blocks = metadata.block_table.index_select(0, rows).gather(1, own // size)
-    mask = torch.zeros(own.shape, device=device)
+    blocks = metadata.block_table.index_select(0, rows)[:, :, None]
+    slots = (blocks * size + torch.arange(size, device=device)).flatten(1)
+    slots = slots.gather(1, places.minimum(seq_lens - 1))  # [b, T]
+    mask = torch.zeros(slots.shape, device=device)
     mask = mask.masked_fill(places >= seq_lens, float("-inf"))
-    slots = blocks * size + own % size
-    places_of = torch.tensor(tokens).to(device, non_blocking=True)
-    return PaddedRead(places_of, slots, mask[:, None, None])
+    tokens = metadata.query_start_loc.index_select(0, rows)
+    return PaddedRead(tokens, slots, mask[:, None, None])
 
 
 # %% ../notebooks/06_kv_cache.ipynb #group-by-length
@@ -384,8 +382,7 @@ def plan_reads(
     alone, padded = [], []
     for members in longer + group_by_length(single, seq_lens):
         if len(members) > 1:
-            tokens = [starts[i] for i in members]
-            padded.append(pad_sequences(metadata, members, tokens))
+            padded.append(pad_sequences(metadata, members))
             continue
         [i] = members
         blocks, query_len, seq_len = metadata.block_table[i], query_lens[i], seq_lens[i]
