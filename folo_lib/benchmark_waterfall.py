@@ -47,6 +47,9 @@ RUNGS: Mapping[str, Rung] = {
     "run-ahead": Rung(
         "engine", 256, {"decode": "graph", **TRITON, "async_scheduling": True}, True
     ),
+    "fused": Rung(
+        "engine", 256, {"decode": "fused", **TRITON, "async_scheduling": True}, True
+    ),
 }
 
 

@@ -604,11 +604,12 @@ class TestStarts:
 class TestWaterfall:
     def test_the_rungs_climb(self) -> None:
         names = [*waterfall.RUNGS]
-        assert names[0] == "no KV cache" and names[-1] == "run-ahead"
+        assert names[0] == "no KV cache" and names[-1] == "fused"
         rungs = waterfall.RUNGS
-        assert [name for name in names if rungs[name].many_starts] == names[-3:]
+        assert [name for name in names if rungs[name].many_starts] == names[-4:]
         before, after = rungs["compiled"].options, rungs["run-ahead"].options
         assert {**before, "async_scheduling": True} == after
+        assert {**after, "decode": "fused"} == rungs["fused"].options
         sizes = [rung.num_requests for rung in rungs.values()]
         assert sizes == sorted(sizes) and sizes[-1] == 256
 
