@@ -369,6 +369,12 @@ class StepGraphs:
         last = hidden_states.index_select(0, (starts[1:] - 1).clamp(min=0))
         self.logits[: size.num_seqs].copy_(runner.model.compute_logits(last))
 
+    def find_draw(self, size: GraphSize, wishes: set[str]) -> Callable[[], None] | None:
+        """The recorded draw for what requests ask for, if there is one."""
+        if wishes <= {"temperature"}:
+            return self.draws[size.num_seqs, bool(wishes)]
+        return None
+
     def run_draw(self, size: GraphSize, is_random: bool) -> None:
         """From `logits` to `token_ids`; what a graph records."""
         rows, seq_lens, *_ = self.inputs.split(size)
@@ -447,8 +453,8 @@ class GraphRunner(ModelRunner):
             return InFlightStep()
         drawing, select = step.draw_rows, self.select_drawing(step)
         wishes = self.rows.sampling.get_wishes(drawing)
-        if wishes <= {"temperature"}:
-            graphs.draws[size.num_seqs, bool(wishes)]()
+        if draw := graphs.find_draw(size, wishes):
+            draw()
             return InFlightStep.send(step.drawing, select(graphs.token_ids), None, [])
         rows, seq_lens, *_ = map(select, graphs.inputs.split(size)[:2])
         sampling = self.rows.sampling.gather(drawing, rows, seq_lens)

@@ -3,8 +3,9 @@
 Page 13's decode kernel, changed in three ways. It takes queries and keys as the projection leaves
 them. Each warp keeps an online softmax of its own over 16 tokens of a tile, and loads keys and
 values so that the tensor cores find in a thread's registers what they expect there: nothing goes
-through shared memory on the way. And the split that arrives last merges, so that no second kernel
-is needed. For heads of 128 numbers; cache blocks may have any size.
+through shared memory on the way. And every warp leaves its share in memory, where the split that
+arrives last merges all of them, so that no second kernel is needed, and no warp waits for another
+before. For heads of 128 numbers; cache blocks may have any size.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -114,15 +115,19 @@ def load_tiles(keys, values, blocks, first, end, strides, BLOCK_SIZE: tl.constex
     k = load_eights(keys, blocks[0], tokens + first, dims, end, strides, BLOCK_SIZE)
     tokens, dims = place_values()
     v = load_eights(values, blocks[1], tokens + first, dims, end, strides, BLOCK_SIZE)
-    return k, v
+    k = tl.permute(
+        tl.reshape(k, (2, 4, WARPS, 8, 4, 2, 2, 2)), (2, 1, 5, 6, 4, 7, 0, 3)
+    )
+    v = tl.permute(tl.reshape(v, (2, 2, 2, WARPS, 8, 4, 8)), (3, 1, 5, 2, 0, 6, 4))
+    return tl.reshape(k, (WARPS, 128, 16)), tl.reshape(v, (WARPS, 16, 128))
 
 
 @triton.jit
-def spread(query, GROUP: tl.constexpr):
-    """`[GROUP, 128]` for every warp, dims in the order of the keys: `[WARPS, 16, 128]`."""
-    x = tl.permute(tl.reshape(query, (GROUP, 4, 4, 2, 2, 2)), (0, 1, 3, 4, 2, 5))
-    x = tl.reshape(x, (1, 1, GROUP, 128))
-    x = tl.broadcast_to(x, (WARPS, 16 // GROUP, GROUP, 128))
+def spread(query):
+    """`[8, 128]` for every warp, dims in the order of the keys: `[WARPS, 16, 128]`."""
+    x = tl.permute(tl.reshape(query, (8, 4, 4, 2, 2, 2)), (0, 1, 3, 4, 2, 5))
+    x = tl.reshape(x, (1, 1, 8, 128))
+    x = tl.broadcast_to(x, (WARPS, 2, 8, 128))
     return tl.reshape(x, (WARPS, 16, 128))
 
 
@@ -133,10 +138,7 @@ def attend_warps(query, tiles, seen, highest, total, output, scale):
     `query` comes from `spread`, `tiles` from `load_tiles`; `seen` `[WARPS, 1, 16]` says
     which tokens exist. The rest is as in `attend_tile` of page 13, for each warp.
     """
-    key = tl.reshape(tiles[0], (2, 4, WARPS, 8, 4, 2, 2, 2))
-    key = tl.reshape(tl.permute(key, (2, 1, 5, 6, 4, 7, 0, 3)), (WARPS, 128, 16))
-    value = tl.reshape(tiles[1], (2, 2, 2, WARPS, 8, 4, 8))
-    value = tl.reshape(tl.permute(value, (3, 1, 5, 2, 0, 6, 4)), (WARPS, 16, 128))
+    key, value = tiles
     scores = tl.dot(query, key, input_precision="ieee") * scale
     scores = tl.where(seen, scores, -1e30)
     new_highest = tl.maximum(highest, tl.max(scores, 2))
@@ -149,72 +151,43 @@ def attend_warps(query, tiles, seen, highest, total, output, scale):
 
 
 @triton.jit
-def merge_warps(highest, total, output, own, own_value, GROUP: tl.constexpr):
-    """Merges the softmaxes of all warps and the newest token.
-
-    `own` `[GROUP]` holds the newest token's scores, -1e30 where it has no say, and
-    `own_value` `[1, 128]` its value. Returns the answers `[GROUP, 128]`, and log2 of the
-    weight behind each.
-    """
-    highest = tl.max(tl.reshape(highest, (WARPS, 16 // GROUP, GROUP)), 1)
-    total = tl.max(tl.reshape(total, (WARPS, 16 // GROUP, GROUP)), 1)
-    output = tl.max(tl.reshape(output, (WARPS, 16 // GROUP, GROUP, 128)), 1)
-    best = tl.maximum(tl.max(highest, 0), own)
-    weights, own = tl.exp2(highest - best[None, :]), tl.exp2(own - best)
-    total = tl.sum(total * weights, 0) + own
-    output = tl.sum(output * weights[:, :, None], 0)
-    output = tl.permute(tl.reshape(output, (GROUP, 2, 8, 8)), (0, 1, 3, 2))
-    output = tl.reshape(output, (GROUP, 128))  # dims in their own order again
-    output = (output + own[:, None] * own_value.to(tl.float32)) / total[:, None]
-    return output, best + tl.log2(total)
+def merge(scratch, first, count, GROUP: tl.constexpr, MOST: tl.constexpr):
+    """Merges `count` shares from share `first` on, `MOST` at a time: `[GROUP, 128]`."""
+    heads, dims = tl.arange(0, GROUP)[None, :], tl.arange(0, 128)[None, None, :]
+    highest = tl.full([GROUP], -1e30, tl.float32)
+    total = tl.zeros([GROUP], tl.float32)
+    answer = tl.zeros([GROUP, 128], tl.float32)
+    for begin in tl.range(0, count, MOST):
+        shares = tl.arange(0, MOST)[:, None] + begin
+        exist, place = shares < count, (first + shares) * GROUP + heads
+        # Past the multiprocessor's own cache, which may hold what was there before.
+        tops = tl.load(scratch[1] + place, exist, other=-1e30, cache_modifier=".cg")
+        totals = tl.load(scratch[2] + place, exist, other=0.0, cache_modifier=".cg")
+        place = place[:, :, None] * 128 + dims
+        parts = tl.load(
+            scratch[0] + place, exist[:, :, None], 0.0, cache_modifier=".cg"
+        )
+        new_highest = tl.maximum(highest, tl.max(tops, 0))
+        weights = tl.exp2(tops - new_highest[None, :])
+        shrink = tl.exp2(highest - new_highest)
+        total = total * shrink + tl.sum(totals * weights, 0)
+        answer = answer * shrink[:, None] + tl.sum(parts * weights[:, :, None], 0)
+        highest = new_highest
+    return answer / total[:, None]
 
 
 @triton.jit
-def merge_splits(
-    answer,
-    log,
-    parts,
-    part_logs,
-    arrivals,
-    group,
-    split,
-    num_splits,
-    num_used,
-    GROUP: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-):
-    """Leaves the answer of a split, and merges all answers if it is the last to arrive.
-
-    `parts` and `part_logs` are float32 `[groups, num_splits, GROUP, 128]` and
-    `[groups, num_splits, GROUP]`, and `arrivals` int32 `[groups]`, zeros before and
-    after. Returns answers `[GROUP, 128]`, and whether they are merged.
-    """
-    heads, dims = tl.arange(0, GROUP), tl.arange(0, 128)
-    own = (group * num_splits + split) * GROUP + heads
-    tl.store(parts + own[:, None] * 128 + dims[None, :], answer)
-    tl.store(part_logs + own, log)
-    tl.debug_barrier()  # all threads have stored before one of them says so
-    is_last = tl.atomic_add(arrivals + group, 1, sem="acq_rel") == num_used - 1
-    if is_last:
-        splits = tl.arange(0, MAX_SPLITS)[:, None]
-        every = (group * num_splits + splits) * GROUP + heads[None, :]
-        used = splits < num_used
-        # Past the multiprocessor's own cache, which may hold what was there before.
-        logs = tl.load(part_logs + every, used, other=-1e30, cache_modifier=".cg")
-        place = parts + every[:, :, None] * 128 + dims[None, None, :]
-        answers = tl.load(place, used[:, :, None], other=0.0, cache_modifier=".cg")
-        shares = tl.exp2(logs - tl.max(logs, 0)[None, :])
-        shares = shares / tl.sum(shares, 0)[None, :]
-        answer = tl.sum(answers * shares[:, :, None], 0)
-        tl.store(arrivals + group, 0)
-    return answer, is_last
+def find_partners(D: tl.constexpr):
+    """The dims half a head away; the compiler is told that they come in eights."""
+    partners = (tl.arange(0, D)[None, :] + D // 2) % D
+    return tl.max_contiguous(tl.multiple_of(partners, [1, 8]), [1, 8])
 
 
 @triton.jit
 def load_head_norm(weight, D: tl.constexpr):
     """The weight of a q/k norm, and the same half a head away: `[1, D]` float32 each."""
     dims = tl.arange(0, D)[None, :]
-    here, there = tl.load(weight + dims), tl.load(weight + (dims + D // 2) % D)
+    here, there = tl.load(weight + dims), tl.load(weight + find_partners(D))
     return here.to(tl.float32), there.to(tl.float32)
 
 
@@ -222,7 +195,7 @@ def load_head_norm(weight, D: tl.constexpr):
 def load_heads(heads, norm, cos, sin, eps, D: tl.constexpr):
     """The heads that begin at `heads` `[M, 1]`, normed and rotated: `[M, D]`."""
     dims = tl.arange(0, D)[None, :]
-    x, partners = tl.load(heads + dims), tl.load(heads + (dims + D // 2) % D)
+    x, partners = tl.load(heads + dims), tl.load(heads + find_partners(D))
     return norm_and_rotate(x, partners, norm[0], norm[1], cos, sin, eps, D).to(x.dtype)
 
 
@@ -240,8 +213,9 @@ def attention_kernel(
     slots,  # int32 [B, max_blocks], [B], [B]
     output,  # [B, H * D]
     parts,
-    part_logs,
-    arrivals,  # see merge_splits
+    tops,
+    totals,
+    arrivals,  # see AttentionScratch
     scale,
     eps,
     block_stride,
@@ -253,7 +227,6 @@ def attention_kernel(
     KV: tl.constexpr,
     D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Norm, rotation, cache and attention: a program per key head, sequence and split.
@@ -275,25 +248,36 @@ def attention_kernel(
     values = value_cache + head.to(tl.int64) * head_stride
     tiles = load_tiles(keys, values, blocks, begin, old, strides, BLOCK_SIZE)
     blocks = find_blocks(table, begin + step, old, BLOCK_SIZE)
-    heads, dims = tl.arange(0, GROUP)[:, None], tl.arange(0, D)[None, :]
-    c = tl.load(cos + old * D + dims).to(qkv.dtype.element_ty).to(tl.float32)
-    s = tl.load(sin + old * D + dims).to(qkv.dtype.element_ty).to(tl.float32)
-    q_norm, k_norm = load_head_norm(q_weight, D), load_head_norm(k_weight, D)
+    # The heads of the group, repeated up to eight: two per warp, so no sum crosses warps.
+    heads, dims = tl.arange(0, 8)[:, None], tl.arange(0, D)[None, :]
+    eight = 0 * heads  # all are loaded eight times, as the heads will be
+    c = tl.load(cos + old * D + dims + eight).to(qkv.dtype.element_ty).to(tl.float32)
+    s = tl.load(sin + old * D + dims + eight).to(qkv.dtype.element_ty).to(tl.float32)
+    q_norm = load_head_norm(q_weight + eight, D)
+    k_norm = load_head_norm(k_weight + eight, D)
     slot = tl.load(slots + sequence)
-    newest = slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * slot_stride + dims
+    newest = slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * slot_stride
     wait_for_previous(PDL)
     qkv += sequence * (H + 2 * KV) * D
-    query = load_heads(qkv + (head * GROUP + heads) * D, q_norm, c, s, eps, D)
-    own_key = load_heads(qkv + (H + head) * D, k_norm, c, s, eps, D)
-    own_value = tl.load(qkv + (H + KV + head) * D + dims)
+    query = qkv + (head * GROUP + heads % GROUP) * D
+    query = load_heads(query, q_norm, c, s, eps, D)
+    own_key = load_heads(qkv + (H + head + eight) * D, k_norm, c, s, eps, D)
+    place = tl.arange(0, D)
+    order = place // 64 * 64 + place % 8 * 8 + place // 8 % 8  # of dims in `result`
+    own_value = tl.load(qkv + (H + KV + head) * D + order)
     if split == 0:
-        tl.store(keys + newest, own_key)
-        tl.store(values + newest, own_value)
-    spread_query = spread(query, GROUP)
-    highest = tl.full([WARPS, 16], -1e30, tl.float32)
-    total = tl.zeros([WARPS, 16], tl.float32)
-    result = tl.zeros([WARPS, 16, D], tl.float32)
-    of_warp = tl.arange(0, WARPS)[:, None, None] * 16 + tl.arange(0, 16)[None, None, :]
+        tl.store(keys + newest + dims + eight, own_key, mask=heads == 0)
+        tl.store(values + newest + order, own_value)
+    spread_query = spread(query)
+    # The first warp of the first split begins with the newest token, the others with none.
+    warps, rows = tl.arange(0, WARPS)[:, None], tl.arange(0, 16)[None, :]
+    has_newest = (warps + split) == 0
+    own = tl.sum(query.to(tl.float32) * own_key.to(tl.float32), 1) * scale
+    own = tl.reshape(tl.broadcast_to(own[None, :], (2, 8)), (1, 16))
+    highest = tl.where(has_newest, own, -1e30)
+    total = tl.where(has_newest, 1.0, tl.zeros([WARPS, 16], tl.float32))
+    result = total[:, :, None] * own_value[None, None, :].to(tl.float32)
+    of_warp = warps[:, :, None] * 16 + rows[:, None, :]
     for first in tl.range(begin, old, step):
         now, seen = tiles, of_warp + first < old
         tiles = load_tiles(keys, values, blocks, first + step, old, strides, BLOCK_SIZE)
@@ -301,39 +285,40 @@ def attention_kernel(
         highest, total, result = attend_warps(
             spread_query, now, seen, highest, total, result, scale
         )
-    own = tl.sum(query.to(tl.float32) * own_key.to(tl.float32), 1) * scale
-    own = tl.where(split == 0, own, -1e30)
-    answer, log = merge_warps(highest, total, result, own, own_value, GROUP)
-    is_last = old <= TILE  # there is one split only
-    if not is_last:
-        num_used = tl.minimum(tl.cdiv(old, TILE), num_splits)
-        answer, is_last = merge_splits(
-            answer,
-            log,
-            parts,
-            part_logs,
-            arrivals,
-            sequence * KV + head,
-            split,
-            num_splits,
-            num_used,
-            GROUP,
-            MAX_SPLITS,
-        )
-    if is_last:
-        place = output + (sequence * H + head * GROUP + heads) * D + dims
-        tl.store(place, answer.to(output.dtype.element_ty))
+    group = sequence * KV + head
+    first_share = group * num_splits * WARPS
+    share = (first_share + split * WARPS + warps) * GROUP + rows
+    tl.store(tops + share, highest, mask=rows < GROUP)
+    tl.store(totals + share, total, mask=rows < GROUP)
+    own_part = parts + share[:, :, None] * D + place[None, None, :]
+    tl.store(own_part, result, mask=(rows < GROUP)[:, :, None])
+    tl.debug_barrier()  # all threads have stored before one of them says so
+    num_used = tl.minimum(tl.maximum(tl.cdiv(old, TILE), 1), num_splits)
+    if tl.atomic_add(arrivals + group, 1, sem="acq_rel") == num_used - 1:
+        scratch = (parts, tops, totals)
+        if num_used * WARPS <= 16:
+            answer = merge(scratch, first_share, num_used * WARPS, GROUP, 16)
+        else:
+            answer = merge(scratch, first_share, num_used * WARPS, GROUP, 64)
+        of_group = tl.arange(0, GROUP)[:, None]
+        where = output + (sequence * H + head * GROUP + of_group) * D + order[None, :]
+        tl.store(where, answer.to(output.dtype.element_ty))
+        tl.store(arrivals + group, 0)
 
 
 class AttentionScratch(NamedTuple):
     """What the splits of an attention leave for each other; zeros at first.
 
     Attributes:
-        parts, part_logs, arrivals: see `merge_splits`.
+        parts: float32 `[shares * H, 128]`, where each warp of a split has a share: values,
+            weighted and added up.
+        tops, totals: float32 `[shares * H]`, the highest score and the sum of the weights.
+        arrivals: int32 `[B * H_kv]`, zeros between steps.
     """
 
     parts: Tensor
-    part_logs: Tensor
+    tops: Tensor
+    totals: Tensor
     arrivals: Tensor
 
     @classmethod
@@ -341,11 +326,13 @@ class AttentionScratch(NamedTuple):
         cls, num_seqs: int, num_heads: int, num_kv_heads: int, device: torch.device
     ) -> AttentionScratch:
         """For at most that many sequences, and `MAX_SPLITS` splits of all together."""
-        parts = torch.zeros(max(num_seqs, MAX_SPLITS) * num_heads, 128, device=device)
+        shares = max(num_seqs, MAX_SPLITS) * WARPS.value
+        parts = torch.zeros(shares * num_heads, 128, device=device)
         arrivals = torch.zeros(
             num_seqs * num_kv_heads, dtype=torch.int32, device=device
         )
-        return cls(parts, parts.new_zeros(len(parts)), arrivals)
+        tops, totals = parts.new_zeros(2, len(parts))
+        return cls(parts, tops, totals, arrivals)
 
 
 def launch_attention(
@@ -400,7 +387,6 @@ def launch_attention(
         KV=num_kv_heads,
         D=attention.head_dim,
         BLOCK_SIZE=key_cache.shape[1],
-        MAX_SPLITS=MAX_SPLITS,
         num_warps=4,
         **pdl,
     )

@@ -41,7 +41,7 @@ __all__ = [
 # mypy: disable-error-code="assignment"
 # ruff: noqa: RUF005  (Triton has no stars in tuples)
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -54,6 +54,7 @@ from folo_lib.cuda_graph import (
     GraphRunner,
     GraphSize,
     LayerwiseModel,
+    Recorder,
     StepGraphs,
     choose_wrap,
 )
@@ -71,6 +72,8 @@ from .kv_cache import AttentionMetadata
 from .paged_attention import paged_attention
 from .qwen3 import Attention, Qwen3DecoderLayer, Qwen3ForCausalLM
 from .runner import RequestRows
+from .sampler import FILTERS
+from .sampling_kernels import TritonDraw
 
 
 # %% ../notebooks/15_fused_decode.ipynb #prepare-kernel
@@ -706,20 +709,30 @@ class FusedDecode:
 
 # %% ../notebooks/15_fused_decode.ipynb #fused-graphs
 class FusedGraphs(StepGraphs):
-    """`StepGraphs` whose decode steps of a few sequences are fused."""
+    """`StepGraphs` whose steps of a few sequences are fused, and whose draws are too.
+
+    Attributes:
+        filtered: what draws with top_k and top_p, by the number of sequences.
+    """
 
     def is_fused(self, size: GraphSize) -> bool:
         """Whether steps of that size run in `FusedDecode`."""
         return size.is_decode and size.num_seqs <= MAX_FUSED_SEQS
 
+    @torch.inference_mode()
     def record(self) -> None:
-        """Records all steps; a fused one draws the likeliest tokens by itself."""
-        max_blocks, device = self.runner.rows.block_table.shape[1], self.runner.device
+        """Records all steps and draws."""
+        rows, device = self.runner.rows, self.runner.device
         has_pdl = device.type == "cuda" and torch.cuda.get_device_capability() >= (9, 0)
-        self.fused = FusedDecode(self.runner.model, max_blocks, has_pdl)
+        self.fused = FusedDecode(self.runner.model, rows.block_table.shape[1], has_pdl)
+        self.draw_kernels = TritonDraw(len(self.logits), self.logits.shape[1], device)
         super().record()
-        for size in filter(self.is_fused, self.sizes):
-            self.draws[size.num_seqs, False] = lambda: None
+        record, draw = Recorder(device).record, partial(self.run_draw, filters=True)
+        self.filtered = {
+            size.num_seqs: record(partial(draw, size, True))
+            for size in self.sizes
+            if size.is_decode
+        }
 
     def run_step(self, size: GraphSize) -> None:
         """The model on `inputs`; what a graph records."""
@@ -729,6 +742,29 @@ class FusedGraphs(StepGraphs):
         self.fused.run(
             columns, runner.rows, runner.kv_caches, self.logits, self.token_ids
         )
+
+    def run_draw(self, size: GraphSize, is_random: bool, filters: bool = False) -> None:
+        """From `logits` to `token_ids`; what a graph records."""
+        row_index, seq_lens, *_ = self.inputs.split(size)
+        rows, num_seqs = self.runner.rows, size.num_seqs
+        self.draw_kernels(
+            self.logits[:num_seqs],
+            seq_lens,
+            row_index,
+            rows.sampling.floats,
+            rows.sampling.ints,
+            self.token_ids,
+            rows.last_token_ids,
+            filters,
+        )
+
+    def find_draw(self, size: GraphSize, wishes: set[str]) -> Callable[[], None] | None:
+        """The recorded draw for what requests ask for, if there is one."""
+        if not wishes and self.is_fused(size):
+            return lambda: None  # the step has drawn the likeliest itself
+        if wishes <= {"temperature", "min_p"}:
+            return self.draws[size.num_seqs, bool(wishes)]
+        return self.filtered[size.num_seqs] if wishes <= set(FILTERS) else None
 
 
 # %% ../notebooks/15_fused_decode.ipynb #fused-runner

@@ -432,7 +432,8 @@ def draw_map(
     ax.plot([20, 25], [5, 5], "k-", lw=1)  # from the sampler, then up
     ax.plot([58, 84.5], [64.5, 64.5], "k-", lw=1)  # from the scheduler, then down
     ax.plot([82, 87], [53, 53], "k-", lw=1)
-    ax.plot([87.6, 87.6], [59, 62], "k-", lw=1)  # from the graphs to their kernels
+    if here != "15":  # or else "you are here" stands there
+        ax.plot([93, 93], [59, 62], "k-", lw=1)  # from the graphs to their kernels
     ax.plot([82.2, 83], [25.5, 25.5], "k-", lw=1)  # from the kernels to the cache
     if here:
         left, bottom, width, height, _ = PARTS[here]

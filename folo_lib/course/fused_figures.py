@@ -21,7 +21,7 @@ from folo_lib.course.figures import (
 
 __all__ = ["draw_fragment", "draw_overlap", "draw_shares", "draw_step_times"]
 
-Bar = tuple[str, float, float]  # a kernel: its name, when it starts and ends, in µs
+Bar = Sequence[Any]  # a kernel: its name, and when it starts and ends, in µs
 THREADS = KEYS, VALUES, QUERIES, OTHER  # the four that share a row
 NOT_READING: dict[str, Any] = {"facecolor": "white", "edgecolor": "black"}
 NOT_READING |= {"hatch": "//", "linewidth": 0.8}
@@ -61,12 +61,15 @@ def draw_overlap(ax: Axes, traces: Mapping[str, Sequence[Bar]]) -> None:
 
     Args:
         ax: where to draw.
-        traces: the kernels of each row by its name, in the order of their start.
+        traces: the kernels of each row by its name, in the order of their start; called
+            as in the module.
     """
     names = set()
     for place, bars in enumerate(traces.values()):
-        begin = bars[0][1]
-        for i, (name, start, end) in enumerate(bars):
+        begin, name = bars[0][1], ""
+        for i, (kernel, start, end) in enumerate(bars):
+            adds = "output" if name == "attention" else "down"  # one kernel does both
+            name = kernel.removesuffix("_kernel").replace("residual", adds)
             corner = start - begin, 2.6 * place + i % 2
             look = KERNELS.get(name, OTHER)
             draw_box(ax, corner, (end - start, 0.9), **look.bar)

@@ -40,6 +40,13 @@ class Kernel:
         raise ImportError(MISSING)
 
 
+class Constexpr:
+    """What stands in the head of a kernel, or above it: a number that is known early."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
 def make_stand_in() -> dict[str, ModuleType]:
     """Modules of Triton's names: kernels can be defined, and not run."""
     names = "triton", "triton.language", "triton.language.extra"
@@ -50,7 +57,7 @@ def make_stand_in() -> dict[str, ModuleType]:
         module.__spec__ = ModuleSpec(module.__name__, None)
         module.__path__ = []
     vars(package).update(jit=Kernel, language=language)
-    vars(language)["constexpr"] = int  # all that stands in the head of a kernel
+    vars(language)["constexpr"] = Constexpr
     gates = {"gdc_launch_dependents": Kernel(), "gdc_wait": Kernel()}
     vars(rest[-1]).update(gates)
     return {module.__name__: module for module in made}
