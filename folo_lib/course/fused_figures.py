@@ -57,20 +57,24 @@ def draw_fragment(ax: Axes, order: Sequence[int]) -> None:
 
 
 def draw_overlap(ax: Axes, traces: Mapping[str, Sequence[Bar]]) -> None:
-    """Rows of kernels on one clock; each second kernel half a row lower.
+    """Rows of kernels on one clock; what overlaps lies in lanes below one another.
 
     Args:
         ax: where to draw.
         traces: the kernels of each row by its name, in the order of their start; called
             as in the module.
     """
-    names = set()
-    for place, bars in enumerate(traces.values()):
+    names, top, middles = set(), 0.0, []
+    for bars in traces.values():
         begin, name = bars[0][1], ""
+        lanes: list[float] = []  # when the last kernel of each has ended
         for i, (kernel, start, end) in enumerate(bars):
             adds = "output" if name == "attention" else "down"  # one kernel does both
             name = kernel.removesuffix("_kernel").replace("residual", adds)
-            corner = start - begin, 2.6 * place + i % 2
+            free = (lane for lane, busy in enumerate(lanes) if busy <= start)
+            lane = next(free, len(lanes))
+            lanes[lane:] = [end, *lanes[lane + 1 :]]
+            corner = start - begin, top + lane
             look = KERNELS.get(name, OTHER)
             draw_box(ax, corner, (end - start, 0.9), **look.bar)
             if name not in names:  # labelled where it is seen first
@@ -79,12 +83,13 @@ def draw_overlap(ax: Axes, traces: Mapping[str, Sequence[Bar]]) -> None:
                 y = corner[1] - 0.1 if above else corner[1] + 1.0
                 va = "bottom" if above else "top"
                 ax.text(x, y, name, ha="center", va=va, fontsize=8)
-        end = max(bar[2] for bar in bars) - begin
-        text = f" {end:.1f} µs"
-        ax.text(end, 2.6 * place + 0.95, text, va="center", fontsize=9)
-    ax.set_yticks([2.6 * place + 0.95 for place in range(len(traces))], list(traces))
+        middles.append(top + (len(lanes) - 0.1) / 2)
+        end = max(lanes) - begin
+        ax.text(end, middles[-1], f" {end:.1f} µs", va="center", fontsize=9)
+        top += len(lanes) + 0.9
+    ax.set_yticks(middles, list(traces))
     longest = max(bars[-1][2] - bars[0][1] for bars in traces.values())
-    ax.set(xlim=(0, 1.12 * longest), ylim=(2.6 * len(traces) - 0.3, -0.8))
+    ax.set(xlim=(0, 1.12 * longest), ylim=(top - 0.7, -0.6))
     ax.grid(axis="y", visible=False)
 
 
