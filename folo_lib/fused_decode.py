@@ -210,8 +210,8 @@ def run_fused_layer(
 def load_weights(w, row, row_step, column, K: tl.constexpr, GROUPS: tl.constexpr):
     """8 rows by 1,024 columns of a matrix, `GROUPS` times: `[8192 * GROUPS]`.
 
-    The matrix has `K` columns. Group `i` begins at
-    `row + i * row_step`. A thread loads 8 neighbours at a time.
+    The matrix has `K` columns, and group `i` begins at row `row + i * row_step`. A
+    thread loads 8 neighbours at a time.
     """
     i = tl.arange(0, GROUPS * 8192)
     rows = row + i // 8192 * row_step + i // 32 % 8
@@ -395,7 +395,7 @@ def residual_kernel(
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """`x += y @ w.T`, ends attention and MLP; `8 * GROUPS` numbers per program."""
+    """`x += y @ w.T`, the end of attention and MLP; `8 * GROUPS` numbers per program."""
     let_next_start(PDL)
     row = tl.program_id(0) * 8 * GROUPS
     tiles = load_first_tiles(w, row, 8, K, GROUPS)

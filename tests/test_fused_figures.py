@@ -48,7 +48,7 @@ def test_a_column_has_the_colour_of_the_thread_that_loaded_it(ax: Any) -> None:
     assert {f"thread {t}" for t in range(32)} <= {*written(ax)}
     assert len(taken) == len(order)
     for column, box in zip(order, taken, strict=True):
-        assert box.get_facecolor() == to_rgba(THREADS[column // 8].colour)
+        assert box.get_facecolor() == to_rgba(THREADS[column // 8])
     for t, box in enumerate(loads):
         assert box.get_xy() == (8 * (t % 4), 10 - t // 4) and box.get_width() == 8
 

@@ -9,11 +9,8 @@ from matplotlib.axes import Axes
 
 from folo_lib.course.figures import (
     CACHE,
-    KEYS,
     OTHER,
-    QUERIES,
     US,
-    VALUES,
     Look,
     draw_box,
     draw_row,
@@ -22,17 +19,16 @@ from folo_lib.course.figures import (
 __all__ = ["draw_fragment", "draw_overlap", "draw_shares", "draw_step_times"]
 
 Bar = Sequence[Any]  # a kernel: its name, and when it starts and ends, in µs
-THREADS = KEYS, VALUES, QUERIES, OTHER  # the four that share a row
+PALE, LIGHT, DARK, DEEP = "#F2F0F7", "#CBC9E2", "#9E9AC8", "#6A51A3"
+THREADS = PALE, LIGHT, DARK, DEEP  # the four that share a row
 NOT_READING: dict[str, Any] = {"facecolor": "white", "edgecolor": "black"}
 NOT_READING |= {"hatch": "//", "linewidth": 0.8}
 KERNELS = {
-    "begin": Look("#E0E0E0", "..", "s", ":"),
-    "qkv": QUERIES,
+    "qkv": Look(PALE, "", "o", "-"),
     "attention": CACHE,
-    "output": VALUES,
-    "gate_up": US,
-    "down": KEYS,
-    "head": OTHER,
+    "output": Look(LIGHT, "", "s", "--"),
+    "gate_up": Look(DARK, "", "^", "-."),
+    "down": Look(DEEP, "", "D", ":"),
 }
 
 
@@ -45,10 +41,10 @@ def draw_fragment(ax: Axes, order: Sequence[int]) -> None:
             share a row has loaded columns `8 * c` to `8 * c + 7`.
     """
     for row in range(8):
-        for c, look in enumerate(THREADS):
-            place, style = (8 * c, 3 + 7 - row), look.bar
-            draw_box(ax, place, (8, 1), f"thread {4 * row + c}", 8, **style)
-    colours = [THREADS[column // 8].colour for column in order]
+        for c, colour in enumerate(THREADS):
+            text = f"thread {4 * row + c}"
+            draw_box(ax, (8 * c, 10 - row), (8, 1), text, 8, facecolor=colour)
+    colours = [THREADS[column // 8] for column in order]
     draw_row(ax, (0, 0.2), order, colours, fontsize=8)
     ax.text(0, 11.2, "loaded: eight neighbours of 2 bytes for each thread", fontsize=9)
     ax.text(0, 1.5, "row 0, in the order of the product: two by two", fontsize=9)
