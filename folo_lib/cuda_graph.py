@@ -31,7 +31,6 @@ __all__ = [
 import logging
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from functools import partial
 from itertools import accumulate, chain
 from typing import Any, ClassVar, NamedTuple
@@ -252,10 +251,18 @@ class LayerwiseModel:
         metadata: AttentionMetadata,
     ) -> Tensor:
         """Final hidden states `[N, E]` of a step; see `Qwen3Model.forward`."""
-        # A compiler writes code for one class, and page 08's batches are of a subclass.
-        names = [one.name for one in fields(AttentionMetadata)]
-        both = {name: getattr(metadata, name) for name in names}
-        metadata = AttentionMetadata(**both)
+        # A compiler writes code for one class, and page 08's batches are of a subclass;
+        # and for lists of one length, so that these only say what kinds there are.
+        kinds = sorted({min(length, 2) for length in metadata.query_lens_list})
+        metadata = AttentionMetadata(
+            block_size=metadata.block_size,
+            slot_mapping=metadata.slot_mapping,
+            block_table=metadata.block_table,
+            query_start_loc=metadata.query_start_loc,
+            seq_lens=metadata.seq_lens,
+            query_lens_list=kinds,
+            seq_lens_list=[],
+        )
         residual, cos, sin = self.embed(self.model, input_ids, positions)
         hidden_states = torch.zeros_like(residual)  # x + 0: all layers run alike
         for layer, kv_cache in zip(self.model.model.layers, kv_caches, strict=True):

@@ -151,15 +151,20 @@ def start_noise(step, row):
 
 
 @triton.jit
-def make_noise(state, ids):
-    """`gumbel_noise` of page 07: `-log(-log1p(-v))`.
+def make_uniform(state, ids):
+    """The numbers between 0 and 1 that page 07 makes noise of."""
+    bits = mix_bits(state + (ids.to(tl.int64) + 1) * (0x9E3779B97F4A7C15 - 2**64))
+    v = (bits & (2**63 - 1)).to(tl.float32) * 2.0**-63
+    return tl.minimum(tl.maximum(v, 2.0**-63), 1 - 2.0**-24)
+
+
+@triton.jit
+def make_noise(v):
+    """`gumbel_noise` of page 07: `-log(-log1p(-v))`, at most `-log(v)`.
 
     `1 - v` is rounded, which would falsify the logarithm of a small `v`; the quotient of
     `v` and of what was subtracted in truth makes up for it.
     """
-    bits = mix_bits(state + (ids.to(tl.int64) + 1) * (0x9E3779B97F4A7C15 - 2**64))
-    v = (bits & (2**63 - 1)).to(tl.float32) * 2.0**-63
-    v = tl.minimum(tl.maximum(v, 2.0**-63), 1 - 2.0**-24)
     rest = 1 - v
     behind = -tl.log(rest) * (v / tl.maximum(1 - rest, 2.0**-24))
     return -tl.log(tl.where(rest == 1, v, behind))
@@ -259,6 +264,7 @@ def score_kernel(
     state = start_noise(step, row)
     scores = tl.full([TILE], -INFINITY, tl.float32)
     found = tl.zeros([TILE], tl.int32)
+    highest = tl.max(scores, 0)
     for first in tl.range(part * TILE, step.vocab_size, num_slices * TILE):
         ids = first + tl.arange(0, TILE)
         distances, bins = measure(step, row, ids, best, temperature)
@@ -273,12 +279,19 @@ def score_kernel(
                 is_near = is_near & (places < MAX_LISTED)
                 keys = make_keys(distances, ids, ID_BITS)
                 tl.store(scratch.listed + row * MAX_LISTED + places, keys, mask=is_near)
-        if tl.max(is_kept.to(tl.int32), 0) > 0:
-            own = -distances
-            if is_random:
-                own += make_noise(state, ids)
-            is_better = is_kept & (own > scores)  # of equals the first stays
-            scores = tl.where(is_better, own, scores)
+        if is_random:
+            # Logarithms are dear, and few tiles have noise that can still win.
+            v = make_uniform(state, ids)
+            may_win = is_kept & (v <= 1.001 * tl.exp(-(highest + distances)))
+            if tl.max(may_win.to(tl.int32), 0) > 0:
+                own = tl.where(is_kept, make_noise(v) - distances, -INFINITY)
+                is_better = own > scores  # of equals the first stays
+                scores = tl.where(is_better, own, scores)
+                found = tl.where(is_better, ids, found)
+                highest = tl.max(scores, 0)
+        elif tl.max((is_kept & (distances == 0)).to(tl.int32), 0) > 0:
+            is_better = is_kept & (-distances > scores)
+            scores = tl.where(is_better, -distances, scores)
             found = tl.where(is_better, ids, found)
     score, token = find_first_best(scores, found)
     tl.store(scratch.scores + row * MAX_SLICES + part, score)
@@ -371,7 +384,7 @@ def finish_kernel(
             state = start_noise(step, row)
             for first in tl.range(0, size, TILE):
                 keys, distances, ids = read_keys(near, first, ID_BITS)
-                scores = make_noise(state, ids) - distances
+                scores = make_noise(make_uniform(state, ids)) - distances
                 scores = tl.where(keys <= cut, scores, -INFINITY)
                 score, found = find_first_best(scores, ids)
                 is_better = (score > top) | ((score == top) & (found < token))

@@ -263,7 +263,8 @@ def weights_kernel(distances, weights, ID_BITS: tl.constexpr):
 @triton.jit
 def noise_kernel(step, noise):
     row, ids = tl.program_id(0), tl.arange(0, 1024)
-    found = module.make_noise(module.start_noise(step, row), ids)
+    v = module.make_uniform(module.start_noise(step, row), ids)
+    found = module.make_noise(v)
     tl.store(noise + row * 1024 + ids, found)
 
 
@@ -320,11 +321,15 @@ class TestThreshold:
         def start(step: Any, row: Any) -> Any:
             return tl.load(step.positions + row)
 
-        def make(state: Any, ids: Any) -> Any:
-            return tl.where(ids == state, 1e6, 0.0)
+        def make_uniform(state: Any, ids: Any) -> Any:
+            return tl.where(ids == state, 0.0, 0.9)
+
+        def make_noise(v: Any) -> Any:
+            return tl.where(v == 0, 1e6, 0.0)
 
         monkeypatch.setattr(module, "start_noise", start)
-        monkeypatch.setattr(module, "make_noise", make)
+        monkeypatch.setattr(module, "make_uniform", make_uniform)
+        monkeypatch.setattr(module, "make_noise", make_noise)
 
     def check(self, wishes: Sequence[dict[str, Any]], logits: Tensor) -> Tensor:
         """The last token that is kept and the first that is not; `[B]`, how many are."""
