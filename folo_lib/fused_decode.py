@@ -395,7 +395,7 @@ def residual_kernel(
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """`x += y @ w.T`, the end of attention and MLP; `8 * GROUPS` numbers per program."""
+    """`x += y @ w.T`, the end of attention and MLP; `8 * GROUPS` numbers a program."""
     let_next_start(PDL)
     row = tl.program_id(0) * 8 * GROUPS
     tiles = load_first_tiles(w, row, 8, K, GROUPS)
