@@ -6,6 +6,7 @@
 __all__ = [
     "logger",
     "DEFAULT_BLOCK_SIZE",
+    "MAX_PADDING",
     "reshape_and_cache_kv",
     "kv_bytes_per_token",
     "allocate_kv_caches",
@@ -17,6 +18,7 @@ __all__ = [
     "AttentionBackend",
     "PaddedRead",
     "pad_sequences",
+    "group_by_length",
     "SequenceRead",
     "plan_reads",
     "PerSequenceBackend",
@@ -29,7 +31,7 @@ __all__ = [
 # %% ../notebooks/06_kv_cache.ipynb #imports
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -302,22 +304,48 @@ class PaddedRead:
     mask: Tensor
 
 
-def pad_sequences(
-    metadata: AttentionMetadata, members: list[int], tokens: list[int]
-) -> PaddedRead:
-    """The padded read of those sequences, and the tokens with which they ask."""
+def pad_sequences(metadata: AttentionMetadata, members: list[int]) -> PaddedRead:
+    """The padded read of these sequences, each of which runs one token."""
     device, size = metadata.block_table.device, metadata.block_size
     rows = torch.tensor(members).to(device, non_blocking=True)
     seq_lens = metadata.seq_lens.index_select(0, rows)[:, None]  # [b, 1]
     longest = max(metadata.seq_lens_list[i] for i in members)
     places = torch.arange(longest, device=device)  # [T]
-    own = places.minimum(seq_lens - 1)  # [b, T]
-    blocks = metadata.block_table.index_select(0, rows).gather(1, own // size)
-    mask = torch.zeros(own.shape, device=device)
+    blocks = metadata.block_table.index_select(0, rows)[:, :, None]
+    slots = (blocks * size + torch.arange(size, device=device)).flatten(1)
+    slots = slots.gather(1, places.minimum(seq_lens - 1))  # [b, T]
+    mask = torch.zeros(slots.shape, device=device)
     mask = mask.masked_fill(places >= seq_lens, float("-inf"))
-    slots = blocks * size + own % size
-    places_of = torch.tensor(tokens).to(device, non_blocking=True)
-    return PaddedRead(places_of, slots, mask[:, None, None])
+    tokens = metadata.query_start_loc.index_select(0, rows)
+    return PaddedRead(tokens, slots, mask[:, None, None])
+
+
+# %% ../notebooks/06_kv_cache.ipynb #group-by-length
+MAX_PADDING = 512
+"""Slots that a padded read may waste in any case, all its sequences together."""
+
+
+def group_by_length(members: Iterable[int], seq_lens: Sequence[int]) -> list[list[int]]:
+    """Sequences that are padded together, the longest of all first.
+
+    Args:
+        members: the numbers of the sequences.
+        seq_lens: the length of each sequence, by its number.
+
+    Returns:
+        Groups, each from its longest to its shortest. Padded to its longest, none
+        wastes more than `MAX_PADDING` slots, or an eighth of what its sequences use.
+    """
+    groups: list[list[int]] = []
+    used = padding = 0
+    for i in sorted(members, key=seq_lens.__getitem__, reverse=True):
+        used += seq_lens[i]
+        padding += seq_lens[groups[-1][0]] - seq_lens[i] if groups else 0
+        if not groups or padding > max(MAX_PADDING, used // 8):
+            groups.append([])
+            used, padding = seq_lens[i], 0
+        groups[-1].append(i)
+    return groups
 
 
 # %% ../notebooks/06_kv_cache.ipynb #plan-reads
@@ -344,27 +372,23 @@ def plan_reads(
 ) -> tuple[list[SequenceRead], list[PaddedRead]]:
     """Who reads alone, and who together.
 
-    Single tokens are padded together, by the binary digits of their block counts, so
-    that no sequence is padded to much more than twice its length. What runs several
-    tokens, or has nobody to share with, reads alone.
+    Single tokens are padded together, see `group_by_length`. What runs several tokens,
+    or has nobody to share with, reads alone.
     """
-    starts = [0, *accumulate(metadata.query_lens_list)]
-    size = metadata.block_size
-    num_blocks = [-(-length // size) for length in metadata.seq_lens_list]  # rounded up
-    groups: dict[int, list[int]] = {}
-    for i, query_len in enumerate(metadata.query_lens_list):
-        group = num_blocks[i].bit_length() if query_len == 1 else -i
-        groups.setdefault(group, []).append(i)
+    query_lens, seq_lens = metadata.query_lens_list, metadata.seq_lens_list
+    starts = [0, *accumulate(query_lens)]
+    longer = [[i] for i, query_len in enumerate(query_lens) if query_len > 1]
+    single = [i for i, query_len in enumerate(query_lens) if query_len == 1]
     alone, padded = [], []
-    for members in groups.values():
+    for members in longer + group_by_length(single, seq_lens):
         if len(members) > 1:
-            tokens = [starts[i] for i in members]
-            padded.append(pad_sequences(metadata, members, tokens))
+            padded.append(pad_sequences(metadata, members))
             continue
         [i] = members
-        blocks, seq_len = metadata.block_table[i], metadata.seq_lens_list[i]
-        first_slot = find_first_slot(blocks, num_blocks[i], size)
-        mask, query_len = None, metadata.query_lens_list[i]
+        blocks, query_len, seq_len = metadata.block_table[i], query_lens[i], seq_lens[i]
+        num_blocks = -(-seq_len // metadata.block_size)  # rounded up
+        first_slot = find_first_slot(blocks, num_blocks, metadata.block_size)
+        mask = None
         if 1 < query_len < seq_len:
             mask = create_causal_mask(query_len, seq_len, device=blocks.device)[0, 0]
         where = blocks, seq_len, first_slot, mask

@@ -563,9 +563,9 @@ def paged_attention(
     Args:
         query: `[N, H, D]`.
         key_cache, value_cache: see `store_kv`.
-        metadata: of the step. A row that pads a graph has slot -1 and sequence length 0;
-            its output is left as it was allocated. `query_lens_list` says whether there
-            are sequences that run one token, and sequences that run more.
+        metadata: of the step. A row that pads a graph has slot -1 and sequence length
+            0; its output is left as it was allocated. `query_lens_list` says whether
+            there are sequences that run one token, and sequences that run more.
         scale: factor on the scores.
 
     Returns:

@@ -174,11 +174,6 @@ class RequestRow:
     block_ids: list[int]
     num_computed_tokens: int
 
-    @property
-    def draws(self) -> bool:
-        """Whether all tokens that were known when it started have run."""
-        return self.num_computed_tokens >= len(self.request.token_ids)
-
 
 # %% ../notebooks/08_runner.ipynb #request-rows
 class RequestRows:
@@ -288,7 +283,7 @@ class StepLayout:
     Attributes:
         input_ids, positions, slots: `N` of each, one per token.
         query_lens, seq_lens, rows: `B` of each, one per request.
-        drawing: the requests whose last known token runs.
+        drawing, draw_rows: the requests whose last known token runs, and their rows.
         ends: the places in the step of those tokens.
         pending, pending_rows: the places of tokens that only the device knows, -1 in
             `input_ids`, and the rows of the requests that drew them.
@@ -302,25 +297,11 @@ class StepLayout:
     seq_lens: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     drawing: list[RequestRow] = field(default_factory=list)
+    draw_rows: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)
     pending_rows: list[int] = field(default_factory=list)
     scoring: list[PromptChunk] = field(default_factory=list)
-
-    @property
-    def draw_rows(self) -> list[int]:
-        """The rows of the requests that draw."""
-        return [state.row for state in self.drawing]
-
-    def to_columns(self) -> list[list[int]]:
-        """All integers that the device needs, in the order of `make_input_batch`."""
-        starts = [0, *accumulate(self.query_lens)]
-        next_positions = [state.num_computed_tokens for state in self.drawing]
-        per_token = self.input_ids, self.positions, self.slots
-        per_request = starts, self.seq_lens, self.rows
-        per_draw = self.ends, next_positions, self.draw_rows
-        pending = self.pending, self.pending_rows
-        return [*per_token, *per_request, *per_draw, *pending]
 
 
 # %% ../notebooks/08_runner.ipynb #lay-end-to-end
@@ -350,8 +331,9 @@ def lay_end_to_end(rows: RequestRows, plan: StepPlan, block_size: int) -> StepLa
             first, stop = begin + 1, min(end + 1, request.num_prompt_tokens)
             if first < stop:
                 step.scoring.append(PromptChunk(request, place, first, stop))
-        if state.draws:
+        if end >= len(request.token_ids):  # the last that is known
             step.drawing.append(state)
+            step.draw_rows.append(state.row)
             step.ends.append(len(step.input_ids) - 1)
     return step
 
@@ -395,8 +377,12 @@ def make_input_batch(
     rows: RequestRows, step: StepLayout, block_size: int
 ) -> InputBatch:
     """The tensors of a step, on the device of `rows`."""
-    sent = to_device(step.to_columns(), rows.block_table.device)
-    input_ids, positions, slot_mapping, *sent = sent
+    next_places = [state.num_computed_tokens for state in step.drawing]
+    per_token = step.input_ids, step.positions, step.slots
+    per_request = [0, *accumulate(step.query_lens)], step.seq_lens, step.rows
+    per_draw = step.ends, next_places, step.draw_rows
+    columns = [*per_token, *per_request, *per_draw, step.pending, step.pending_rows]
+    input_ids, positions, slots, *sent = to_device(columns, rows.block_table.device)
     query_start_loc, seq_lens, row_index, *sent = sent
     logits_indices, next_positions, draw_index, pending, pending_rows = sent
     if step.pending:
@@ -405,7 +391,7 @@ def make_input_batch(
     width = -(-max(step.seq_lens, default=0) // block_size)  # rounded up
     return InputBatch(
         block_size=block_size,
-        slot_mapping=slot_mapping,
+        slot_mapping=slots,
         block_table=rows.block_table[:, :width].index_select(0, row_index),
         query_start_loc=query_start_loc,
         seq_lens=seq_lens,

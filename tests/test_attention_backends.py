@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from importlib.util import find_spec
 from typing import Any
@@ -27,6 +28,7 @@ from folo_lib.kv_cache import (
     TorchNaiveBackend,
     TorchSDPABackend,
     find_first_slot,
+    group_by_length,
     read_cache,
     write_cache,
 )
@@ -456,6 +458,30 @@ class TestManyAtOnce:
         assert shapes == [[64, 2, 2, 8]]
 
 
+def wastes_little(lengths: list[int]) -> bool:
+    """Whether sequences that are padded to the longest read few slots in vain."""
+    padding = len(lengths) * max(lengths) - sum(lengths)
+    return padding <= 512 or padding <= sum(lengths) // 8
+
+
+class TestGroups:
+    @given(st.lists(st.integers(1, 5000), max_size=60), st.integers(0, 3))
+    def test_as_many_together_as_waste_little(
+        self, lengths: list[int], first: int
+    ) -> None:
+        members = range(first, len(lengths))
+        groups = group_by_length(members, lengths)
+        assert sorted(i for group in groups for i in group) == list(members)
+        own = [[lengths[i] for i in group] for group in groups]
+        assert list(itertools.chain(*own)) == sorted(lengths[first:], reverse=True)
+        assert all(map(wastes_little, own))
+        for group, after in itertools.pairwise(own):
+            assert not wastes_little([*group, after[0]])
+
+    def test_equal_lengths_are_one_group(self) -> None:
+        assert len(group_by_length(range(256), [4000] * 256)) == 1
+
+
 class TestReads:
     @given(
         sequences=st.lists(
@@ -489,8 +515,7 @@ class TestReads:
             longest = max(lengths[i] for i in rows)
             assert group.slots.shape == (len(rows), longest)
             assert group.mask.shape == (len(rows), 1, 1, longest)
-            most, least = max(counts[i] for i in rows), min(counts[i] for i in rows)
-            assert most < 2 * least
+            assert wastes_little([lengths[i] for i in rows])
             for i, slots, mask in zip(rows, group.slots, group.mask, strict=True):
                 assert news[i] == 1
                 own = [b * block_size + p for b in tables[i] for p in range(block_size)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -162,21 +163,32 @@ class TestAttentionBackend:
 
 class TestLookUp:
     def test_runners(self) -> None:
+        fused_runner: type[ModelRunner] = GraphRunner  # where there is no Triton
+        if find_spec("triton"):
+            from folo_lib.fused_decode import FusedRunner
+
+            fused_runner = FusedRunner
         by_name = {
             "eager": ModelRunner,
             "compile": CompiledRunner,
             "graph_plain": PlainGraphRunner,
             "graph": GraphRunner,
+            "fused": fused_runner,
         }
         assert list(MODEL_RUNNERS) == list(by_name)
         for name, runner in by_name.items():
             for device in (CPU, CUDA):
                 assert EngineConfig(decode=name).get_model_runner(device) is runner
         for options in ({}, {"decode": "auto"}):
-            assert EngineConfig(**options).get_model_runner(CUDA) is GraphRunner
+            assert EngineConfig(**options).get_model_runner(CUDA) is fused_runner
             for device in (CPU, torch.device("mps")):
                 assert EngineConfig(**options).get_model_runner(device) is ModelRunner
         assert EngineConfig(enforce_eager=True).get_model_runner(CUDA) is ModelRunner
+
+    def test_fused_without_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("folo_lib.config.find_spec", lambda name: None)
+        for options in ({"decode": "fused"}, {}):
+            assert EngineConfig(**options).get_model_runner(CUDA) is GraphRunner
 
     def test_every_name(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("folo_lib.config.resolve_device", lambda device: CUDA)

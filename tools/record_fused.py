@@ -230,7 +230,7 @@ def main(path: str) -> None:
         "date": time.strftime("%Y-%m-%d"),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "command": "python tools/record_fused.py " + path,
+        "command": f"python tools/record_fused.py {Path(path).name}",
         "floor": floor,
         "steps": rows,
         "kernels": kernels,
