@@ -152,3 +152,54 @@ def test_the_prose_of_section_1_is_that_of_its_recordings() -> None:
     card = json.loads((data / "paged_attention_h200.json").read_text("utf-8"))
     operations = 1000 * card["matmul_tflops"] / card["read_gb_s"]
     assert f"could do {operations:.0f} operations" in read_prose()
+
+
+def count_most(bars: list[Any]) -> int:
+    """The most kernels at a time."""
+    most: int = max(sum(s <= time < e for _, s, e in bars) for _, time, _ in bars)
+    return most
+
+
+def test_the_prose_of_sections_3_and_9_is_that_of_the_recording() -> None:
+    path = ROOT / "notebooks/data/fused_decode_h200.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    floor, speed = record["floor"]["us"], record["floor"]["tb_per_s"] * 1e6
+    us = {(s["num_seqs"], s["context"], s["pdl"]): s["us"] for s in record["steps"]}
+    taken = {row["kernel"]: row["us"] for row in record["kernels"]}
+    least = {row["kernel"]: row["bytes"] / speed for row in record["kernels"]}
+    above = {name: taken[name] - least[name] for name in taken}
+    products = {"qkv", "output", "gate_up", "down"}
+    assert taken.keys() == products | {"attention", "head"}
+    edges, step = sum(above[name] for name in products), us[1, 256, True]
+    rest, cache = step - sum(taken.values()), 32_768 * 114_688 / speed
+
+    def times(num_seqs: int, context: int) -> str:
+        reads = num_seqs * context * 114_688 / speed
+        return f"{us[num_seqs, context, True] / (floor + reads):.1f}"
+
+    most = ("", "one", "two", "three", "four", "five", "six")
+    prose = read_prose()
+    for words in (
+        f"up to {most[count_most(record['trace']['pdl'])]} kernels are on the card",
+        f"a step is shorter: {step:.0f} µs instead of {us[1, 256, False]:.0f} µs",
+        f"The step takes {step / floor:.1f} floors, where section 1 began with 5.8",
+        f"{taken['head']:.0f} µs for bytes that take {least['head']:.0f} µs",
+        f"**Attention: {above['attention']:.0f} µs above its floor, "
+        f"{above['attention'] / 28:.1f} µs in each layer.**",
+        f"**The edges of the products: {edges:.0f} µs for 112 launches, "
+        f"{edges / 112:.1f} µs each.**",
+        f"**What belongs to no kernel alone: {rest:.0f} µs.**",
+        f"Sixteen sequences take {us[16, 256, True] / step:.1f} times as long as one",
+        f"In floors it is {times(16, 256)} where one sequence has {times(1, 256)}",
+        f"At 32,768 tokens a step takes {times(1, 32_768)} floors",
+        f"the cache is then {cache / floor:.1f} times as large as the weights",
+    ):
+        assert words in prose, words
+    assert above["attention"] > edges > rest > above["head"], "the three largest items"
+    plain, early = record["trace"]["plain"], record["trace"]["pdl"]
+    assert count_most(plain) == 1, "one by one"
+    for (_, start, end), (name, begin, last) in zip(plain, early, strict=True):
+        assert last - begin > end - start, (
+            f"every bar is longer, says section 3: {name}"
+        )
+    assert float(times(1, 32_768)) < float(times(1, 256)) < float(times(16, 256))
