@@ -47,6 +47,21 @@ def no_gradients() -> Any:
         yield
 
 
+@pytest.fixture(autouse=True)
+def few_programs(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """As the interpreter runs one program after another."""
+    if "gpu" not in request.keywords and not HAS_GPU:
+        choose = module.choose_fusion_sizes
+
+        def choose_large(num_seqs: int, dtype: torch.dtype) -> module.FusionSizes:
+            rows = choose(num_seqs, dtype).rows
+            return module.FusionSizes(rows, 4, 4, 4)
+
+        monkeypatch.setattr(module, "choose_fusion_sizes", choose_large)
+
+
 def make_model(
     heads: int = 8,
     kv_heads: int = 2,
@@ -184,10 +199,11 @@ class TestStep:
 
     def test_a_head_of_its_own_and_rows_of_2048(self) -> None:
         model = make_model(
-            heads=16, kv_heads=8, hidden_size=2048, tie_word_embeddings=False
+            heads=8, kv_heads=4, hidden_size=2048, tie_word_embeddings=False
         )
         check_step(model, [33, 70])
 
+    @pytest.mark.more
     def test_more_columns_than_are_loaded_before_the_wait(self) -> None:
         check_step(make_model(intermediate_size=5120), [9, 66])
 
@@ -320,6 +336,17 @@ def test_pack_scores() -> None:
     assert order == [8, 10, 7, 2, 3, 11, 4, 0, 12, 13, 14, 15, 5, 1, 6, 9]
     assert tokens.tolist() == [i if i not in (8, 9, 10) else -1 for i in range(16)]
     assert (packed > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sizes(dtype: torch.dtype) -> None:
+    """Every row of a matrix belongs to one program, for all shapes that are fused."""
+    for num_seqs in range(1, module.MAX_FUSED_SEQS + 1):
+        sizes = module.choose_fusion_sizes(num_seqs, dtype)
+        assert sizes.rows >= num_seqs and 16 % sizes.rows == 0
+        for groups in sizes[1:]:
+            assert 128 % (8 * groups) == 0  # a head, and what find_obstacle asks
+        assert 32 % (8 * sizes.head_groups) == 0
 
 
 class TestObstacles:
