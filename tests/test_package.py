@@ -45,6 +45,9 @@ TABLE = (
     "paged_attention",
     "sampling_kernels",
     "cuda_graph",
+    "fused_attention",
+    "fused_checks",
+    "fused_decode",
     "benchmark",
     "benchmark_workloads",
     "benchmark_systems",
@@ -84,7 +87,6 @@ COURSE = (
     "benchmark",
 )
 TO_BE_WRITTEN = {
-    "fused_decode",
     "tensor_parallel",
     "serving",
 }
@@ -299,7 +301,8 @@ class TestModules:
     def test_imports_early_only_what_the_design_allows(self, path: Path) -> None:
         allowed = sys.stdlib_module_names | {"torch", "safetensors", "folo_lib"}
         # Looked up by name, when they are wanted.
-        if path.stem in ("paged_attention", "sampling_kernels"):
+        with_kernels = {"paged_attention", "sampling_kernels"}
+        if path.stem in with_kernels | {"fused_attention", "fused_decode"}:
             allowed = allowed | {"triton"}
         early = {name.split(".")[0] for name, early in imports_of(path) if early}
         assert early <= allowed

@@ -378,6 +378,7 @@ PARTS = {  # page: left, bottom, width, height, text
     "05": (53, 0, 20, 10, "05 Checkpoint\nweights from disk"),
     "13": (73.8, 20, 8.4, 11, "13 Paged\nattention"),
     "14": (87, 47, 12, 12, "14 CUDA\ngraphs"),
+    "15": (87, 62, 12, 8, "15 Fused\ndecode"),
     "18": (83, 0, 16, 10, "18 Benchmark\nmeasures it all"),
 }
 ASIDE = ("18",)
@@ -431,11 +432,13 @@ def draw_map(
     ax.plot([20, 25], [5, 5], "k-", lw=1)  # from the sampler, then up
     ax.plot([58, 84.5], [64.5, 64.5], "k-", lw=1)  # from the scheduler, then down
     ax.plot([82, 87], [53, 53], "k-", lw=1)
+    if here != "15":  # or else "you are here" stands there
+        ax.plot([93, 93], [59, 62], "k-", lw=1)  # from the graphs to their kernels
     ax.plot([82.2, 83], [25.5, 25.5], "k-", lw=1)  # from the kernels to the cache
     if here:
         left, bottom, width, height, _ = PARTS[here]
         place = left + width / 2, bottom - 2
         style |= {"color": BLUE, "weight": "bold"}
         ax.text(*place, "you are here", **style)
-    ax.set(xlim=(-1, 100), ylim=(-3, 70))
+    ax.set(xlim=(-1, 100), ylim=(-3, 70.5))
     ax.axis("off")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
@@ -39,18 +40,32 @@ class Kernel:
         raise ImportError(MISSING)
 
 
+class Constexpr:
+    """What stands in the head of a kernel, or above it: a number that is known early."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
 def make_stand_in() -> dict[str, ModuleType]:
-    """Modules `triton` and `triton.language`: kernels can be defined, and not run."""
-    package, language = ModuleType("triton"), ModuleType("triton.language")
-    for module in (package, language):
+    """Modules of Triton's names: kernels can be defined, and not run."""
+    names = "triton", "triton.language", "triton.language.extra"
+    package, language, *rest = made = [
+        ModuleType(name) for name in (*names, "triton.language.extra.cuda")
+    ]
+    for module in made:
         module.__spec__ = ModuleSpec(module.__name__, None)
-    vars(package).update(jit=Kernel, language=language, __path__=[])
-    vars(language)["constexpr"] = int  # all that stands in the head of a kernel
-    return {module.__name__: module for module in (package, language)}
+        module.__path__ = []
+    vars(package).update(jit=Kernel, language=language)
+    vars(language)["constexpr"] = Constexpr
+    gates = {"gdc_launch_dependents": Kernel(), "gdc_wait": Kernel()}
+    vars(rest[-1]).update(gates)
+    return {module.__name__: module for module in made}
 
 
 def lend_stand_in(shell: Any) -> None:
     """Lets cells import the stand-in, and nobody else: PyTorch would try to use it."""
+    import_module("torch._dynamo")  # looks for Triton, and had better not find this
     stand_in = make_stand_in()
 
     def show(info: Any) -> None:
