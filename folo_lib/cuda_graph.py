@@ -15,7 +15,8 @@ __all__ = [
     "find_size",
     "draw_rows",
     "run_embedding",
-    "run_layer",
+    "run_before",
+    "run_after",
     "run_norm",
     "LayerwiseModel",
     "choose_wrap",
@@ -213,10 +214,26 @@ def run_embedding(
     return hidden_states, *model.model.rotary_emb(positions, hidden_states.dtype)
 
 
-def run_layer(layer: Qwen3DecoderLayer, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """One layer. Its weights are inputs too, so that all layers share one code."""
-    output: tuple[Tensor, Tensor] = layer(*arguments)
-    return output
+def run_before(
+    layer: Qwen3DecoderLayer,
+    hidden_states: Tensor,
+    residual: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> tuple[Tensor, ...]:
+    """A layer up to its attention: queries, keys and values, and the residual."""
+    hidden_states, residual = layer.input_layernorm(hidden_states, residual)
+    return *layer.self_attn.project(hidden_states, cos, sin), residual
+
+
+def run_after(
+    layer: Qwen3DecoderLayer, output: Tensor, residual: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The rest of it, from the `[N, H, D]` that attention has put out."""
+    hidden_states = layer.self_attn.o_proj(output.flatten(-2))
+    norm = layer.post_attention_layernorm
+    hidden_states, residual = norm(hidden_states, residual)
+    return layer.mlp(hidden_states), residual
 
 
 def run_norm(
@@ -229,7 +246,7 @@ def run_norm(
 
 # %% ../notebooks/14_cuda_graph.ipynb #layerwise-model
 class LayerwiseModel:
-    """`Qwen3Model.forward` layer by layer, with three functions that may be compiled.
+    """`Qwen3Model.forward` layer by layer, with four functions that may be compiled.
 
     Args:
         model: is not changed. Its attention backend reads lengths on the device.
@@ -241,7 +258,19 @@ class LayerwiseModel:
     ) -> None:
         self.model = model
         self.embed, self.norm = wrap(run_embedding), wrap(run_norm)
-        self.layer = wrap(run_layer)
+        self.before, self.after = wrap(run_before), wrap(run_after)
+
+    def attend(
+        self,
+        layer: Qwen3DecoderLayer,
+        projected: Sequence[Tensor],
+        rotary: tuple[Tensor, Tensor],
+        kv_cache: tuple[Tensor, Tensor],
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        """From what `before` gives to what `after` takes, `[N, H, D]`."""
+        query, key, value = projected
+        return layer.self_attn.backend.forward(query, key, value, kv_cache, metadata)
 
     def __call__(
         self,
@@ -251,26 +280,15 @@ class LayerwiseModel:
         metadata: AttentionMetadata,
     ) -> Tensor:
         """Final hidden states `[N, E]` of a step; see `Qwen3Model.forward`."""
-        # A compiler writes code for one class, and page 08's batches are of a subclass;
-        # and for lists of one length, so that these only say what kinds there are.
-        kinds = sorted({min(length, 2) for length in metadata.query_lens_list})
-        metadata = AttentionMetadata(
-            block_size=metadata.block_size,
-            slot_mapping=metadata.slot_mapping,
-            block_table=metadata.block_table,
-            query_start_loc=metadata.query_start_loc,
-            seq_lens=metadata.seq_lens,
-            query_lens_list=kinds,
-            seq_lens_list=[],
-        )
         residual, cos, sin = self.embed(self.model, input_ids, positions)
         hidden_states = torch.zeros_like(residual)  # x + 0: all layers run alike
         for layer, kv_cache in zip(self.model.model.layers, kv_caches, strict=True):
-            hidden_states, residual = self.layer(
-                layer, hidden_states, residual, cos, sin, kv_cache, metadata
-            )
-        output: Tensor = self.norm(self.model, hidden_states, residual)
-        return output
+            assert isinstance(layer, Qwen3DecoderLayer)
+            *projected, residual = self.before(layer, hidden_states, residual, cos, sin)
+            output = self.attend(layer, projected, (cos, sin), kv_cache, metadata)
+            hidden_states, residual = self.after(layer, output, residual)
+        final: Tensor = self.norm(self.model, hidden_states, residual)
+        return final
 
 
 # %% ../notebooks/14_cuda_graph.ipynb #choose-wrap

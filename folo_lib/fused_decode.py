@@ -12,7 +12,8 @@ __all__ = [
     "prepare_kernel",
     "prepare",
     "attend",
-    "run_fused_layer",
+    "run_projection",
+    "FusedLayers",
     "load_weights",
     "as_right",
     "as_left",
@@ -51,6 +52,7 @@ import triton.language as tl
 from torch import Tensor
 
 from folo_lib.cuda_graph import (
+    Function,
     GraphRunner,
     GraphSize,
     LayerwiseModel,
@@ -170,7 +172,6 @@ def prepare(
 
 
 # %% ../notebooks/15_fused_decode.ipynb #attend
-@torch.compiler.disable  # a compiler need not look into kernels of our own
 def attend(
     attention: Attention,
     qkv: Tensor,
@@ -179,30 +180,44 @@ def attend(
     kv_cache: tuple[Tensor, Tensor],
     metadata: AttentionMetadata,
 ) -> Tensor:
-    """All that lies between the two projections of attention; `[N, H * D]`."""
+    """All that lies between the two projections of attention; `[N, H, D]`."""
     query = prepare(attention, qkv, cos, sin, kv_cache, metadata.slot_mapping)
-    scale = attention.head_dim**-0.5
-    return paged_attention(query, *kv_cache, metadata, scale).flatten(1)
+    return paged_attention(query, *kv_cache, metadata, attention.head_dim**-0.5)
 
 
 # %% ../notebooks/15_fused_decode.ipynb #fused-layer
-def run_fused_layer(
+def run_projection(
     layer: Qwen3DecoderLayer,
     hidden_states: Tensor,
     residual: Tensor,
     cos: Tensor,
     sin: Tensor,
-    kv_cache: tuple[Tensor, Tensor],
-    metadata: AttentionMetadata,
 ) -> tuple[Tensor, Tensor]:
-    """`Qwen3DecoderLayer.forward` with `attend` in its middle."""
+    """A layer up to its first product, `[N, (H + 2 * H_kv) * D]`, and the residual."""
     hidden_states, residual = layer.input_layernorm(hidden_states, residual)
-    qkv = layer.self_attn.qkv_proj(hidden_states)
-    output = attend(layer.self_attn, qkv, cos, sin, kv_cache, metadata)
-    hidden_states = layer.self_attn.o_proj(output)
-    norm = layer.post_attention_layernorm
-    hidden_states, residual = norm(hidden_states, residual)
-    return layer.mlp(hidden_states), residual
+    return layer.self_attn.qkv_proj(hidden_states), residual
+
+
+class FusedLayers(LayerwiseModel):
+    """`LayerwiseModel` with one kernel between a product and attention."""
+
+    def __init__(
+        self, model: Qwen3ForCausalLM, wrap: Callable[[Function], Function]
+    ) -> None:
+        super().__init__(model, wrap)
+        self.before = wrap(run_projection)
+
+    def attend(
+        self,
+        layer: Qwen3DecoderLayer,
+        projected: Sequence[Tensor],
+        rotary: tuple[Tensor, Tensor],
+        kv_cache: tuple[Tensor, Tensor],
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        """From what `before` gives to what `after` takes, `[N, H, D]`."""
+        [qkv] = projected
+        return attend(layer.self_attn, qkv, *rotary, kv_cache, metadata)
 
 
 # %% ../notebooks/15_fused_decode.ipynb #load-weights
@@ -783,6 +798,4 @@ class FusedRunner(GraphRunner):
             logger.info(message, obstacle)
             return
         wrap = choose_wrap(model.model.embed_tokens.weight, self.compiles)
-        forward = LayerwiseModel(model, wrap)
-        forward.layer = wrap(run_fused_layer)
-        self.forward, self.graphs_class = forward, FusedGraphs
+        self.forward, self.graphs_class = FusedLayers(model, wrap), FusedGraphs

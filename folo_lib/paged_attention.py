@@ -610,7 +610,6 @@ class TritonBackend(AttentionBackend):
             )
         return None
 
-    @torch.compiler.disable  # or each kind of step would be compiled anew
     def forward(
         self,
         query: Tensor,

@@ -119,15 +119,10 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(head_dim, qk_norm_eps)
         self.backend = backend
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        kv_cache: tuple[Tensor, Tensor] | None = None,
-        metadata: "AttentionMetadata | None" = None,
-    ) -> Tensor:
-        """`[..., E] -> [..., E]`; see `Qwen3Model.forward` for the arguments."""
+    def project(
+        self, hidden_states: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[..., H, D]`, keys and values `[..., H_kv, D]`, as they attend."""
         qkv = self.qkv_proj(hidden_states)
         qkv = qkv.unflatten(-1, (-1, self.head_dim))  # [..., H + 2 * H_kv, D]
         num_heads, num_kv_heads, _ = self.heads
@@ -139,6 +134,18 @@ class Attention(nn.Module):
             query_key = torch.stack(weights) * q_norm.normalize(query_key)
         rotated = apply_rotary_emb(query_key, cos, sin)  # [..., H + H_kv, D]
         query, key = rotated.tensor_split([num_heads], dim=-2)
+        return query, key, value
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        kv_cache: tuple[Tensor, Tensor] | None = None,
+        metadata: "AttentionMetadata | None" = None,
+    ) -> Tensor:
+        """`[..., E] -> [..., E]`; see `Qwen3Model.forward` for the arguments."""
+        query, key, value = self.project(hidden_states, cos, sin)
         if kv_cache is not None and metadata is not None:
             output = self.backend.forward(query, key, value, kv_cache, metadata)
         else:  # [..., S, H, D] -> [..., H, S, D] and back

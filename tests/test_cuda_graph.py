@@ -369,14 +369,11 @@ class TestLayerwiseModel:
     def test_no_step_is_compiled_anew(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """All code is there once all graphs are recorded; on a GPU that is the start."""
 
-        class LeftOut(TensorBackend):
-            forward = torch.compiler.disable(TensorBackend.forward)  # type: ignore[no-untyped-call]
-
         def wrap(weight: Tensor, compiles: bool) -> Any:
             return partial(torch.compile, backend="eager", dynamic=True)
 
         model = load_model(bundled_model_path(), "float32", "cpu", use_tqdm=False)
-        use_tensors(model, LeftOut)
+        use_tensors(model, TensorBackend)
         monkeypatch.setattr(module, "choose_wrap", wrap)
         monkeypatch.setattr(sys.modules[__name__], "get_model", lambda: model)
         torch._dynamo.reset()
@@ -409,15 +406,19 @@ class TestLayerwiseModel:
             return graph.forward
 
         torch._dynamo.reset()
-        run = torch.compile(module.run_layer, backend=note, dynamic=True)
+        wrap = partial(torch.compile, backend=note, dynamic=True)
+        before, after = wrap(module.run_before), wrap(module.run_after)
         for length in (5, 9):
             hidden, cos, sin = module.run_embedding(
                 get_model(False), torch.arange(4, 4 + length), torch.arange(length)
             )
             for layer in get_model(False).model.layers:
                 assert isinstance(layer, Qwen3DecoderLayer)
-                run(layer, torch.zeros_like(hidden), hidden, cos, sin)
-        assert len(compiled) == 1
+                query, *_, residual = before(
+                    layer, torch.zeros_like(hidden), hidden, cos, sin
+                )
+                after(layer, query, residual)
+        assert len(compiled) == 2
 
     def test_nothing_is_compiled_on_a_cpu(
         self, caplog: pytest.LogCaptureFixture

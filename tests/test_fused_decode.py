@@ -181,7 +181,8 @@ def check_step(model: Qwen3ForCausalLM, seq_lens: Sequence[int]) -> None:
 
 class TestStep:
     def test_one_sequence(self) -> None:
-        check_step(make_model(), [TILE * 2 + 1])
+        """With so many tiles that its shares are merged in two rounds."""
+        check_step(make_model(), [TILE * 17 + 3])
 
     def test_one_token(self) -> None:
         check_step(make_model(heads=8, kv_heads=1), [1])
@@ -233,7 +234,7 @@ class TestStep:
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 1), (5, 5)])
 def test_a_layer_of_any_step(heads: int, kv_heads: int) -> None:
-    """`run_fused_layer` on prompts, chunks and decodes, with padding after them."""
+    """Layers that are fused between their products, on prompts, chunks and decodes."""
     backend = "triton" if HAS_GPU else "torch_naive"
     model = make_model(
         heads, kv_heads, backend=backend, hidden_size=96, intermediate_size=64
@@ -258,7 +259,10 @@ def test_a_layer_of_any_step(heads: int, kv_heads: int) -> None:
     rotary = model.model.rotary_emb(positions)
     theirs, ours = ((caches[0].clone(), caches[1].clone()) for _ in range(2))
     expected = layer(x, residual, *rotary, theirs, metadata)
-    got = module.run_fused_layer(layer, x, residual, *rotary, ours, metadata)
+    fused = module.FusedLayers(model, lambda function: function)
+    *projected, inner = fused.before(layer, x, residual, *rotary)
+    answers = fused.attend(layer, projected, rotary, ours, metadata)
+    got = fused.after(layer, answers, inner)
     for mine, other in zip([*got, *ours], [*expected, *theirs], strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=2e-5)
 
@@ -396,15 +400,12 @@ def make_model_on_meta(
 
 
 def test_an_engine() -> None:
-    """Two requests of unequal length, greedy and drawn, as without fusion."""
+    """A prompt alone, and two requests of unequal length, greedy and drawn."""
     if HAS_GPU:
         pytest.skip("see test_engines_agree")
     model = make_model(backend="triton")
-    prompts = [[5, 6, 7], [9] * 18]
-    params = [
-        SamplingParams(temperature=0, max_tokens=3, ignore_eos=True),
-        SamplingParams(temperature=0.7, seed=3, max_tokens=3, ignore_eos=True),
-    ]
+    greedy = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    drawn = SamplingParams(temperature=0.7, seed=3, max_tokens=3, ignore_eos=True)
     texts = []
     for decode in ("fused", "eager"):
         engine = LLMEngine(
@@ -415,7 +416,9 @@ def test_an_engine() -> None:
             runner = engine.executor.worker.runner
             assert isinstance(runner, GraphRunner)
             assert isinstance(runner.graphs, FusedGraphs)
-        outputs = engine.generate(prompts, params, use_tqdm=False)
+        outputs = engine.generate([[5, 6, 7]], greedy, use_tqdm=False)
+        prompts = [[8, 3], [9] * 18]
+        outputs += engine.generate(prompts, [greedy, drawn], use_tqdm=False)
         texts.append([one.outputs[0].token_ids for one in outputs])
     assert texts[0] == texts[1]
 
