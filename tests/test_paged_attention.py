@@ -467,20 +467,6 @@ class TestLaunch:
         chosen = [choose_decode_sizes(n * count, DEVICE) for n in (1, 3, 4, 8, 9, 50)]
         assert chosen == [large, large, small, small, large, large]
 
-    @pytest.mark.parametrize("query_lens", [[1, 6], [1, 1], [6, 6]])
-    def test_the_backend_is_left_out_of_compiled_code(
-        self, query_lens: list[int]
-    ) -> None:
-        step, backend = Step(query_lens, [40, 30]), TritonBackend()
-
-        def layer(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            args = query * 1, key, value, step.kv_cache, step.metadata
-            return backend.forward(*args) + 1
-
-        compiled = torch.compile(layer, dynamic=True, backend="aot_eager")
-        output = compiled(step.query, step.key, step.value)
-        torch.testing.assert_close(output, step.expect() + 1, rtol=2e-5, atol=5e-6)
-
 
 class TestBackend:
     def test_name(self) -> None:
