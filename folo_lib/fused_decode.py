@@ -738,7 +738,8 @@ class FusedGraphs(StepGraphs):
     def record(self) -> None:
         """Records all steps and draws."""
         rows, device = self.runner.rows, self.runner.device
-        has_pdl = device.type == "cuda" and torch.cuda.get_device_capability() >= (9, 0)
+        is_cuda = device.type == "cuda"
+        has_pdl = is_cuda and torch.cuda.get_device_capability(device) >= (9, 0)
         self.fused = FusedDecode(self.runner.model, rows.block_table.shape[1], has_pdl)
         self.draw_kernels = TritonDraw(len(self.logits), self.logits.shape[1], device)
         super().record()
