@@ -309,11 +309,9 @@ def attention_kernel(
 class AttentionScratch(NamedTuple):
     """What the splits of an attention leave for each other; zeros at first.
 
-    Attributes:
-        parts: float32 `[shares * H, 128]`, where each warp of a split has a share: values,
-            weighted and added up.
-        tops, totals: float32 `[shares * H]`, the highest score and the sum of the weights.
-        arrivals: int32 `[B * H_kv]`, zeros between steps.
+    Each warp of a split has a share. `parts` float32 `[shares * H, 128]` holds values, weighted
+    and added up, `tops` and `totals` float32 `[shares * H]` the highest score and the sum of the
+    weights, and `arrivals` int32 `[B * H_kv]` counts; it is zeros between steps.
     """
 
     parts: Tensor

@@ -432,10 +432,8 @@ PER_STEP = {"do_not_specialize_on_alignment": ["rows", "seq_lens", "input_ids"]}
 class FusionSizes(NamedTuple):
     """How the kernels of a step are cut.
 
-    Attributes:
-        rows: sequences that are multiplied together, a power of two.
-        qkv_groups, head_groups, residual_groups: rows of a matrix per program, in
-            eights.
+    `rows` sequences are multiplied together, a power of two. Each program of a product
+    has some rows of a matrix, counted in eights.
     """
 
     rows: int
