@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -55,14 +56,17 @@ def draw_fragment(ax: Axes, order: Sequence[int]) -> None:
 def draw_overlap(ax: Axes, traces: Mapping[str, Sequence[Bar]]) -> None:
     """Rows of kernels on one clock; what overlaps lies in lanes below one another.
 
+    Where kernels overlap each has its name in it, elsewhere each name stands once.
+
     Args:
         ax: where to draw.
         traces: the kernels of each row by its name, in the order of their start; called
             as in the module.
     """
-    names, top, middles = set(), 0.0, []
+    top, middles = 0.0, []
     for bars in traces.values():
-        begin, name = bars[0][1], ""
+        begin, name, names = bars[0][1], "", set()
+        overlaps = any(after[1] < before[2] for before, after in pairwise(bars))
         lanes: list[float] = []  # when the last kernel of each has ended
         for i, (kernel, start, end) in enumerate(bars):
             adds = "output" if name == "attention" else "down"  # one kernel does both
@@ -72,8 +76,9 @@ def draw_overlap(ax: Axes, traces: Mapping[str, Sequence[Bar]]) -> None:
             lanes[lane:] = [end, *lanes[lane + 1 :]]
             corner = start - begin, top + lane
             look = KERNELS.get(name, OTHER)
-            draw_box(ax, corner, (end - start, 0.9), **look.bar)
-            if name not in names:  # labelled where it is seen first
+            text = name if overlaps else ""
+            draw_box(ax, corner, (end - start, 0.9), text, 8, **look.bar)
+            if not overlaps and name not in names:  # labelled where it is seen first
                 names.add(name)
                 x, above = corner[0] + (end - start) / 2, i % 2 == 0
                 y = corner[1] - 0.1 if above else corner[1] + 1.0
