@@ -629,11 +629,11 @@ class TestLadder:
         names = [rung.name for rung in rungs]
         assert names == ["no cache", "growing cache", "preallocated", "SDPA"]
         assert {*names[2:]} == {*systems.RUNGS} and not left_out
-        lacking = {"fused": {"decode": "fused"}}
+        lacking = {"magic": {"decode": "magic"}}
         monkeypatch.setattr(systems, "RUNGS", lacking | {"SDPA": {}})
         rungs, left_out = systems.make_rungs(tiny, CPU, torch.float32, 64)
         assert [rung.name for rung in rungs[2:]] == ["SDPA"]
-        assert left_out.keys() == {"fused"} and "decode 'fused'" in left_out["fused"]
+        assert left_out.keys() == {"magic"} and "decode 'magic'" in left_out["magic"]
 
     def test_the_loops_read_as_many_tokens_a_step_as_they_say(self, tiny: Path) -> None:
         loops: Any = systems.make_loops(tiny, CPU, torch.bfloat16)
