@@ -67,8 +67,8 @@ def wait_for_previous(PDL: tl.constexpr):
 
 # Whatever differs from step to step is left out of what Triton compiles anew for.
 PER_STEP = {
-    "do_not_specialize": ["num_splits", "num_seqs"],
-    "do_not_specialize_on_alignment": ["rows", "seq_lens", "slots", "input_ids"],
+    "do_not_specialize": ["num_splits"],
+    "do_not_specialize_on_alignment": ["seq_lens", "slots"],
 }
 WARPS = tl.constexpr(4)  # of the attention kernel; each looks at 16 tokens of a tile
 TILE = tl.constexpr(64)

@@ -476,7 +476,7 @@ def test_bfloat16_is_as_near_as_the_plain_path(num_seqs: int) -> None:
 @pytest.mark.parametrize("uses_pdl", [False, True])
 @pytest.mark.parametrize("num_seqs", [1, 3, 8, 16])
 def test_repeats_are_equal_to_the_bit(num_seqs: int, uses_pdl: bool) -> None:
-    """Twenty steps one after another in one graph, from the same cache, at five lengths."""
+    """The same step launched twenty times, over one cache and scratch, at five lengths."""
     if uses_pdl and not has_pdl():
         pytest.skip("needs compute capability 9.0")
     model = make_large_model(torch.bfloat16)
