@@ -1,11 +1,12 @@
 """The attention of page 15: norm, rotation, cache and softmax of a decode step in one kernel.
 
-Page 13's decode kernel, changed in three ways. It takes queries and keys as the projection leaves
-them. Each warp keeps an online softmax of its own over 16 tokens of a tile, and loads keys and
-values so that the tensor cores find in a thread's registers what they expect there: nothing goes
-through shared memory on the way. And every warp leaves its share in memory, where the split that
-arrives last merges all of them, so that no second kernel is needed, and no warp waits for another
-before. For heads of 128 numbers; cache blocks may have any size.
+Page 13's decode kernel, changed in four ways. It takes queries and keys as the projection leaves
+them. It loads keys so that the tensor cores find in a thread's registers what they expect there,
+and multiplies values, of which each thread has eight neighbours, without them: nothing of the
+cache goes through shared memory on the way. Each warp keeps an online softmax over tokens of its
+own, so no warp waits for another before the end. And where a context is split over several
+programs, the one that arrives last merges what all have left, so that no second kernel is needed.
+For heads of 128 numbers; cache blocks may have any size.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -33,22 +34,22 @@ __all__ = [
     "wait_for_previous",
 ]
 
-MAX_SPLITS = 32  # of all sequences together
+MAX_SPLITS = 16  # of all sequences together; times 8 key heads, one for nearly each multiprocessor
+WARPS = tl.constexpr(8)  # of the attention kernel
+TILE = tl.constexpr(128)  # tokens; a warp looks at 8 of each half
+RUNS = tl.constexpr(2)  # of 8 tokens, that a warp looks at: TILE // (8 * WARPS)
 
 
 @triton.jit
-def norm_and_rotate(
-    x, partners, weight, partner_weight, cos, sin, eps, D: tl.constexpr
-):
+def norm_and_rotate(x, partners, here, there, eps, D: tl.constexpr):
     """The q/k norm of page 04 and the rotation of page 02, of heads `[M, D]`, in float32.
 
-    `partners` and `partner_weight` are what stands half a head away. `cos` and `sin`
-    `[1, D]` belong to a position; the first half of `sin` has its minus.
+    `partners` are the numbers half a head away. `here` is the weight of the norm times the
+    cosine, `there` the partners' weight times the sine; the first half of it has a minus.
     """
     x = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
-    turned = x * weight * cos + partners.to(tl.float32) * partner_weight * sin
-    return turned * scale
+    return (x * here + partners.to(tl.float32) * there) * scale
 
 
 @triton.jit
@@ -67,113 +68,70 @@ def wait_for_previous(PDL: tl.constexpr):
 
 # Whatever differs from step to step is left out of what Triton compiles anew for.
 PER_STEP = {
-    "do_not_specialize": ["num_splits"],
+    "do_not_specialize": ["num_splits", "min_tiles"],
     "do_not_specialize_on_alignment": ["seq_lens", "slots"],
 }
-WARPS = tl.constexpr(4)  # of the attention kernel; each looks at 16 tokens of a tile
-TILE = tl.constexpr(64)
 
 
 @triton.jit
-def place_keys():
-    """Which token of a tile, and from which dim on, each thread loads of the keys."""
+def find_places(table, first, end, strides, BLOCK_SIZE: tl.constexpr):
+    """Where in the cache the tokens of a tile are, and whether they exist: `[TILE]` each."""
+    NEIGHBOURS: tl.constexpr = 8 if BLOCK_SIZE % 8 == 0 else 1  # that one block holds
+    starts = tl.arange(0, TILE // NEIGHBOURS) * NEIGHBOURS + first
+    blocks = tl.load(table + starts // BLOCK_SIZE, mask=starts < end, other=0)
+    places = blocks.to(tl.int64) * strides[0] + starts % BLOCK_SIZE * strides[1]
+    places = places[:, None] + tl.arange(0, NEIGHBOURS)[None, :] * strides[1]
+    return tl.reshape(places, (TILE,)), tl.arange(0, TILE) + first < end
+
+
+@triton.jit
+def load_eights(cache, places, exist, dims):
+    """Eight neighbours of a key or value for each thread; zeros where there is no token."""
+    places = tl.multiple_of(places + dims, 8)[:, None] + tl.arange(0, 8)[None, :]
+    return tl.load(cache + places, mask=exist[:, None], other=0.0)
+
+
+@triton.jit
+def load_keys(keys, places, exist):
+    """Keys of a tile: a thread has of two tokens every fourth eight, `[16 * TILE, 8]`."""
     i = tl.arange(0, 16 * TILE)
-    tokens = i // 32 % WARPS * 16 + i // (128 * WARPS) * 8 + i // 4 % 8
-    return tokens, i // (32 * WARPS) % 4 * 32 + i % 4 * 8
+    places = tl.reshape(places, (RUNS, 1, WARPS, 8, 1))
+    exist = tl.reshape(exist, (RUNS, 1, WARPS, 8, 1))
+    places = tl.reshape(tl.broadcast_to(places, (RUNS, 4, WARPS, 8, 4)), (16 * TILE,))
+    exist = tl.reshape(tl.broadcast_to(exist, (RUNS, 4, WARPS, 8, 4)), (16 * TILE,))
+    return load_eights(keys, places, exist, i // (32 * WARPS) % 4 * 32 + i % 4 * 8)
 
 
 @triton.jit
-def place_values():
-    """The same for values, of which tokens, not dims, are added up."""
+def load_values(values, places, exist):
+    """Values of a tile: a thread has the same eight of eight tokens, `[16 * TILE, 8]`."""
     i = tl.arange(0, 16 * TILE)
-    tokens = i // (64 * WARPS) % 2 * 8 + i % 4 * 2 + i // (32 * WARPS) % 2
-    return i // 32 % WARPS * 16 + tokens, i // (128 * WARPS) * 64 + i // 4 % 8 * 8
+    places = tl.permute(tl.reshape(places, (RUNS, WARPS, 4, 2, 1)), (0, 2, 1, 3, 4))
+    exist = tl.permute(tl.reshape(exist, (RUNS, WARPS, 4, 2, 1)), (0, 2, 1, 3, 4))
+    places = tl.reshape(tl.broadcast_to(places, (RUNS, 4, WARPS, 2, 16)), (16 * TILE,))
+    exist = tl.reshape(tl.broadcast_to(exist, (RUNS, 4, WARPS, 2, 16)), (16 * TILE,))
+    return load_eights(values, places, exist, i % 16 * 8)
 
 
 @triton.jit
-def find_blocks(table, first, end, BLOCK_SIZE: tl.constexpr):
-    """Blocks of the tile that begins at token `first`, for keys and for values."""
-    keys, _ = place_keys()
-    values, _ = place_values()
-    keys, values = keys + first, values + first
-    key_blocks = tl.load(table + keys // BLOCK_SIZE, mask=keys < end, other=0)
-    return key_blocks, tl.load(table + values // BLOCK_SIZE, mask=values < end, other=0)
-
-
-@triton.jit
-def load_eights(cache, blocks, tokens, dims, end, strides, BLOCK_SIZE: tl.constexpr):
-    """Eight neighbours of a key or value for each thread; zeros from token `end` on."""
-    place = blocks.to(tl.int64) * strides[0] + tokens % BLOCK_SIZE * strides[1] + dims
-    place = place[:, None] + tl.arange(0, 8)[None, :]
-    return tl.load(cache + place, mask=(tokens < end)[:, None], other=0.0)
-
-
-@triton.jit
-def load_tiles(keys, values, blocks, first, end, strides, BLOCK_SIZE: tl.constexpr):
+def load_tile(keys, values, table, first, end, strides, BLOCK_SIZE: tl.constexpr):
     """Keys and values of the tile that begins at token `first`."""
-    tokens, dims = place_keys()
-    k = load_eights(keys, blocks[0], tokens + first, dims, end, strides, BLOCK_SIZE)
-    tokens, dims = place_values()
-    v = load_eights(values, blocks[1], tokens + first, dims, end, strides, BLOCK_SIZE)
-    k = tl.permute(
-        tl.reshape(k, (2, 4, WARPS, 8, 4, 2, 2, 2)), (2, 1, 5, 6, 4, 7, 0, 3)
-    )
-    v = tl.permute(tl.reshape(v, (2, 2, 2, WARPS, 8, 4, 8)), (3, 1, 5, 2, 0, 6, 4))
-    return tl.reshape(k, (WARPS, 128, 16)), tl.reshape(v, (WARPS, 16, 128))
+    places, exist = find_places(table, first, end, strides, BLOCK_SIZE)
+    return load_keys(keys, places, exist), load_values(values, places, exist)
 
 
 @triton.jit
-def spread(query):
-    """`[8, 128]` for every warp, dims in the order of the keys: `[WARPS, 16, 128]`."""
-    x = tl.permute(tl.reshape(query, (8, 4, 4, 2, 2, 2)), (0, 1, 3, 4, 2, 5))
-    x = tl.reshape(x, (1, 1, 8, 128))
-    x = tl.broadcast_to(x, (WARPS, 2, 8, 128))
-    return tl.reshape(x, (WARPS, 16, 128))
+def as_keys(k):
+    """What `load_keys` has loaded, as `[128, TILE]`: a column per token."""
+    k = tl.reshape(k, (RUNS, 4, WARPS, 8, 4, 2, 2, 2))
+    return tl.reshape(tl.permute(k, (1, 5, 6, 4, 7, 0, 2, 3)), (128, TILE))
 
 
 @triton.jit
-def attend_warps(query, tiles, seen, highest, total, output, scale):
-    """One more tile for four online softmaxes, one per warp, that know nothing of others.
-
-    `query` comes from `spread`, `tiles` from `load_tiles`; `seen` `[WARPS, 1, 16]` says
-    which tokens exist. The rest is as in `attend_tile` of page 13, for each warp.
-    """
-    key, value = tiles
-    scores = tl.dot(query, key, input_precision="ieee") * scale
-    scores = tl.where(seen, scores, -1e30)
-    new_highest = tl.maximum(highest, tl.max(scores, 2))
-    weights = tl.exp2(scores - new_highest[:, :, None])
-    shrink = tl.exp2(highest - new_highest)
-    total = total * shrink + tl.sum(weights, 2)
-    output = output * shrink[:, :, None]
-    output = tl.dot(weights.to(value.dtype), value, output, input_precision="ieee")
-    return new_highest, total, output
-
-
-@triton.jit
-def merge(scratch, first, count, GROUP: tl.constexpr, MOST: tl.constexpr):
-    """Merges `count` shares from share `first` on, `MOST` at a time: `[GROUP, 128]`."""
-    heads, dims = tl.arange(0, GROUP)[None, :], tl.arange(0, 128)[None, None, :]
-    highest = tl.full([GROUP], -1e30, tl.float32)
-    total = tl.zeros([GROUP], tl.float32)
-    answer = tl.zeros([GROUP, 128], tl.float32)
-    for begin in tl.range(0, count, MOST):
-        shares = tl.arange(0, MOST)[:, None] + begin
-        exist, place = shares < count, (first + shares) * GROUP + heads
-        # Past the multiprocessor's own cache, which may hold what was there before.
-        tops = tl.load(scratch[1] + place, exist, other=-1e30, cache_modifier=".cg")
-        totals = tl.load(scratch[2] + place, exist, other=0.0, cache_modifier=".cg")
-        place = place[:, :, None] * 128 + dims
-        parts = tl.load(
-            scratch[0] + place, exist[:, :, None], 0.0, cache_modifier=".cg"
-        )
-        new_highest = tl.maximum(highest, tl.max(tops, 0))
-        weights = tl.exp2(tops - new_highest[None, :])
-        shrink = tl.exp2(highest - new_highest)
-        total = total * shrink + tl.sum(totals * weights, 0)
-        answer = answer * shrink[:, None] + tl.sum(parts * weights[:, :, None], 0)
-        highest = new_highest
-    return answer / total[:, None]
+def as_query(x):
+    """`[16, 128]` with the dims in the order in which `as_keys` has them."""
+    x = tl.permute(tl.reshape(x, (16, 4, 4, 2, 2, 2)), (0, 1, 3, 4, 2, 5))
+    return tl.reshape(x, (16, 128))
 
 
 @triton.jit
@@ -184,19 +142,47 @@ def find_partners(D: tl.constexpr):
 
 
 @triton.jit
-def load_head_norm(weight, D: tl.constexpr):
-    """The weight of a q/k norm, and the same half a head away: `[1, D]` float32 each."""
-    dims = tl.arange(0, D)[None, :]
-    here, there = tl.load(weight + dims), tl.load(weight + find_partners(D))
-    return here.to(tl.float32), there.to(tl.float32)
+def product(a, b):
+    return a * b
 
 
 @triton.jit
-def load_heads(heads, norm, cos, sin, eps, D: tl.constexpr):
-    """The heads that begin at `heads` `[M, 1]`, normed and rotated: `[M, D]`."""
-    dims = tl.arange(0, D)[None, :]
-    x, partners = tl.load(heads + dims), tl.load(heads + find_partners(D))
-    return norm_and_rotate(x, partners, norm[0], norm[1], cos, sin, eps, D).to(x.dtype)
+def add_warps(x, GROUP: tl.constexpr, D: tl.constexpr):
+    """The sum over the warps of `[GROUP, WARPS, D]`: `[GROUP, D]`.
+
+    The gather changes nothing but who holds what: it puts the numbers of all warps next to each
+    other. A sum across warps without it is slow, since its writes to shared memory collide.
+    """
+    x = tl.reshape(tl.permute(x, (1, 0, 2)), (WARPS, GROUP * D))
+    same = tl.arange(0, WARPS)[:, None] + tl.zeros([WARPS, GROUP * D], tl.int32)
+    return tl.reshape(tl.sum(tl.gather(x, same, 0), 0), (GROUP, D))
+
+
+@triton.jit
+def merge(scratch, first, count, GROUP: tl.constexpr, D: tl.constexpr):
+    """Merges `count` shares from share `first` on, eight at a time: `[GROUP, D]`."""
+    # One number for each thread, not four neighbours: then it has that number of all shares.
+    columns = tl.max_contiguous(tl.arange(0, GROUP * D), 1)[None, :]
+    heads = tl.arange(0, GROUP)[None, :]
+    highest = tl.full([GROUP], -1e30, tl.float32)
+    total = tl.zeros([GROUP], tl.float32)
+    answer = tl.zeros([GROUP, D], tl.float32)
+    for begin in tl.range(0, count, 8):
+        shares = begin + tl.arange(0, 8)[:, None]
+        exist, place = shares < count, (first + shares) * GROUP + heads
+        # Past the multiprocessor's own cache, which may hold what was there before.
+        tops = tl.load(scratch[1] + place, exist, other=-1e30, cache_modifier=".cg")
+        totals = tl.load(scratch[2] + place, exist, other=0.0, cache_modifier=".cg")
+        place = (first + shares) * (GROUP * D) + columns
+        parts = tl.load(scratch[0] + place, exist, other=0.0, cache_modifier=".cg")
+        new_highest = tl.maximum(highest, tl.max(tops, 0))
+        weights = tl.exp2(tops - new_highest[None, :])
+        shrink = tl.exp2(highest - new_highest)
+        total = total * shrink + tl.sum(totals * weights, 0)
+        parts = tl.reshape(parts, (8, GROUP, D)) * weights[:, :, None]
+        answer = answer * shrink[:, None] + tl.sum(parts, 0)
+        highest = new_highest
+    return answer / total[:, None]
 
 
 @triton.jit(**PER_STEP)
@@ -223,6 +209,7 @@ def attention_kernel(
     head_stride,
     max_blocks,
     num_splits,
+    min_tiles,
     H: tl.constexpr,
     KV: tl.constexpr,
     D: tl.constexpr,
@@ -231,87 +218,103 @@ def attention_kernel(
 ):
     """Norm, rotation, cache and attention: a program per key head, sequence and split.
 
-    Split `i` takes tiles `i`, `i + num_splits` and so on. The first one stores the newest
-    token, which every split has in its registers: nobody reads it from the cache.
+    A context is cut into at most `num_splits` pieces of at least `min_tiles` tiles; programs for
+    which nothing is left end at once. The first piece stores the newest token. Nobody
+    reads that one from the cache: it joins at the end, from registers.
     """
     let_next_start(PDL)
     head, sequence, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = H // KV
-    step = num_splits * TILE
     old = tl.load(seq_lens + sequence).to(tl.int32) - 1  # tokens that are in the cache
-    begin, strides = split * TILE, (block_stride, slot_stride)
-    table += sequence * max_blocks
-    blocks = find_blocks(table, begin, max_blocks * BLOCK_SIZE, BLOCK_SIZE)
+    tiles = tl.cdiv(old, TILE)
+    length = tl.maximum(tl.cdiv(tiles, num_splits), min_tiles) * TILE
+    begin, strides = split * length, (block_stride, slot_stride)
     if (begin >= tl.maximum(old, 1)) | (old < 0):  # nothing to do, or padding
         return
+    end = tl.minimum(begin + length, old)
+    table += sequence * max_blocks
     keys = key_cache + head.to(tl.int64) * head_stride
     values = value_cache + head.to(tl.int64) * head_stride
-    tiles = load_tiles(keys, values, blocks, begin, old, strides, BLOCK_SIZE)
-    blocks = find_blocks(table, begin + step, old, BLOCK_SIZE)
-    # The heads of the group, repeated up to eight: two per warp, so no sum crosses warps.
-    heads, dims = tl.arange(0, 8)[:, None], tl.arange(0, D)[None, :]
-    eight = 0 * heads  # all are loaded eight times, as the heads will be
-    c = tl.load(cos + old * D + dims + eight).to(qkv.dtype.element_ty).to(tl.float32)
-    s = tl.load(sin + old * D + dims + eight).to(qkv.dtype.element_ty).to(tl.float32)
-    q_norm = load_head_norm(q_weight + eight, D)
-    k_norm = load_head_norm(k_weight + eight, D)
+    k, v = load_tile(keys, values, table, begin, end, strides, BLOCK_SIZE)
+    # 16 rows for the tensor cores: a query, the key, the next query, the key, and so on, so
+    # that each warp has the key beside a query. What depends on neither is done before the wait.
+    rows, dims = tl.arange(0, 16)[:, None], tl.arange(0, D)[None, :]
+    is_key, partners, every = rows % 2 == 1, find_partners(D), 0 * rows
+    dtype = qkv.dtype.element_ty
+    q_here, k_here = tl.load(q_weight + dims + every), tl.load(k_weight + dims + every)
+    here = tl.where(is_key, k_here, q_here).to(tl.float32)
+    here *= tl.load(cos + old * D + dims + every).to(dtype).to(tl.float32)
+    q_there = tl.load(q_weight + partners + every)
+    k_there = tl.load(k_weight + partners + every)
+    there = tl.where(is_key, k_there, q_there).to(tl.float32)
+    there *= tl.load(sin + old * D + dims + every).to(dtype).to(tl.float32)
     slot = tl.load(slots + sequence)
     newest = slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * slot_stride
-    wait_for_previous(PDL)
     qkv += sequence * (H + 2 * KV) * D
-    query = qkv + (head * GROUP + heads % GROUP) * D
-    query = load_heads(query, q_norm, c, s, eps, D)
-    own_key = load_heads(qkv + (H + head + eight) * D, k_norm, c, s, eps, D)
-    place = tl.arange(0, D)
-    order = place // 64 * 64 + place % 8 * 8 + place // 8 % 8  # of dims in `result`
-    own_value = tl.load(qkv + (H + KV + head) * D + order)
+    source = tl.where(is_key, H + head, head * GROUP + rows // 2 % GROUP) * D
+    wait_for_previous(PDL)
+    x, others = tl.load(qkv + source + dims), tl.load(qkv + source + partners)
+    own_value = tl.load(qkv + (H + KV + head) * D + tl.arange(0, D))
+    x = norm_and_rotate(x, others, here, there, eps, D).to(dtype)
     if split == 0:
-        tl.store(keys + newest + dims + eight, own_key, mask=heads == 0)
-        tl.store(values + newest + order, own_value)
-    spread_query = spread(query)
-    # The first warp of the first split begins with the newest token, the others with none.
-    warps, rows = tl.arange(0, WARPS)[:, None], tl.arange(0, 16)[None, :]
-    has_newest = (warps + split) == 0
-    own = tl.sum(query.to(tl.float32) * own_key.to(tl.float32), 1) * scale
-    own = tl.reshape(tl.broadcast_to(own[None, :], (2, 8)), (1, 16))
-    highest = tl.where(has_newest, own, -1e30)
-    total = tl.where(has_newest, 1.0, tl.zeros([WARPS, 16], tl.float32))
-    result = total[:, :, None] * own_value[None, None, :].to(tl.float32)
-    of_warp = warps[:, :, None] * 16 + rows[:, None, :]
-    for first in tl.range(begin, old, step):
-        now, seen = tiles, of_warp + first < old
-        tiles = load_tiles(keys, values, blocks, first + step, old, strides, BLOCK_SIZE)
-        blocks = find_blocks(table, first + 2 * step, old, BLOCK_SIZE)
-        highest, total, result = attend_warps(
-            spread_query, now, seen, highest, total, result, scale
-        )
-    group = sequence * KV + head
-    first_share = group * num_splits * WARPS
-    share = (first_share + split * WARPS + warps) * GROUP + rows
-    tl.store(tops + share, highest, mask=rows < GROUP)
-    tl.store(totals + share, total, mask=rows < GROUP)
-    own_part = parts + share[:, :, None] * D + place[None, None, :]
-    tl.store(own_part, result, mask=(rows < GROUP)[:, :, None])
-    tl.debug_barrier()  # all threads have stored before one of them says so
-    num_used = tl.minimum(tl.maximum(tl.cdiv(old, TILE), 1), num_splits)
-    if tl.atomic_add(arrivals + group, 1, sem="acq_rel") == num_used - 1:
-        scratch = (parts, tops, totals)
-        if num_used * WARPS <= 16:
-            answer = merge(scratch, first_share, num_used * WARPS, GROUP, 16)
-        else:
-            answer = merge(scratch, first_share, num_used * WARPS, GROUP, 64)
-        of_group = tl.arange(0, GROUP)[:, None]
-        where = output + (sequence * H + head * GROUP + of_group) * D + order[None, :]
-        tl.store(where, answer.to(output.dtype.element_ty))
-        tl.store(arrivals + group, 0)
+        tl.store(keys + newest + dims + every, x, mask=rows == 1)
+        tl.store(values + newest + tl.arange(0, D), own_value)
+    own = tl.reduce(tl.reshape(x.to(tl.float32), (8, 2, D)), 1, product)
+    own = tl.where(split == 0, tl.sum(own, 1) * scale, -1e30)  # query times newest key
+    own = tl.max(tl.reshape(own, (8 // GROUP, GROUP)), 0)
+    query = as_query(x)
+    highest = tl.full([GROUP, WARPS], -1e30, tl.float32)
+    sums = tl.zeros([GROUP, RUNS, WARPS, 8], tl.float32)
+    result = tl.zeros([GROUP, WARPS, 2, D], tl.float32)
+    for first in tl.range(begin, end, TILE):
+        scores = tl.dot(query, as_keys(k), input_precision="ieee") * scale
+        unseen = first + tl.arange(0, TILE)[None, :] >= end
+        scores = tl.where(is_key | unseen, -1e30, scores)
+        scores = tl.max(tl.reshape(scores, (8 // GROUP, GROUP, 2, TILE)), 2)
+        scores = tl.reshape(tl.max(scores, 0), (GROUP, RUNS, WARPS, 8))
+        new_highest = tl.maximum(highest, tl.max(tl.max(scores, 3), 1))
+        weights = tl.exp2(scores - new_highest[:, None, :, None])
+        shrink = tl.exp2(highest - new_highest)
+        sums = sums * shrink[:, None, :, None] + weights
+        highest, now = new_highest, v
+        if first + TILE < end:
+            k, v = load_tile(
+                keys, values, table, first + TILE, end, strides, BLOCK_SIZE
+            )
+        wide = tl.reshape(now.to(tl.float32), (1, RUNS * 4, WARPS, 2, D))
+        weights = tl.reshape(weights, (GROUP, RUNS, WARPS, 4, 2))
+        weights = tl.permute(weights, (0, 1, 3, 2, 4))
+        weights = tl.reshape(weights, (GROUP, RUNS * 4, WARPS, 2, 1))
+        result = result * shrink[:, :, None, None] + tl.sum(wide * weights, 1)
+    top = tl.maximum(tl.max(highest, 1), own)
+    shrink, own = tl.exp2(highest - top[:, None]), tl.exp2(own - top)
+    total = tl.sum(tl.sum(tl.sum(sums, 3), 1) * shrink, 1) + own
+    answer = add_warps(tl.sum(result, 2) * shrink[:, :, None], GROUP, D)
+    answer += own[:, None] * own_value.to(tl.float32)[None, :]
+    num_used, heads = tl.cdiv(old, length), tl.arange(0, GROUP)
+    place = output + (sequence * H + head * GROUP + heads[:, None]) * D + dims
+    if num_used <= 1:
+        tl.store(place, (answer / total[:, None]).to(dtype))
+    else:
+        group = sequence * KV + head
+        share = (group * num_splits + split) * GROUP + heads
+        tl.store(tops + share, top)
+        tl.store(totals + share, total)
+        tl.store(parts + share[:, None] * D + dims, answer)
+        tl.debug_barrier()  # all threads have stored before one of them says so
+        if tl.atomic_add(arrivals + group, 1, sem="acq_rel") == num_used - 1:
+            scratch = (parts, tops, totals)
+            answer = merge(scratch, group * num_splits, num_used, GROUP, D)
+            tl.store(place, answer.to(dtype))
+            tl.store(arrivals + group, 0)
 
 
 class AttentionScratch(NamedTuple):
     """What the splits of an attention leave for each other; zeros at first.
 
-    Each warp of a split has a share. `parts` float32 `[shares * H, 128]` holds values, weighted
-    and added up, `tops` and `totals` float32 `[shares * H]` the highest score and the sum of the
-    weights, and `arrivals` int32 `[B * H_kv]` counts; it is zeros between steps.
+    Each split has a share. `parts` float32 `[splits * H, 128]` holds values, weighted and added
+    up, `tops` and `totals` float32 `[splits * H]` the highest score and the sum of the weights,
+    and `arrivals` int32 `[B * H_kv]` counts; it is zeros between steps.
     """
 
     parts: Tensor
@@ -324,8 +327,8 @@ class AttentionScratch(NamedTuple):
         cls, num_seqs: int, num_heads: int, num_kv_heads: int, device: torch.device
     ) -> AttentionScratch:
         """For at most that many sequences, and `MAX_SPLITS` splits of all together."""
-        shares = max(num_seqs, MAX_SPLITS) * WARPS.value
-        parts = torch.zeros(shares * num_heads, 128, device=device)
+        splits = max(num_seqs, MAX_SPLITS)
+        parts = torch.zeros(splits * num_heads, 128, device=device)
         arrivals = torch.zeros(
             num_seqs * num_kv_heads, dtype=torch.int32, device=device
         )
@@ -363,8 +366,11 @@ def launch_attention(
     assert attention.q_norm is not None and attention.k_norm is not None
     (num_heads, num_kv_heads, _), num_seqs = attention.heads, len(seq_lens)
     key_cache, _ = kv_cache
-    num_splits = MAX_SPLITS // triton.next_power_of_2(num_seqs)
-    attention_kernel[(num_kv_heads, num_seqs, num_splits)](
+    num_splits = max(1, MAX_SPLITS // triton.next_power_of_2(num_seqs))
+    min_tiles = 1 if num_seqs <= 4 else 2  # where many run, splitting one gains less
+    # One sequence alone was 20 us of 534 faster with as many programs again that end at once.
+    programs = 2 * num_splits if num_seqs == 1 else num_splits
+    attention_kernel[(num_kv_heads, num_seqs, programs)](
         qkv,
         attention.q_norm.weight,
         attention.k_norm.weight,
@@ -381,10 +387,11 @@ def launch_attention(
         *key_cache.stride()[:3],
         table.stride(0),
         num_splits,
+        min_tiles,
         H=num_heads,
         KV=num_kv_heads,
         D=attention.head_dim,
         BLOCK_SIZE=key_cache.shape[1],
-        num_warps=4,
+        num_warps=WARPS.value,
         **pdl,
     )

@@ -115,7 +115,7 @@ def prepare_kernel(
     c = tl.load(cos + token * D + dims).to(tl.float32)
     s = tl.load(sin + token * D + dims).to(tl.float32)
     weight, partner_weight = weight.to(tl.float32), partner_weight.to(tl.float32)
-    turned = norm_and_rotate(x, others, weight, partner_weight, c, s, eps, D)
+    turned = norm_and_rotate(x, others, weight * c, partner_weight * s, eps, D)
     turned = turned.to(x.dtype)
     tl.store(query + (token * H + heads) * D + dims, turned, mask=is_query)
     slot = tl.load(slot_mapping + token).to(tl.int64)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import random
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -181,15 +182,24 @@ def check_step(model: Qwen3ForCausalLM, seq_lens: Sequence[int]) -> None:
 
 class TestStep:
     def test_one_sequence(self) -> None:
-        """With so many tiles that its shares are merged in two rounds."""
-        check_step(make_model(), [TILE * 17 + 3])
+        """With so many tiles that the shares of their programs are merged in two rounds."""
+        check_step(make_model(), [TILE * 9 + 3])
 
     def test_one_token(self) -> None:
         check_step(make_model(heads=8, kv_heads=1), [1])
 
     def test_the_edges_of_blocks_and_tiles(self) -> None:
         """Lengths with the newest token: a tile holds the old ones."""
-        check_step(make_model(), [16, 17, TILE, TILE + 1, TILE + 2])
+        check_step(make_model(), [17, TILE, TILE + 1, TILE + 2])
+        check_step(make_model(), [16, TILE * 2 + 1, TILE * 2 + 2, 5, 4])
+
+    @pytest.mark.parametrize("block_size", [4, 8])
+    def test_blocks_of_other_sizes(
+        self, block_size: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Blocks of eight tokens and more are looked up once for eight neighbours."""
+        monkeypatch.setattr(sys.modules[__name__], "BLOCK_SIZE", block_size)
+        check_step(make_model(), [TILE + 7, 3])
 
     def test_padding_writes_nothing(self) -> None:
         check_step(make_model(), [20, 0, 2, 0])
