@@ -120,8 +120,9 @@ class Sizes:
         bandwidth_bytes: read at a time, to find out how fast that goes.
         batch: of many requests at once; not cut, as it says what it needs.
         throughput, timeline, latency: of the sections of those names; `waterfall` runs the
-            workload of the first.
-        starts: fresh processes for each of the fast rungs of the section `waterfall`.
+            workload of the first, and `tpot` a few of its equal requests.
+        starts: fresh processes for each of the fast rungs of the section `waterfall`, and of
+            the section `tpot`.
         together: how many of them get ready side by side; five with the cache that the mixed
             requests need fill an H200.
     """
@@ -143,8 +144,12 @@ class Sizes:
     def cut(self, max_model_len: int) -> Sizes:
         """Without what a model cannot hold."""
         longest = max_model_len - self.context_tokens
+        many = self.throughput
+        most = max_model_len - many.context_tokens
+        few = [length for length in many.contexts if length <= most]
         return replace(
             self,
+            throughput=replace(many, contexts=few),
             prompts=[length for length in self.prompts if length <= longest],
             contexts=[length for length in self.contexts if length <= longest],
         )
@@ -175,6 +180,8 @@ QUICK = Sizes(
         output_tokens=32,
         num_runs=2,
         num_theirs=8,
+        contexts=(128, 512),
+        context_tokens=16,
     ),
     timeline=TimelineSizes(
         batches=(1, 4, 8), traced=(1, 4), prompt_tokens=16, num_steps=5, num_traced=2

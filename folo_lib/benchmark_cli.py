@@ -8,6 +8,7 @@ import shlex
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -124,7 +125,7 @@ def run_all(
         command: that asks for this.
 
     Raises:
-        BenchmarkError: at the end, if a section was refused.
+        BenchmarkError: at the end, if a section was refused or has failed.
     """
     record = open_record(path, describe_setup(bench, weights))
     refused = []
@@ -134,9 +135,12 @@ def run_all(
             continue
         try:
             result = run_section(bench, name, command)
-        except BenchmarkError as error:
+        except RuntimeError as error:
+            if not isinstance(error, BenchmarkError):
+                traceback.print_exc()
             refused.append(name)
             print(f"== {name}: refused: {error}\n", flush=True)
+            bench.free_memory()
             continue
         record["sections"].setdefault(name, []).append(result)
         save_record(record, path)

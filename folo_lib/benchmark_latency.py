@@ -10,7 +10,7 @@ from typing import Any
 
 from folo_lib.benchmark import BenchmarkError, Result, make_prompt
 from folo_lib.benchmark_bench import Bench, LatencySizes
-from folo_lib.benchmark_starts import Task, run_tasks
+from folo_lib.benchmark_starts import Task, make_compile_cache, run_tasks
 from folo_lib.engine import LLMEngine
 from folo_lib.sampling_params import SamplingParams
 
@@ -110,15 +110,13 @@ def run_starts(bench: Bench, sizes: LatencySizes) -> list[Result]:
     dtype = str(bench.dtype).removeprefix("torch.")
     rows = []
     with tempfile.TemporaryDirectory() as cache:
-        places = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
-        environment = {name: f"{cache}/{name.lower()}" for name in places}
         task = Task(
             "first token",
             str(bench.folder),
             str(bench.device),
             dtype,
             bench.sizes.throughput,
-            environment=environment,
+            environment=make_compile_cache(cache),
         )
         for state in ("empty", "filled"):
             [made] = run_tasks([task], together=1)

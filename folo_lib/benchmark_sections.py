@@ -30,6 +30,7 @@ from folo_lib.benchmark_bench import Bench
 from folo_lib.benchmark_latency import run_latency
 from folo_lib.benchmark_throughput import run_throughput
 from folo_lib.benchmark_timeline import run_timeline
+from folo_lib.benchmark_tpot import run_tpot
 from folo_lib.benchmark_waterfall import run_waterfall
 from folo_lib.checkpoint import DTYPES, read_config
 from folo_lib.sampling_params import SamplingParams
@@ -230,4 +231,5 @@ SECTIONS: Mapping[str, Callable[[Bench], Result]] = {
     "waterfall": run_waterfall,
     "timeline": run_timeline,
     "latency": run_latency,
+    "tpot": run_tpot,
 }

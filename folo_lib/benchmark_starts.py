@@ -25,13 +25,14 @@ import torch
 
 from folo_lib.benchmark import BenchmarkError, Result, make_prompt, synchronize
 from folo_lib.benchmark_systems import recompute_all
-from folo_lib.benchmark_throughput import ask, check_runner
+from folo_lib.benchmark_throughput import ask, check_runner, clocked
 from folo_lib.benchmark_workloads import (
     ThroughputSizes,
     Workload,
     describe_runs,
     make_equal,
     make_mixed,
+    measure_tpot,
 )
 from folo_lib.checkpoint import DTYPES, load_model, read_config
 from folo_lib.engine import LLMEngine
@@ -171,11 +172,29 @@ def prepare_nothing(task: Task) -> Prepared:
     return [], run
 
 
+def prepare_one(task: Task) -> Prepared:
+    """An engine that answers one request, several times over."""
+    sizes, vocab_size = task.sizes, read_config(Path(task.folder)).vocab_size
+    workload = make_equal(sizes, vocab_size, 1, sizes.output_tokens)
+    engine = make_engine(task, workload)
+    check_runner(engine, task.options.get("decode", "auto"))
+    answers = ask(engine, task.get_few(vocab_size), 0)
+    run = clocked(engine, torch.device(task.device))
+    return answers, lambda: measure_tpot(run, workload, 0, sizes.num_runs)
+
+
 TASKS: Mapping[str, Callable[[Task], Prepared]] = {
     "engine": prepare_engine,
     "no cache": prepare_no_cache,
     "first token": prepare_nothing,
+    "tpot": prepare_one,
 }
+
+
+def make_compile_cache(folder: str) -> dict[str, str]:
+    """The environment of a task whose compiled kernels go into a folder of their own."""
+    names = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
+    return {name: f"{folder}/{name.lower()}" for name in names}
 
 
 def main(argv: Sequence[str]) -> None:

@@ -35,16 +35,19 @@ if TYPE_CHECKING:
     from transformers import Qwen2Config, Qwen3Config
 
 
-def ask(engine: LLMEngine, workload: Workload, temperature: float) -> Answers:
+def ask(
+    engine: LLMEngine, workload: Workload, temperature: float, **options: Any
+) -> Answers:
     """What our engine answers to a workload, token ids for token ids.
+
+    Args:
+        options: for `SamplingParams`, beside the temperature.
 
     Raises:
         RuntimeError: if a request failed, or its answer has another length.
     """
-    params = [
-        SamplingParams(temperature=temperature, max_tokens=length, ignore_eos=True)
-        for length in workload.lengths
-    ]
+    options |= {"temperature": temperature, "ignore_eos": True}
+    params = [SamplingParams(max_tokens=n, **options) for n in workload.lengths]
     outputs = engine.generate(workload.prompts, params, use_tqdm=False)
     for output in outputs:
         if output.error:
@@ -55,13 +58,13 @@ def ask(engine: LLMEngine, workload: Workload, temperature: float) -> Answers:
     return answers
 
 
-def clocked(engine: LLMEngine, device: torch.device) -> Clocked:
-    """Our engine, with a clock."""
+def clocked(engine: LLMEngine, device: torch.device, **options: Any) -> Clocked:
+    """Our engine, with a clock; `options` as in `ask`."""
 
     def run(workload: Workload, temperature: float) -> float:
         synchronize(device)
         start = time.perf_counter()
-        ask(engine, workload, temperature)
+        ask(engine, workload, temperature, **options)
         synchronize(device)
         return time.perf_counter() - start
 

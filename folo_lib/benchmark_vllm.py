@@ -28,7 +28,9 @@ from folo_lib.benchmark_workloads import (
     Result,
     ThroughputSizes,
     Workload,
+    make_few,
     make_mixed,
+    measure_few,
     measure_throughput,
 )
 
@@ -121,19 +123,23 @@ def add_recording(path: Path, record: Result, made: Result) -> None:
 def measure(
     folder: Path, has_weights: bool, sizes: ThroughputSizes, vocab_size: int
 ) -> Result:
-    """Starts vLLM and measures all workloads: one recording, with where it comes from."""
+    """Starts vLLM and measures all workloads: one recording, with where it comes from.
+
+    On an H200 it takes about three minutes, one of which is the start.
+    """
     import torch
 
     date = datetime.now(UTC).isoformat(timespec="seconds")
     begin = time.perf_counter()
-    longest = make_mixed(sizes, vocab_size).max_model_len
-    longest = max(longest, sizes.prompt_tokens + sizes.output_tokens)
+    longest = max(make_mixed(sizes, vocab_size).max_model_len, sizes.max_model_len)
     options = make_options(folder, has_weights, longest)
     run = start(options)
     versions = {"vllm": importlib.import_module("vllm").__version__}
     versions |= {"torch": torch.__version__, "python": platform.python_version()}
     started = time.perf_counter() - begin
+    print(f"vLLM is ready after {started:.0f} s", flush=True)
     made = measure_throughput(run, sizes, vocab_size)
+    made["tpot"] = measure_few(run, make_few(sizes, vocab_size), 0, sizes.num_runs)
     del options["model"]
     return {
         "date": date,

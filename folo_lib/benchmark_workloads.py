@@ -10,7 +10,7 @@ import gc
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Result = dict[str, Any]
@@ -76,6 +76,9 @@ class ThroughputSizes:
         prompt_tokens, output_tokens: of each of those.
         num_runs: of each workload, after one that warms up.
         num_theirs: the first of the mixed requests, which `generate()` gets.
+        few: numbers of equal requests of which the time per token is measured.
+        contexts, context_tokens: lengths of one prompt after which it is measured too, and
+            of the answer there.
     """
 
     num_requests: int = 256
@@ -88,6 +91,15 @@ class ThroughputSizes:
     output_tokens: int = 256
     num_runs: int = 5
     num_theirs: int = 32
+    few: Sequence[int] = (1, 2, 4, 8, 16)
+    contexts: Sequence[int] = (1024, 8192, 32_768)
+    context_tokens: int = 128
+
+    @property
+    def max_model_len(self) -> int:
+        """The longest of the equal requests and contexts, with its answer."""
+        lengths = [length + self.context_tokens for length in self.contexts]
+        return max([self.prompt_tokens + self.output_tokens, *lengths])
 
 
 def make_mixed(sizes: ThroughputSizes, vocab_size: int) -> Workload:
@@ -114,6 +126,15 @@ def make_equal(
     ids = range(min(sizes.largest_id + 1, vocab_size))
     prompts = [rng.choices(ids, k=sizes.prompt_tokens) for _ in range(num_requests)]
     return Workload(prompts, [num_tokens] * num_requests)
+
+
+def make_few(sizes: ThroughputSizes, vocab_size: int) -> list[Workload]:
+    """A few equal requests, then one at a time after each of the longer contexts."""
+    few = [make_equal(sizes, vocab_size, n, sizes.output_tokens) for n in sizes.few]
+    for length in sizes.contexts:
+        longer = replace(sizes, prompt_tokens=length)
+        few.append(make_equal(longer, vocab_size, 1, sizes.context_tokens))
+    return few
 
 
 Clocked = Callable[[Workload, float], float]
@@ -151,30 +172,70 @@ def measure_runs(
     return made
 
 
+def measure_tpot(
+    run: Clocked, workload: Workload, temperature: float, num_runs: int
+) -> Result:
+    """The time of each token after the first, which all requests of equal length wait for.
+
+    It comes from runs of one token and of all, which is how any engine can be asked.
+    """
+    first, whole = (
+        measure_runs(run, some, temperature, num_runs)["seconds"]
+        for some in (workload.shortened(1), workload)
+    )
+    count = workload.lengths[0]
+    scale = 1e3 / (count - 1)
+    tpot = scale * (statistics.median(whole) - statistics.median(first))
+    pairs = [scale * (b - a) for a, b in zip(first, whole, strict=True)]
+    row = {
+        "requests": len(workload.prompts),
+        "prompt_tokens": len(workload.prompts[0]),
+        "output_tokens": count,
+        "ttft_ms": 1e3 * statistics.median(first),
+        "tpot_ms": tpot,
+        "spread": (max(pairs) - min(pairs)) / tpot,
+        "first_token_seconds": first,
+        "seconds": whole,
+    }
+    times = f"TTFT {row['ttft_ms']:.2f} ms, TPOT {tpot:.3f} ms"
+    print(f"{times} (spread {row['spread']:.1%})", flush=True)
+    return row
+
+
+def measure_few(
+    run: Clocked, workloads: Sequence[Workload], temperature: float, num_runs: int
+) -> Result:
+    """The time per token on several workloads, one after another.
+
+    Returns:
+        `rows` of `measure_tpot`; `left_out`: what failed, with its reason, since one row
+        that fails is no reason to lose the others.
+    """
+    rows: list[Result] = []
+    left_out: dict[str, str] = {}
+    for workload in workloads:
+        length = len(workload.prompts[0])
+        name = f"{len(workload.prompts)} requests of {length} tokens"
+        print(f"-- {name}", flush=True)
+        try:
+            rows.append(measure_tpot(run, workload, temperature, num_runs))
+        except Exception as error:  # each engine has errors of its own
+            left_out[name] = f"{type(error).__name__}: {str(error)[:200]}"
+            print(f"left out: {left_out[name]}", flush=True)
+    return {"rows": rows, "left_out": left_out}
+
+
 def measure_throughput(run: Clocked, sizes: ThroughputSizes, vocab_size: int) -> Result:
     """All workloads on one engine.
 
     Returns:
         `mixed`: a row of `describe_runs`; `equal`: one for each number of requests; `one`:
-        the milliseconds of one request's first token and of each that follows, from runs
-        of one token and of all, which is how any engine can be asked.
+        one request alone, a row of `measure_tpot`.
     """
     num_runs, count = sizes.num_runs, sizes.output_tokens
     equal = [make_equal(sizes, vocab_size, n, count) for n in sizes.equal]
-    alone = [make_equal(sizes, vocab_size, 1, n) for n in (1, count)]
-    first, whole = (
-        measure_runs(run, workload, 0, num_runs)["seconds"] for workload in alone
-    )
-    ttft, total = statistics.median(first), statistics.median(whole)
-    one = {
-        "prompt_tokens": sizes.prompt_tokens,
-        "output_tokens": count,
-        "ttft_ms": 1e3 * ttft,
-        "tpot_ms": 1e3 * (total - ttft) / (count - 1),
-        "first_token_seconds": first,
-        "seconds": whole,
-    }
-    print(f"TTFT {one['ttft_ms']:.2f} ms, TPOT {one['tpot_ms']:.3f} ms", flush=True)
+    alone = make_equal(sizes, vocab_size, 1, count)
+    one = measure_tpot(run, alone, 0, num_runs)
     rows = [measure_runs(run, workload, 0, num_runs) for workload in equal]
     mixed = make_mixed(sizes, vocab_size)
     temperature = sizes.temperature

@@ -32,6 +32,7 @@ from folo_lib import (
 from folo_lib.benchmark import BenchmarkError, FoloLib, HuggingFace, Reference, Run
 from folo_lib.benchmark_bench import BatchSizes, Bench, Sizes
 from folo_lib.benchmark_systems import Loop, Peer
+from folo_lib.benchmark_workloads import ThroughputSizes
 from folo_lib.checkpoint import load_model, read_config
 from folo_lib.kv_cache import allocate_kv_caches
 from folo_lib.qwen3 import Qwen3ForCausalLM
@@ -782,6 +783,8 @@ class TestSections:
         lengths = (124, 125)
         cut = Sizes(prompts=lengths, contexts=lengths, context_tokens=4).cut(128)
         assert cut.prompts == cut.contexts == [124]
+        many = ThroughputSizes(contexts=lengths, context_tokens=4)
+        assert Sizes(throughput=many).cut(128).throughput.contexts == [124]
         assert Sizes(prompts=(9,), contexts=(8192,)).max_model_len == 8192 + 32
 
     def test_a_bench_measures_with_its_bounds(
@@ -973,11 +976,13 @@ class TestRecord:
                 ran.append(name)
                 if name == "bad" and ran.count("bad") == 1:
                     raise BenchmarkError("too wild")
+                if name == "sad" and ran.count("sad") == 1:
+                    raise RuntimeError("no more memory")
                 return {"rows": [name]}
 
             return run
 
-        names = ("one", "bad", "two")
+        names = ("one", "bad", "sad", "two")
         monkeypatch.setattr(cli, "SECTIONS", {n: section(n) for n in names})
         out, bench = tmp_path / "out.json", bench_of(tiny)
 
@@ -986,13 +991,13 @@ class TestRecord:
             record = json.loads(out.read_text())
             return {name: len(made) for name, made in record["sections"].items()}
 
-        with pytest.raises(BenchmarkError, match="refused: bad"):
+        with pytest.raises(BenchmarkError, match="refused: bad, sad"):
             run(None)
-        assert ran == ["one", "bad", "two"]
+        assert ran == ["one", "bad", "sad", "two"]
         assert set(json.loads(out.read_text())["sections"]) == {"one", "two"}
-        assert run(None) == {"one": 1, "two": 1, "bad": 1}
-        assert ran == ["one", "bad", "two", "bad"]
-        assert run(["two"]) == {"one": 1, "two": 2, "bad": 1}
+        assert run(None) == {"one": 1, "two": 1, "bad": 1, "sad": 1}
+        assert ran == ["one", "bad", "sad", "two", "bad", "sad"]
+        assert run(["two"]) == {"one": 1, "two": 2, "bad": 1, "sad": 1}
 
     def test_setup_names_device_versions_and_shape(self, tiny: Path) -> None:
         setup = records.describe_setup(bench_of(tiny), "tiny")

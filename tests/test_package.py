@@ -58,6 +58,7 @@ TABLE = (
     "benchmark_waterfall",
     "benchmark_timeline",
     "benchmark_latency",
+    "benchmark_tpot",
     "benchmark_sections",
     "benchmark_records",
     "benchmark_vllm",

@@ -26,6 +26,7 @@ from folo_lib import (
     benchmark_starts as starts,
     benchmark_throughput as throughput,
     benchmark_timeline as timeline,
+    benchmark_tpot as tpot,
     benchmark_vllm,
     benchmark_waterfall as waterfall,
     benchmark_workloads as workloads,
@@ -70,6 +71,9 @@ SIZES = Sizes(
         output_tokens=5,
         num_runs=2,
         num_theirs=4,
+        few=(1, 3),
+        contexts=(20,),
+        context_tokens=4,
     ),
     timeline=TimelineSizes((1, 3), (3,), prompt_tokens=5, num_steps=3, num_traced=2),
     latency=LatencySizes((6,), 4, 2, 5, long_prompt=40, num_steps=3, num_runs=2),
@@ -332,6 +336,7 @@ class FakeVLLM(ModuleType):
             [*prompt] == ["prompt_token_ids"] for prompt in prompts
         )
         lengths = [one["max_tokens"] + self.extra for one in params]
+        time.sleep(1e-5 * max(lengths))  # so that no token takes no time
         tokens = [SimpleNamespace(token_ids=[0] * length) for length in lengths]
         return [SimpleNamespace(outputs=[one]) for one in tokens]
 
@@ -367,6 +372,8 @@ class TestVLLM:
         assert one["mixed"]["output_tokens"] == mixed.num_tokens
         assert [row["requests"] for row in one["equal"]] == [2, 3]
         assert all(len(row["seconds"]) == 2 for row in one["equal"])
+        sizes = [(row["requests"], row["prompt_tokens"]) for row in one["tpot"]["rows"]]
+        assert sizes == [(1, 6), (3, 6), (1, 20)] and one["tpot"]["left_out"] == {}
         assert [*tmp_path.iterdir()] == [path]
 
     def test_it_is_started_like_ours(
@@ -380,6 +387,7 @@ class TestVLLM:
         assert vllm.options["enable_prefix_caching"] is False
         assert vllm.options["skip_tokenizer_init"] is True
         assert vllm.options["load_format"] == "dummy"
+        assert vllm.options["max_model_len"] == 20 + 4
         for params in vllm.params:
             assert params["ignore_eos"] and params["detokenize"] is False
             assert params["temperature"] in (0, 0.6)
@@ -537,7 +545,8 @@ class TestStarts:
         task = task_of(tmp_path, options={"a": 1}, environment={"B": "2"})
         back = starts.Task.from_json(task.to_json())
         assert asdict(back) == json.loads(task.to_json())
-        assert replace(back.sizes, equal=(2, 3)) == task.sizes
+        tuples = {"equal": (2, 3), "few": (1, 3), "contexts": (20,)}
+        assert replace(back.sizes, **tuples) == task.sizes
 
     def test_noise_is_passed_over_and_the_environment_reaches(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -898,7 +907,7 @@ class TestCommandLine:
         with pytest.raises(SystemExit):
             cli.main(["--help"])
         text = capsys.readouterr().out
-        for name in ("throughput", "waterfall", "timeline", "latency"):
+        for name in ("throughput", "waterfall", "timeline", "latency", "tpot"):
             assert name in SECTIONS and name in text
 
     def test_the_documentation_names_every_section(self) -> None:
@@ -918,10 +927,11 @@ class TestCommandLine:
         sizes = QUICK.latency
         assert sizes.long_prompt + 8 * sizes.num_steps <= longest
         assert max(sizes.contexts) + sizes.num_tokens <= QUICK.max_model_len
+        assert QUICK.throughput.max_model_len <= longest
         assert {*QUICK.timeline.traced} <= {*QUICK.timeline.batches}
 
     def test_progress_is_flushed(self) -> None:
-        modules = (throughput, starts, waterfall, timeline, latency, workloads)
+        modules = (throughput, starts, waterfall, timeline, latency, tpot, workloads)
         lines = "".join(
             Path(m.__file__ or "").read_text() for m in modules
         ).splitlines()

@@ -43,6 +43,29 @@ def engine(speed: float) -> Result:
     }
 
 
+def token(requests: int, prompt_tokens: int, ms: float, **more: Any) -> Result:
+    """A row of `measure_tpot`, beside a floor of half a millisecond."""
+    row = {"requests": requests, "prompt_tokens": prompt_tokens, "tpot_ms": ms}
+    least = 1 + requests * prompt_tokens / 1000
+    return row | {"spread": 0.025, "floors": 2 * ms, "least_floors": least} | more
+
+
+SIZES = (1, 128), (16, 128), (1, 1024), (1, 8192)
+
+
+def tpot_section() -> Result:
+    rows = [token(*size, ms) for size, ms in zip(SIZES, (1, 1.5, 2, 4), strict=True)]
+    sampled = [token(1, 128, 1.25, more_ms=0.25), token(16, 128, 2, more_ms=None)]
+    begun = [token(1, 128, ms) for ms in (1.0, 1.02)]
+    return {
+        "floor": {"bytes": 2e9, "ms": 0.5},
+        "rows": rows,
+        "left_out": {"4 requests of 128 tokens": "no luck"},
+        "sampled": {"rows": sampled, "left_out": {}},
+        "starts": {"rows": begun, "left_out": ["no card"], "spread": 0.02},
+    }
+
+
 @pytest.fixture
 def record() -> Result:
     """A recording in the form of the benchmark's, with easy numbers."""
@@ -66,6 +89,9 @@ def record() -> Result:
     vllm = [
         meta | {"versions": {"vllm": "1.2"}} | engine(speed) for speed in (125, 100)
     ]
+    for start, ms in zip(vllm, (3.0, 2.0), strict=True):
+        start["tpot"] = {"rows": [token(*size, ms) for size in SIZES[:3]]}
+    vllm[0]["tpot"]["rows"][1]["tpot_ms"] = 1.75
     gaps = {"running": 64, "long_prompt": 8192}
     gaps |= {
         name: {"median": value} for name, value in (("before", 0.01), ("after", 0.04))
@@ -79,6 +105,7 @@ def record() -> Result:
         ],
         "vllm": vllm,
         "waterfall": [meta | {"rows": rows, "left_out": {"odd": "no such option"}}],
+        "tpot": [meta | tpot_section()],
         "latency": [meta | {"context": [context], "gaps": gaps, "starts": [start]}],
     }
     return {"setup": setup, "sections": sections}
@@ -156,9 +183,33 @@ def test_waterfall(ax: Any, record: Result) -> None:
     assert ax.get_xlim()[0] == 0
 
 
+def test_tpot(ax: Any, record: Result) -> None:
+    """In our floors, vLLM's too; the faster start of each size, where it has the size."""
+    shown.draw_tpot(ax, record, "requests")
+    ours, theirs, least = ax.lines
+    assert list(ours.get_ydata()) == [2, 3] and list(theirs.get_ydata()) == [4, 3.5]
+    assert list(least.get_ydata()) == pytest.approx([1.128, 3.048])
+    assert texts(ax) == ["folo_lib", "vLLM", "memory allows"]
+    assert [one.get_text() for one in ax.get_xticklabels()] == ["1", "16"]
+    assert ax.get_ylim() == pytest.approx((0, 1.12 * 8))
+    assert ax.get_title() == "2.0 floors, and 3.0 at 16"
+    ax = Figure().subplots()
+    shown.draw_tpot(ax, record, "prompt_tokens")
+    ours, theirs, least = ax.lines
+    assert list(ours.get_xdata()) == [0, 1, 2] and list(theirs.get_xdata()) == [0, 1]
+    assert list(ours.get_ydata()) == [2, 4, 8] and list(theirs.get_ydata()) == [4, 4]
+    labels = [one.get_text() for one in ax.get_xticklabels()]
+    assert labels == ["128", "1,024", "8,192"]
+    del record["sections"]["vllm"]
+    ax = Figure().subplots()
+    shown.draw_tpot(ax, record, "requests")
+    assert texts(ax) == ["folo_lib", "memory allows"]
+
+
 def test_captions_name_card_versions_and_date(record: Result) -> None:
     expected = "my card, torch 9.9, vLLM 1.2, 2026-01-02"
     assert shown.describe(record, "throughput") == expected
+    assert shown.describe(record, "tpot") == expected
     assert shown.describe(record, "waterfall") == "my card, torch 9.9, 2026-01-02"
 
 
@@ -201,12 +252,41 @@ def test_lines(record: Result) -> None:
     ]
 
 
+def test_lines_of_tpot(record: Result) -> None:
+    lines = shown.list_tpot(record)
+    assert lines == [
+        "floor: 0.500 ms, read at 4.00 TB/s",
+        " 1 ×    128 tokens: 1.000 ms (spread 2.5%), 2.00 floors, at least 1.13, "
+        "vLLM 2.000 ms",
+        "16 ×    128 tokens: 1.500 ms (spread 2.5%), 3.00 floors, at least 3.05, "
+        "vLLM 1.750 ms",
+        " 1 ×  1,024 tokens: 2.000 ms (spread 2.5%), 4.00 floors, at least 2.02, "
+        "vLLM 2.000 ms",
+        " 1 ×  8,192 tokens: 4.000 ms (spread 2.5%), 8.00 floors, at least 9.19",
+        "drawn with filters, 1 at once: 0.250 ms more per step",
+        "2 starts, compile cache empty: 1.000 to 1.020 ms, 2.0% apart",
+        "4 requests of 128 tokens was left out: no luck",
+        "a start was left out: no card",
+    ]
+    made = shown.latest(record, "tpot")
+    made["starts"], made["rows"] = {"rows": [], "left_out": []}, []
+    assert len(shown.list_tpot(record)) == 3
+    ax = Figure().subplots()
+    shown.draw_tpot(ax, record, "requests")
+    assert texts(ax) == ["no recording yet"]
+
+
 def test_nothing_is_shown_of_a_recording_that_is_not_there(tmp_path: Path) -> None:
     record = shown.read_recording(tmp_path / "none.json")
     for draw in (shown.draw_systems, shown.draw_batches, shown.draw_waterfall):
         ax = Figure().subplots()
         draw(ax, record)
         assert texts(ax) == ["no recording yet"] and not ax.patches
+    for by in ("requests", "prompt_tokens"):
+        ax = Figure().subplots()
+        shown.draw_tpot(ax, record, by)
+        assert texts(ax) == ["no recording yet"] and not ax.lines
+    assert shown.list_tpot(record) == ["no recording yet"]
     assert shown.list_throughput(record) == ["no recording yet"]
     assert shown.list_latency(record) == ["no recording yet"]
     assert shown.list_waterfall(record) == ["no recording yet"]
@@ -248,8 +328,8 @@ def numbers(text: str) -> set[str]:
 def test_the_page_prints_the_recording() -> None:
     record = shown.read_recording(RECORD)
     text = printed(cells_of_section())
-    lines = [*shown.list_throughput(record), *shown.list_latency(record)]
-    for line in [*lines, *shown.list_waterfall(record)]:
+    lists = shown.list_throughput, shown.list_waterfall, shown.list_tpot
+    for line in [line for one in (*lists, shown.list_latency) for line in one(record)]:
         assert line + "\n" in text, (
             "tools/run_pages.py --save notebooks/18_benchmark.ipynb"
         )
@@ -291,4 +371,9 @@ def test_the_recording_is_of_the_real_workload() -> None:
         assert [one["requests"] for one in system["equal"]] == [8, 32, 64, 128, 256]
     rungs = shown.latest(record, "waterfall")["rows"]
     assert [len(rung["starts"]) for rung in rungs[-3:]] == [5, 5, 5]
+    few = shown.latest(record, "tpot")
+    for one in (few, *(start["tpot"] for start in record["sections"]["vllm"])):
+        assert [row["requests"] for row in one["rows"]] == [1, 2, 4, 8, 16, 1, 1, 1]
+        assert all(len(row["seconds"]) >= 5 for row in one["rows"])
+    assert len(few["starts"]["rows"]) == 5 and few["runner"] == "FusedRunner"
     assert RECORD.stat().st_size < 400_000

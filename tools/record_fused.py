@@ -3,8 +3,8 @@
     python tools/record_fused.py notebooks/data/fused_decode_h200.json
 
 Qwen3-0.6B's shape, random weights, bfloat16. A time is the median over five rounds of replays of
-one CUDA graph that holds one step, and the floor is one kernel that reads as many bytes as the
-weights have. What a kernel takes is what the step is shorter without it.
+one CUDA graph that holds one step, and the floor is what reading the weights takes at the speed
+that the benchmark of page 18 measures. What a kernel takes is what the step is shorter without it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,19 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen3Config
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from graph_clock import record_graph, time_replays  # noqa: E402
+
 from folo_lib import fused_attention, fused_decode  # noqa: E402
+from folo_lib.benchmark import (  # noqa: E402
+    measure_bandwidth,
+    weight_bytes_per_step,
+)
 from folo_lib.fused_decode import FusedDecode  # noqa: E402
 from folo_lib.kv_cache import allocate_kv_caches  # noqa: E402
 from folo_lib.qwen3 import Qwen3ForCausalLM  # noqa: E402
@@ -47,35 +52,9 @@ KERNELS = {  # by the names of the page: module, kernel, which launches of it
 }
 
 
-@triton.jit
-def read_kernel(numbers, sums, SIZE: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64)
-    tl.store(sums + i, tl.sum(tl.load(numbers + i * SIZE + tl.arange(0, SIZE)), 0))
-
-
-def record_graph(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    run()  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
-
-
 def measure(run: Callable[[], None], replays: int = 60) -> float:
     """Microseconds per replay."""
-    graph, times = record_graph(run), []
-    for _ in range(10):
-        graph.replay()
-    for _ in range(5):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(replays):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / replays)
-    return round(statistics.median(times), 1)
+    return round(statistics.median(time_replays(run, 5, replays)), 1)
 
 
 def make_model() -> Qwen3ForCausalLM:
@@ -89,14 +68,11 @@ def make_model() -> Qwen3ForCausalLM:
 
 
 def measure_floor(model: Qwen3ForCausalLM) -> dict[str, float]:
-    numbers = torch.cat([one.detach().flatten() for one in model.parameters()])
-    words = numbers.view(torch.int32)
-    count = words.numel() // 16384
-    sums = torch.zeros(count, dtype=torch.int32, device=DEVICE)
-    us = measure(lambda: read_kernel[(count,)](words, sums, 16384, num_warps=8))
-    gigabytes = count * 16384 * 4 / 1e9
-    speed = round(gigabytes * 1e3 / us, 2)
-    return {"us": us, "gb": round(gigabytes, 3), "tb_per_s": speed}
+    """As the benchmark's section `tpot` does it, so that both count in the same floors."""
+    size = weight_bytes_per_step(model.config, DTYPE)
+    speed = statistics.median(measure_bandwidth(DEVICE, size, repeat=50))
+    us, terabytes = round(1e6 * size / speed, 1), round(speed / 1e12, 2)
+    return {"us": us, "gb": round(size / 1e9, 3), "tb_per_s": terabytes}
 
 
 class Steps:
@@ -175,7 +151,7 @@ def count_bytes(model: Qwen3ForCausalLM, context: int) -> dict[str, int]:
 
 def record_trace(run: Callable[[], None], layers: int = 2) -> list[list[Any]]:
     """Name, start and end in microseconds of the kernels of some layers in the middle."""
-    graph = record_graph(run)
+    graph, _ = record_graph(run)
     for _ in range(3):
         graph.replay()
     torch.cuda.synchronize()

@@ -29,6 +29,8 @@ from torch.nn.attention.bias import causal_lower_right
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from graph_clock import time_replays  # noqa: E402
+
 from folo_lib import paged_attention as module  # noqa: E402
 from folo_lib.kv_cache import (  # noqa: E402
     AttentionMetadata,
@@ -61,22 +63,8 @@ Step = tuple[Tensor, AttentionMetadata]
 
 def measure(calls: Sequence[Callable[[], object]], replays: int = 7) -> float:
     """Microseconds per call."""
-    calls[0]()  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [call() for call in calls]
-    graph.replay()
-    times = []
-    for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    del kept
-    return round(statistics.median(times), 2)
+    times = time_replays(lambda: [call() for call in calls], replays, 1)
+    return round(statistics.median(times) / len(calls), 2)
 
 
 def describe_card() -> dict[str, Any]:

@@ -32,10 +32,12 @@ __all__ = [
     "describe",
     "draw_batches",
     "draw_systems",
+    "draw_tpot",
     "draw_waterfall",
     "latest",
     "list_latency",
     "list_throughput",
+    "list_tpot",
     "list_waterfall",
     "read_recording",
 ]
@@ -66,7 +68,7 @@ def describe(record: Result, section: str) -> str:
         return ""
     parts = [setup["device"], f"torch {setup['torch']}"]
     starts = record["sections"].get("vllm", [])
-    if starts and section == "throughput":
+    if starts and section in ("throughput", "tpot"):
         parts.append(f"vLLM {starts[-1]['versions']['vllm']}")
     return ", ".join([*parts, made["date"][:10]])
 
@@ -234,6 +236,93 @@ def draw_waterfall(ax: Axes, record: Result) -> None:
     draw_bars(ax, bars)
     ratio = rows[-1]["tokens_per_second"] / rows[0]["tokens_per_second"]
     ax.set_title(f"{ratio:,.0f} times the tokens of the naive engine")
+
+
+def best_tpot(starts: Sequence[Result], row: Result) -> Result:
+    """The fastest of vLLM's starts at the size of one of our rows; `{}` if there is none."""
+    size = row["requests"], row["prompt_tokens"]
+    rows = [
+        one
+        for start in starts
+        for one in start.get("tpot", {}).get("rows", [])
+        if (one["requests"], one["prompt_tokens"]) == size
+    ]
+    return min(rows, key=lambda one: float(one["tpot_ms"]), default={})
+
+
+def draw_tpot(ax: Axes, record: Result, by: str) -> None:
+    """The time per token in floors, over requests or context, and what must be read.
+
+    Args:
+        ax: where to draw.
+        record: of the benchmark.
+        by: "requests", or "prompt_tokens" of one request.
+    """
+    made = latest(record, "tpot")
+    rows = made.get("rows", [])
+    if by == "prompt_tokens":
+        rows = [row for row in rows if row["requests"] == 1]
+    elif rows:
+        shortest = min(row["prompt_tokens"] for row in rows)
+        rows = [row for row in rows if row["prompt_tokens"] == shortest]
+    if not rows:
+        return say_nothing_yet(ax)
+    starts, floor = record["sections"].get("vllm", []), made["floor"]["ms"]
+    theirs = [(x, best_tpot(starts, row)) for x, row in enumerate(rows)]
+    lines = [
+        ("folo_lib", US, list(enumerate(row["floors"] for row in rows))),
+        ("vLLM", OTHER, [(x, row["tpot_ms"] / floor) for x, row in theirs if row]),
+    ]
+    for name, look, points in lines:
+        if points:
+            x, y = zip(*points, strict=True)
+            ax.plot(x, y, **look.line)
+            place: Any = {"textcoords": "offset points", "color": look.colour}
+            ax.annotate(name, points[0], (0, 8), ha="center", **place)
+    least = [row["least_floors"] for row in rows]
+    ax.plot(range(len(rows)), least, ":", color=BLACK)
+    ax.annotate("memory allows", (0, least[0]), (0, 6), textcoords="offset points")
+    ax.set_xticks(range(len(rows)), [f"{row[by]:,}" for row in rows])
+    ax.set_xlim(-0.5, len(rows) - 0.5)
+    both = [[row, best_tpot(starts, row)] for row in made["rows"]]
+    highest = max(row["tpot_ms"] for pair in both for row in pair if row) / floor
+    ax.set_ylim(0, 1.12 * highest)  # the same for requests and for context
+    end = rows[-1]
+    text = f"{rows[0]['floors']:.1f} floors, and {end['floors']:.1f} at {end[by]:,}"
+    ax.set_title(text)
+
+
+def list_tpot(record: Result) -> list[str]:
+    """The section `tpot` in lines of text, beside the faster start of vLLM."""
+    made, starts = latest(record, "tpot"), record["sections"].get("vllm", [])
+    if not made:
+        return [NOTHING_YET]
+    floor, lines = made["floor"], list[str]()
+    speed = floor["bytes"] / floor["ms"] / 1e9
+    lines.append(f"floor: {floor['ms']:.3f} ms, read at {speed:.2f} TB/s")
+    for row in made["rows"]:
+        parts = [f"{row['tpot_ms']:.3f} ms (spread {row['spread']:.1%})"]
+        parts.append(f"{row['floors']:.2f} floors, at least {row['least_floors']:.2f}")
+        if theirs := best_tpot(starts, row):
+            parts.append(f"vLLM {theirs['tpot_ms']:.3f} ms")
+        size = f"{row['requests']:2} × {row['prompt_tokens']:6,} tokens"
+        lines.append(f"{size}: {', '.join(parts)}")
+    for row in made["sampled"]["rows"]:
+        if row["more_ms"] is not None:
+            more = f"{row['more_ms']:.3f} ms more per step"
+            lines.append(f"drawn with filters, {row['requests']} at once: {more}")
+    rows = made["starts"]["rows"]
+    if rows:
+        times = [row["tpot_ms"] for row in rows]
+        bounds = f"{min(times):.3f} to {max(times):.3f} ms"
+        spread = f"{made['starts']['spread']:.1%} apart"
+        lines.append(f"{len(rows)} starts, compile cache empty: {bounds}, {spread}")
+    for part in (made, made["sampled"]):
+        left_out = part["left_out"].items()
+        lines += [f"{name} was left out: {why}" for name, why in left_out]
+    return lines + [
+        f"a start was left out: {why}" for why in made["starts"]["left_out"]
+    ]
 
 
 def list_throughput(record: Result) -> list[str]:
