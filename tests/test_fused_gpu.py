@@ -323,8 +323,8 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_path(
 
 @cache
 def write_stories() -> Tensor:
-    """Eight times 250 tokens that the bundled model writes; `[8, 250]`."""
-    model = load_model(bundled_model_path(), "float32", DEVICE, use_tqdm=False)
+    """Eight times 250 tokens that the bundled model writes on a CPU; `[8, 250]`."""
+    model = load_model(bundled_model_path(), "float32", "cpu", use_tqdm=False)
     engine = LLMEngine(
         model, load_tokenizer(bundled_model_path()), decode="eager",
         kv_cache_memory_bytes=2**26, max_model_len=512,
