@@ -143,6 +143,14 @@ class Step:
         hidden = self.model(self.tokens[real], lengths - 1, caches, metadata)
         return self.model.compute_logits(hidden)
 
+    def get_columns(self) -> tuple[Tensor, ...]:
+        """As `StaticInputs.split` gives them."""
+        positions = (self.seq_lens - 1).clamp(min=0)
+        return (
+            self.row_index, self.seq_lens, self.starts, self.input_ids, positions,
+            self.slots,
+        )  # fmt: skip
+
     def run_fused(
         self, caches: list[tuple[Tensor, Tensor]], fused: FusedDecode | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -153,11 +161,7 @@ class Step:
             self.size, self.model.config.vocab_size, dtype=fused.x.dtype, device=DEVICE
         )
         token_ids = torch.zeros(self.size, dtype=torch.int64, device=DEVICE)
-        columns = (
-            self.row_index, self.seq_lens, self.starts, self.input_ids,
-            (self.seq_lens - 1).clamp(min=0), self.slots,
-        )  # fmt: skip
-        fused.run(columns, self.rows, caches, logits, token_ids)
+        fused.run(self.get_columns(), self.rows, caches, logits, token_ids)
         return logits, token_ids
 
 
