@@ -26,10 +26,10 @@ def find_obstacle(model: Qwen3ForCausalLM) -> str | None:
         "biases": attention.qkv_proj.bias is not None
         or attention.o_proj.bias is not None,
         f"{', '.join(odd)}, not a multiple of 1024": bool(odd),
-        f"hidden_size={config.hidden_size}, above 2048": config.hidden_size > 2048,
+        f"hidden_size={config.hidden_size}, above 4096": config.hidden_size > 4096,
         f"head_dim={attention.head_dim}, not 128": attention.head_dim != 128,
         f"{group} query heads per key head": group not in (1, 2, 4, 8),
         f"vocab_size={config.vocab_size}": config.vocab_size % 32 != 0,
-        f"{dtype}": dtype not in (torch.bfloat16, torch.float32),
+        f"{dtype}": dtype not in (torch.bfloat16, torch.float16, torch.float32),
     }
     return next((name for name, is_broken in rules.items() if is_broken), None)

@@ -21,6 +21,9 @@ __all__ = [
     "add_warps",
     "load_first_tiles",
     "load_norm",
+    "load_inputs",
+    "find_scale",
+    "weigh",
     "multiply",
     "qkv_kernel",
     "gate_up_kernel",
@@ -300,6 +303,35 @@ def load_norm(weight, K: tl.constexpr):
     return tiles
 
 
+# %% ../notebooks/15_fused_decode.ipynb #weigh
+@triton.jit
+def load_inputs(x, tile, num_seqs, K: tl.constexpr, ROWS: tl.constexpr):
+    """1,024 columns of all sequences: `[ROWS, 1024]` of `[num_seqs, K]`."""
+    sequences, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, 1024)[None, :]
+    place = x + sequences * K + tile * 1024 + columns
+    return tl.load(place, mask=sequences < num_seqs, other=0.0)
+
+
+@triton.jit
+def find_scale(x, num_seqs, eps, K: tl.constexpr, ROWS: tl.constexpr):
+    """One over the root mean square of each sequence: `[ROWS, 1]`."""
+    sequences, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, 1024)[None, :]
+    squares = tl.zeros([ROWS], tl.float32)
+    for i in tl.static_range(K // 1024):
+        place, exist = x + sequences * K + i * 1024 + columns, sequences < num_seqs
+        # Told apart from the load of `load_inputs`, whose registers are free until then.
+        wide = tl.load(place, exist, 0.0, eviction_policy="evict_last").to(tl.float32)
+        squares += tl.sum(wide * wide, 1)
+    return tl.rsqrt(squares / K + eps)[:, None]
+
+
+@triton.jit
+def weigh(inputs, norm, scale, ROWS: tl.constexpr):
+    """A tile times `scale` and the weights of a norm, for the left of a product."""
+    wide = inputs.to(tl.float32) * scale * norm.to(tl.float32)
+    return as_left(wide.to(inputs.dtype), ROWS)
+
+
 # %% ../notebooks/15_fused_decode.ipynb #multiply
 @triton.jit
 def multiply(
@@ -322,23 +354,27 @@ def multiply(
     `load_norm`; without `NORM` there is none. `tiles` come from `load_first_tiles`,
     with the same `w`, `row` and `row_step`; the rest are loaded here.
     """
-    sequences, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, 1024)[None, :]
-    squares = tl.zeros([ROWS], tl.float32)
+    squares, scale = tl.zeros([ROWS], tl.float32), 1.0
+    IS_HALF: tl.constexpr = x.dtype.element_ty == tl.float16
+    SCALES_FIRST: tl.constexpr = NORM and (IS_HALF or K > 2048)
+    if SCALES_FIRST:
+        scale = find_scale(x, num_seqs, eps, K, ROWS)
     product = tl.zeros([8, 16, 8 * GROUPS], tl.float32)
     for i in tl.static_range(K // 1024):
-        place = x + sequences * K + i * 1024 + columns
-        inputs = tl.load(place, mask=sequences < num_seqs, other=0.0)
+        inputs = load_inputs(x, i, num_seqs, K, ROWS)
         if NORM:  # weighted now, and divided by the root mean square when it is known
             wide = inputs.to(tl.float32)
             squares += tl.sum(wide * wide, 1)
-            inputs = (wide * norm[i].to(tl.float32)).to(inputs.dtype)
-        left, right = as_left(inputs, ROWS), as_right(tiles[i], GROUPS)
+            left = weigh(inputs, norm[i], scale, ROWS)
+        else:
+            left = as_left(inputs, ROWS)
+        right = as_right(tiles[i], GROUPS)
         product = tl.dot(left, right, product, input_precision="ieee")
         if i + TILES_AHEAD < K // 1024:
             column = (i + TILES_AHEAD) * 1024
             tiles = tiles + (load_weights(w, row, row_step, column, K, GROUPS),)
     y = add_warps(product, ROWS, 8 * GROUPS)
-    if NORM:
+    if NORM and not SCALES_FIRST:
         y *= tl.rsqrt(squares / K + eps)[:, None]
     return y
 
@@ -442,12 +478,19 @@ class FusionSizes(NamedTuple):
     residual_groups: int
 
 
-def choose_fusion_sizes(num_seqs: int, dtype: torch.dtype) -> FusionSizes:
-    """By rule, so that every start has the same; found by trying, on an H200."""
+def choose_fusion_sizes(
+    num_seqs: int, dtype: torch.dtype, hidden_size: int
+) -> FusionSizes:
+    """By rule, so that every start has the same; found by trying, on an H200.
+
+    That of more than 2,048 numbers a row is the largest that fits a program's registers.
+    """
     rows = triton.next_power_of_2(num_seqs)
     rows = rows if rows == 1 else max(rows, 4)  # code for 2 would take its time too
     if dtype == torch.float32:  # for checks: numbers of four bytes need twice the room
         return FusionSizes(rows, 1, 1, 1)
+    if hidden_size > 2048:
+        return FusionSizes(rows, 1, 4, 1) if rows < 8 else FusionSizes(rows, 2, 4, 2)
     return FusionSizes(rows, 2, 2, 1) if rows < 8 else FusionSizes(rows, 4, 4, 2)
 
 
@@ -499,16 +542,23 @@ def head_kernel(
     norm = load_norm(norm_weight, K)
     wait_for_previous(PDL)
     sequences = tl.arange(0, ROWS)[:, None]
-    squares, inputs = tl.zeros([ROWS], tl.float32), ()
-    for i in tl.static_range(K // 1024):
-        place = x + sequences * K + i * 1024 + tl.arange(0, 1024)[None, :]
-        wide = tl.load(place, mask=sequences < num_seqs, other=0.0).to(tl.float32)
-        squares += tl.sum(wide * wide, 1)
-        weighted = (wide * norm[i].to(tl.float32)).to(x.dtype.element_ty)
-        inputs = inputs + (as_left(weighted, ROWS),)
-    scale = tl.rsqrt(squares / K + eps)[:, None]
+    squares, scale, inputs = tl.zeros([ROWS], tl.float32), 1.0, ()
+    IS_HALF: tl.constexpr = x.dtype.element_ty == tl.float16
+    SCALES_FIRST: tl.constexpr = IS_HALF or K > 2048
+    if SCALES_FIRST:
+        scale = find_scale(x, num_seqs, eps, K, ROWS)
+    KEEPS: tl.constexpr = K <= 2048 or x.dtype.element_ty != tl.float32
+    if KEEPS:  # the inputs of all tiles; of four bytes each, there is no room for them
+        for i in tl.static_range(K // 1024):
+            loaded = load_inputs(x, i, num_seqs, K, ROWS)
+            wide = loaded.to(tl.float32)
+            squares += tl.sum(wide * wide, 1)
+            inputs = inputs + (weigh(loaded, norm[i], scale, ROWS),)
+    if not SCALES_FIRST:
+        scale = tl.rsqrt(squares / K + eps)[:, None]
     top = tl.zeros([ROWS, STEP], tl.int64)
-    for first in tl.range(tl.program_id(0) * STEP, V, stride):
+    STAGES: tl.constexpr = 3 if K <= 2048 else 1  # wide tiles do not fit three times
+    for first in tl.range(tl.program_id(0) * STEP, V, stride, num_stages=STAGES):
         product = tl.zeros([8, 16, STEP], tl.float32)
         for i in tl.static_range(K // 1024):
             now = tile
@@ -517,9 +567,16 @@ def head_kernel(
             else:  # the next rows travel while these are multiplied
                 row = tl.where(first + stride < V, first + stride, 0)
                 tile = load_weights(w, row, 8, 0, K, GROUPS)
+            if KEEPS:
+                left = inputs[i]
+            else:
+                loaded = load_inputs(x, i, num_seqs, K, ROWS)
+                left = weigh(loaded, norm[i], scale, ROWS)
             right = as_right(now, GROUPS)
-            product = tl.dot(inputs[i], right, product, input_precision="ieee")
-        scores = add_warps(product, ROWS, STEP) * scale
+            product = tl.dot(left, right, product, input_precision="ieee")
+        scores = add_warps(product, ROWS, STEP)
+        if not SCALES_FIRST:
+            scores *= scale
         scores = scores.to(logits.dtype.element_ty)
         ids = first + tl.arange(0, STEP)[None, :]
         tl.store(logits + sequences * V + ids, scores, mask=sequences < num_seqs)
@@ -611,7 +668,7 @@ class FusedDecode:
     ) -> None:
         """Launches a layer, from `x` to `x`; `first_pdl` is of its first kernel."""
         attention, mlp, num_seqs = layer.self_attn, layer.mlp, len(seq_lens)
-        sizes = choose_fusion_sizes(num_seqs, self.x.dtype)
+        sizes = choose_fusion_sizes(num_seqs, self.x.dtype, self.x.shape[1])
         options: dict[str, Any] = {"ROWS": sizes.rows, "num_warps": 8}
         norm, w = layer.input_layernorm, attention.qkv_proj.weight
         qkv_kernel[(len(w) // (8 * sizes.qkv_groups),)](
@@ -697,7 +754,7 @@ class FusedDecode:
             assert isinstance(layer, Qwen3DecoderLayer)
             self.run_layer(layer, kv_cache, seq_lens, slots, first_pdl)
             first_pdl = self.pdl
-        sizes = choose_fusion_sizes(num_seqs, self.x.dtype)
+        sizes = choose_fusion_sizes(num_seqs, self.x.dtype, self.x.shape[1])
         w = (self.model.lm_head or model.embed_tokens).weight
         num_programs = min(MAX_HEAD_PROGRAMS, len(w) // (8 * sizes.head_groups))
         head_kernel[(num_programs,)](
