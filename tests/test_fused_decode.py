@@ -8,8 +8,12 @@ on it, and those marked `gpu` add Qwen3-0.6B's layer, bfloat16 and repeats.
 from __future__ import annotations
 
 import logging
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +23,7 @@ from transformers import Qwen3Config
 
 from folo_lib import LLMEngine, SamplingParams
 from folo_lib.cuda_graph import GraphRunner, StepGraphs
-from folo_lib.fused_checks import find_obstacle
+from folo_lib.fused_checks import FusionSizes, choose_fusion_sizes, find_obstacle
 from folo_lib.kv_cache import AttentionMetadata
 from folo_lib.qwen3 import Qwen3ForCausalLM
 from folo_lib.runner import RequestRows
@@ -53,13 +57,12 @@ def few_programs(
 ) -> None:
     """As the interpreter runs one program after another."""
     if "gpu" not in request.keywords and not HAS_GPU:
-        choose = module.choose_fusion_sizes
 
         def choose_large(
             num_seqs: int, dtype: torch.dtype, hidden_size: int
-        ) -> module.FusionSizes:
-            rows = choose(num_seqs, dtype, hidden_size).rows
-            return module.FusionSizes(rows, 4, 4, 4)
+        ) -> FusionSizes:
+            rows = choose_fusion_sizes(num_seqs, dtype, hidden_size).rows
+            return FusionSizes(rows, 4, 4, 4)
 
         monkeypatch.setattr(module, "choose_fusion_sizes", choose_large)
 
@@ -393,9 +396,9 @@ def test_pack_scores() -> None:
 def test_sizes(dtype: torch.dtype, hidden_size: int) -> None:
     """Every row of a matrix belongs to one program, for all shapes that are fused."""
     for num_seqs in range(1, module.MAX_FUSED_SEQS + 1):
-        sizes = module.choose_fusion_sizes(num_seqs, dtype, hidden_size)
+        sizes = choose_fusion_sizes(num_seqs, dtype, hidden_size)
         assert sizes.rows >= num_seqs and 16 % sizes.rows == 0
-        for groups in sizes[1:]:
+        for groups in sizes[1:4]:
             assert 128 % (8 * groups) == 0  # a head, and what find_obstacle asks
         assert 32 % (8 * sizes.head_groups) == 0
 
@@ -490,6 +493,21 @@ def test_an_engine() -> None:
         outputs += engine.generate(prompts, [greedy, drawn], use_tqdm=False)
         texts.append([one.outputs[0].token_ids for one in outputs])
     assert texts[0] == texts[1]
+
+
+@pytest.mark.more
+@pytest.mark.slow
+def test_compiles_for_a_card_that_is_not_there() -> None:
+    """All shapes, in narrow numbers, and the head of wide ones; and each kernel fits."""
+    script = Path(__file__).with_name("compile_kernels.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(script), "90", "fused"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 3 * (3 * 5 + 2) + 2
+    for name, shared in lines:
+        assert int(shared) <= 1024 * 227, name
 
 
 # What follows runs on a GPU only.
