@@ -21,12 +21,13 @@ __all__ = [
     "add_warps",
     "load_first_tiles",
     "load_norm",
+    "load_inputs",
+    "find_scale",
+    "weigh",
     "multiply",
     "qkv_kernel",
     "gate_up_kernel",
     "residual_kernel",
-    "FusionSizes",
-    "choose_fusion_sizes",
     "pack_scores",
     "unpack_token",
     "head_kernel",
@@ -44,7 +45,7 @@ __all__ = [
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -69,7 +70,7 @@ from folo_lib.fused_attention import (
 )
 
 from .config import EngineConfig
-from .fused_checks import find_obstacle
+from .fused_checks import FusionSizes, choose_fusion_sizes, find_obstacle
 from .kv_cache import AttentionMetadata
 from .paged_attention import paged_attention
 from .qwen3 import Attention, Qwen3DecoderLayer, Qwen3ForCausalLM
@@ -115,8 +116,8 @@ def prepare_kernel(
     c = tl.load(cos + token * D + dims).to(tl.float32)
     s = tl.load(sin + token * D + dims).to(tl.float32)
     weight, partner_weight = weight.to(tl.float32), partner_weight.to(tl.float32)
-    turned = norm_and_rotate(x, others, weight * c, partner_weight * s, eps, D)
-    turned = turned.to(x.dtype)
+    here, there = weight * c, partner_weight * s
+    turned = norm_and_rotate(x, others, here, there, eps, D).to(x.dtype)
     tl.store(query + (token * H + heads) * D + dims, turned, mask=is_query)
     slot = tl.load(slot_mapping + token).to(tl.int64)
     place = slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * slot_stride + dims
@@ -300,6 +301,37 @@ def load_norm(weight, K: tl.constexpr):
     return tiles
 
 
+# %% ../notebooks/15_fused_decode.ipynb #weigh
+@triton.jit
+def load_inputs(x, tile, num_seqs, K: tl.constexpr, ROWS: tl.constexpr, policy):
+    """1,024 columns of all sequences: `[ROWS, 1024]` of `[num_seqs, K]`."""
+    sequences, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, 1024)[None, :]
+    place = x + sequences * K + tile * 1024 + columns
+    return tl.load(place, sequences < num_seqs, 0.0, eviction_policy=policy)
+
+
+@triton.jit
+def find_scale(x, num_seqs, eps, K: tl.constexpr, ROWS: tl.constexpr):
+    """One over the root mean square of each sequence: `[ROWS, 1]`."""
+    squares = tl.zeros([ROWS], tl.float32)
+    for i in tl.static_range(K // 1024):  # stays in the cache; registers forget it
+        wide = load_inputs(x, i, num_seqs, K, ROWS, "evict_last").to(tl.float32)
+        squares += tl.sum(wide * wide, 1)
+    return tl.rsqrt(squares / K + eps)[:, None]
+
+
+@triton.jit
+def weigh(x, norm, tile, num_seqs, scale, squares, K: tl.constexpr, ROWS: tl.constexpr):
+    """A tile of `x` times `scale` and the norm's weights, for the left of a product.
+
+    Returns `[8, 16, 128]`, and `squares` `[ROWS]` with those of the tile added.
+    """
+    wide = load_inputs(x, tile, num_seqs, K, ROWS, "").to(tl.float32)
+    squares += tl.sum(wide * wide, 1)
+    wide *= scale * norm[tile].to(tl.float32)
+    return as_left(wide.to(x.dtype.element_ty), ROWS), squares
+
+
 # %% ../notebooks/15_fused_decode.ipynb #multiply
 @triton.jit
 def multiply(
@@ -322,25 +354,22 @@ def multiply(
     `load_norm`; without `NORM` there is none. `tiles` come from `load_first_tiles`,
     with the same `w`, `row` and `row_step`; the rest are loaded here.
     """
-    sequences, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, 1024)[None, :]
+    FIRST: tl.constexpr = NORM and (K > 2048 or x.dtype.element_ty == tl.float16)
+    scale = find_scale(x, num_seqs, eps, K, ROWS) if FIRST else 1.0
     squares = tl.zeros([ROWS], tl.float32)
     product = tl.zeros([8, 16, 8 * GROUPS], tl.float32)
     for i in tl.static_range(K // 1024):
-        place = x + sequences * K + i * 1024 + columns
-        inputs = tl.load(place, mask=sequences < num_seqs, other=0.0)
-        if NORM:  # weighted now, and divided by the root mean square when it is known
-            wide = inputs.to(tl.float32)
-            squares += tl.sum(wide * wide, 1)
-            inputs = (wide * norm[i].to(tl.float32)).to(inputs.dtype)
-        left, right = as_left(inputs, ROWS), as_right(tiles[i], GROUPS)
+        if NORM:  # weighted now; divided before, or when the root mean square is known
+            left, squares = weigh(x, norm, i, num_seqs, scale, squares, K, ROWS)
+        else:
+            left = as_left(load_inputs(x, i, num_seqs, K, ROWS, ""), ROWS)
+        right = as_right(tiles[i], GROUPS)
         product = tl.dot(left, right, product, input_precision="ieee")
         if i + TILES_AHEAD < K // 1024:
             column = (i + TILES_AHEAD) * 1024
             tiles = tiles + (load_weights(w, row, row_step, column, K, GROUPS),)
     y = add_warps(product, ROWS, 8 * GROUPS)
-    if NORM:
-        y *= tl.rsqrt(squares / K + eps)[:, None]
-    return y
+    return y * tl.rsqrt(squares / K + eps)[:, None] if NORM and not FIRST else y
 
 
 # %% ../notebooks/15_fused_decode.ipynb #qkv-kernel
@@ -429,28 +458,6 @@ MAX_HEAD_PROGRAMS = 264  # two for each multiprocessor of an H200
 PER_STEP = {"do_not_specialize_on_alignment": ["rows", "seq_lens", "input_ids"]}
 
 
-class FusionSizes(NamedTuple):
-    """How the kernels of a step are cut.
-
-    `rows` sequences are multiplied together, a power of two. Each program of a product
-    has some rows of a matrix, counted in eights.
-    """
-
-    rows: int
-    qkv_groups: int
-    head_groups: int
-    residual_groups: int
-
-
-def choose_fusion_sizes(num_seqs: int, dtype: torch.dtype) -> FusionSizes:
-    """By rule, so that every start has the same; found by trying, on an H200."""
-    rows = triton.next_power_of_2(num_seqs)
-    rows = rows if rows == 1 else max(rows, 4)  # code for 2 would take its time too
-    if dtype == torch.float32:  # for checks: numbers of four bytes need twice the room
-        return FusionSizes(rows, 1, 1, 1)
-    return FusionSizes(rows, 2, 2, 1) if rows < 8 else FusionSizes(rows, 4, 4, 2)
-
-
 # %% ../notebooks/15_fused_decode.ipynb #pack-scores
 @triton.jit
 def pack_scores(scores, token_ids):
@@ -499,14 +506,14 @@ def head_kernel(
     norm = load_norm(norm_weight, K)
     wait_for_previous(PDL)
     sequences = tl.arange(0, ROWS)[:, None]
+    FIRST: tl.constexpr = K > 2048 or x.dtype.element_ty == tl.float16
+    scale = find_scale(x, num_seqs, eps, K, ROWS) if FIRST else 1.0
     squares, inputs = tl.zeros([ROWS], tl.float32), ()
-    for i in tl.static_range(K // 1024):
-        place = x + sequences * K + i * 1024 + tl.arange(0, 1024)[None, :]
-        wide = tl.load(place, mask=sequences < num_seqs, other=0.0).to(tl.float32)
-        squares += tl.sum(wide * wide, 1)
-        weighted = (wide * norm[i].to(tl.float32)).to(x.dtype.element_ty)
-        inputs = inputs + (as_left(weighted, ROWS),)
-    scale = tl.rsqrt(squares / K + eps)[:, None]
+    KEEPS: tl.constexpr = K <= 2048 or x.dtype.element_ty != tl.float32
+    for i in tl.static_range(K // 1024 if KEEPS else 0):  # else there is no room
+        left, squares = weigh(x, norm, i, num_seqs, scale, squares, K, ROWS)
+        inputs = inputs + (left,)
+    rest = 1.0 if FIRST else tl.rsqrt(squares / K + eps)[:, None]
     top = tl.zeros([ROWS, STEP], tl.int64)
     for first in tl.range(tl.program_id(0) * STEP, V, stride):
         product = tl.zeros([8, 16, STEP], tl.float32)
@@ -517,10 +524,14 @@ def head_kernel(
             else:  # the next rows travel while these are multiplied
                 row = tl.where(first + stride < V, first + stride, 0)
                 tile = load_weights(w, row, 8, 0, K, GROUPS)
+            left = (
+                inputs[i]
+                if KEEPS
+                else weigh(x, norm, i, num_seqs, scale, squares, K, ROWS)[0]
+            )
             right = as_right(now, GROUPS)
-            product = tl.dot(inputs[i], right, product, input_precision="ieee")
-        scores = add_warps(product, ROWS, STEP) * scale
-        scores = scores.to(logits.dtype.element_ty)
+            product = tl.dot(left, right, product, input_precision="ieee")
+        scores = (add_warps(product, ROWS, STEP) * rest).to(logits.dtype.element_ty)
         ids = first + tl.arange(0, STEP)[None, :]
         tl.store(logits + sequences * V + ids, scores, mask=sequences < num_seqs)
         top = tl.maximum(top, pack_scores(scores.to(tl.float32), ids))
@@ -607,11 +618,11 @@ class FusedDecode:
         kv_cache: tuple[Tensor, Tensor],
         seq_lens: Tensor,
         slots: Tensor,
+        sizes: FusionSizes,
         first_pdl: dict[str, bool],
     ) -> None:
         """Launches a layer, from `x` to `x`; `first_pdl` is of its first kernel."""
         attention, mlp, num_seqs = layer.self_attn, layer.mlp, len(seq_lens)
-        sizes = choose_fusion_sizes(num_seqs, self.x.dtype)
         options: dict[str, Any] = {"ROWS": sizes.rows, "num_warps": 8}
         norm, w = layer.input_layernorm, attention.qkv_proj.weight
         qkv_kernel[(len(w) // (8 * sizes.qkv_groups),)](
@@ -692,12 +703,12 @@ class FusedDecode:
             E=self.x.shape[1],
             BLOCK_SIZE=kv_caches[0][0].shape[1],
         )
+        sizes = choose_fusion_sizes(num_seqs, self.x.dtype, self.x.shape[1])
         first_pdl = {"PDL": False}  # what begins there is complete for all that follow
         for layer, kv_cache in zip(model.layers, kv_caches, strict=True):
             assert isinstance(layer, Qwen3DecoderLayer)
-            self.run_layer(layer, kv_cache, seq_lens, slots, first_pdl)
+            self.run_layer(layer, kv_cache, seq_lens, slots, sizes, first_pdl)
             first_pdl = self.pdl
-        sizes = choose_fusion_sizes(num_seqs, self.x.dtype)
         w = (self.model.lm_head or model.embed_tokens).weight
         num_programs = min(MAX_HEAD_PROGRAMS, len(w) // (8 * sizes.head_groups))
         head_kernel[(num_programs,)](
@@ -716,6 +727,7 @@ class FusedDecode:
             sizes.head_groups,
             sizes.rows,
             num_warps=8,
+            num_stages=sizes.head_stages,
             **self.pdl,
         )
 

@@ -1,6 +1,7 @@
-"""Compiles Triton's kernels for a card that is not there: run by test_paged_attention.
+"""Compiles Triton's kernels for a card that is not there: run by tests of pages 13 and 15.
 
     python tests/compile_kernels.py 90
+    python tests/compile_kernels.py 90 fused
 
 Triton's interpreter lets pass what its compiler refuses, such as a name that changes its type in
 a loop. Prints the name and the bytes of shared memory of each kernel.
@@ -11,18 +12,28 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from folo_lib import paged_attention as module, sampling_kernels
+from folo_lib import (
+    fused_attention,
+    fused_checks,
+    fused_decode,
+    paged_attention as module,
+    sampling_kernels,
+)
 
 INDICES = ("slot_mapping", "block_table", "query_start_loc", "seq_lens")
 INDICES += ("positions", "rows", "ints", "tallies", "listed", "cuts")
-INDICES += ("token_ids", "last_token_ids")
-FLOATS = ("parts", "part_logs", "maxima", "floors", "scores")
+INDICES += ("token_ids", "last_token_ids", "input_ids", "slots", "best")
+FLOATS = ("parts", "part_logs", "maxima", "floors", "scores", "tops", "totals")
 TENSORS = ("query", "key", "value", "key_cache", "value_cache", "output", "logits")
+TENSORS += ("x", "y", "w", "norm_weight", "qkv", "q_weight", "k_weight", "cos", "sin")
+TENSORS += ("embedding",)
 OTHERS = {"floats": "*fp64", "counts": "*i32", "ids": "*i32", "scale": "fp32"}
+OTHERS |= {"table": "*i32", "arrivals": "*i32", "eps": "fp32"}
 TUPLES = {"step": sampling_kernels.Step, "scratch": sampling_kernels.Scratch}
 
 
@@ -42,6 +53,7 @@ def compile_one(
     number: str,
     capability: int,
     sizes: Any = None,
+    **options: Any,
 ) -> None:
     names = kernel.arg_names
     known = {name: value for name, value in constants.items() if name in names}
@@ -58,7 +70,6 @@ def compile_one(
         attributes |= {(0, i): [["tt.divisibility", 16]] for i in range(3)}
     places = {(names.index(name),): value for name, value in known.items()}
     source = ASTSource(kernel, signature, places, attributes)
-    options = {}
     if sizes is not None:
         options = {"num_warps": sizes.num_warps, "num_stages": sizes.num_stages}
     made = triton.compile(
@@ -88,5 +99,56 @@ def main(capability: int) -> None:
                 compile_one(getattr(sampling_kernels, name), known, number, capability)
 
 
+# E, the width of the MLP, H and V, all with 8 key heads, as Qwen3 has them.
+FUSED = {
+    "0.6B": (1024, 3072, 16, 151936),
+    "1.7B": (2048, 6144, 16, 151936),
+    "8B": (4096, 12288, 32, 151936),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def compile_fused(capability: int, model: str, number: str, num_seqs: int) -> None:
+    """The kernels of a fused step, as `FusedDecode` launches them."""
+    hidden, inner, heads, vocab = FUSED[model]
+    sizes = fused_checks.choose_fusion_sizes(num_seqs, DTYPES[number], hidden)
+    pdl = capability >= 90
+    fixed = {"ROWS": sizes.rows, "PDL": pdl, "num_seqs": num_seqs}
+    options: dict[str, Any] = {"num_warps": 8, "launch_pdl": pdl}
+    if num_seqs > 1:  # what is 1 is a constant to Triton
+        del fixed["num_seqs"]
+
+    def compile_kernel(kernel: Any, **constants: int) -> None:
+        compile_one(kernel, fixed | constants, number, capability, **options)
+
+    options["num_stages"] = sizes.head_stages
+    groups = sizes.head_groups
+    compile_kernel(fused_decode.head_kernel, V=vocab, K=hidden, GROUPS=groups)
+    if number == "fp32":  # for checks, and slow to compile: only what is fullest
+        return
+    options["num_stages"], groups = 3, sizes.qkv_groups
+    width = 128 * (heads + 16)
+    compile_kernel(fused_decode.qkv_kernel, N=width, K=hidden, GROUPS=groups)
+    compile_kernel(fused_decode.gate_up_kernel, INNER=inner, K=hidden)
+    known = {"E": hidden, "GROUPS": sizes.residual_groups}
+    for columns in (128 * heads, inner):
+        compile_kernel(fused_decode.residual_kernel, K=columns, **known)
+    if num_seqs == 1:  # what is the same for any number of sequences
+        options["num_warps"] = 4
+        shape = {"H": heads, "KV": 8, "D": 128, "BLOCK_SIZE": 16}
+        compile_kernel(fused_attention.attention_kernel, **shape)
+        options["launch_pdl"] = False
+        compile_kernel(fused_decode.begin_kernel, E=hidden, BLOCK_SIZE=16)
+
+
+def main_fused(capability: int) -> None:
+    """Each shape with the fewest and the most sequences; float16 in between."""
+    for model in FUSED:
+        for number, num_seqs in (("bf16", 1), ("bf16", 16), ("fp16", 8)):
+            compile_fused(capability, model, number, num_seqs)
+    for model in ("1.7B", "8B"):
+        compile_fused(capability, model, "fp32", 16)
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main_fused(int(sys.argv[1])) if "fused" in sys.argv else main(int(sys.argv[1]))
