@@ -36,8 +36,10 @@ __all__ = [
 
 MAX_SPLITS = 16  # of all sequences together; times 8 key heads, one for nearly each multiprocessor
 WARPS = tl.constexpr(8)  # of the attention kernel
-TILE = tl.constexpr(128)  # tokens; a warp looks at 8 of each half
-RUNS = tl.constexpr(2)  # of 8 tokens, that a warp looks at: TILE // (8 * WARPS)
+TILE, WIDE_TILE = (
+    128,
+    64,
+)  # tokens; the second of float32, which needs twice the registers
 
 
 @triton.jit
@@ -74,7 +76,9 @@ PER_STEP = {
 
 
 @triton.jit
-def find_places(table, first, end, strides, BLOCK_SIZE: tl.constexpr):
+def find_places(
+    table, first, end, strides, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr
+):
     """Where in the cache the tokens of a tile are, and whether they exist: `[TILE]` each."""
     NEIGHBOURS: tl.constexpr = 8 if BLOCK_SIZE % 8 == 0 else 1  # that one block holds
     starts = tl.arange(0, TILE // NEIGHBOURS) * NEIGHBOURS + first
@@ -92,8 +96,9 @@ def load_eights(cache, places, exist, dims):
 
 
 @triton.jit
-def load_keys(keys, places, exist):
-    """Keys of a tile: a thread has of two tokens every fourth eight, `[16 * TILE, 8]`."""
+def load_keys(keys, places, exist, TILE: tl.constexpr):
+    """Keys of a tile: a thread has every fourth eight of some tokens, `[16 * TILE, 8]`."""
+    RUNS: tl.constexpr = TILE // (8 * WARPS)  # of 8 tokens, that a warp looks at
     i = tl.arange(0, 16 * TILE)
     places = tl.reshape(places, (RUNS, 1, WARPS, 8, 1))
     exist = tl.reshape(exist, (RUNS, 1, WARPS, 8, 1))
@@ -103,8 +108,9 @@ def load_keys(keys, places, exist):
 
 
 @triton.jit
-def load_values(values, places, exist):
-    """Values of a tile: a thread has the same eight of eight tokens, `[16 * TILE, 8]`."""
+def load_values(values, places, exist, TILE: tl.constexpr):
+    """Values of a tile: a thread has the same eight of every other token of its warp."""
+    RUNS: tl.constexpr = TILE // (8 * WARPS)
     i = tl.arange(0, 16 * TILE)
     places = tl.permute(tl.reshape(places, (RUNS, WARPS, 4, 2, 1)), (0, 2, 1, 3, 4))
     exist = tl.permute(tl.reshape(exist, (RUNS, WARPS, 4, 2, 1)), (0, 2, 1, 3, 4))
@@ -114,15 +120,26 @@ def load_values(values, places, exist):
 
 
 @triton.jit
-def load_tile(keys, values, table, first, end, strides, BLOCK_SIZE: tl.constexpr):
+def load_tile(
+    keys,
+    values,
+    table,
+    first,
+    end,
+    strides,
+    TILE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
     """Keys and values of the tile that begins at token `first`."""
-    places, exist = find_places(table, first, end, strides, BLOCK_SIZE)
-    return load_keys(keys, places, exist), load_values(values, places, exist)
+    places, exist = find_places(table, first, end, strides, TILE, BLOCK_SIZE)
+    k = load_keys(keys, places, exist, TILE)
+    return k, load_values(values, places, exist, TILE)
 
 
 @triton.jit
-def as_keys(k):
+def as_keys(k, TILE: tl.constexpr):
     """What `load_keys` has loaded, as `[128, TILE]`: a column per token."""
+    RUNS: tl.constexpr = TILE // (8 * WARPS)
     k = tl.reshape(k, (RUNS, 4, WARPS, 8, 4, 2, 2, 2))
     return tl.reshape(tl.permute(k, (1, 5, 6, 4, 7, 0, 2, 3)), (128, TILE))
 
@@ -214,6 +231,7 @@ def attention_kernel(
     KV: tl.constexpr,
     D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Norm, rotation, cache and attention: a program per key head, sequence and split.
@@ -225,6 +243,7 @@ def attention_kernel(
     let_next_start(PDL)
     head, sequence, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = H // KV
+    RUNS: tl.constexpr = TILE // (8 * WARPS)
     old = tl.load(seq_lens + sequence).to(tl.int32) - 1  # tokens that are in the cache
     tiles = tl.cdiv(old, TILE)
     length = tl.maximum(tl.cdiv(tiles, num_splits), min_tiles) * TILE
@@ -235,7 +254,7 @@ def attention_kernel(
     table += sequence * max_blocks
     keys = key_cache + head.to(tl.int64) * head_stride
     values = value_cache + head.to(tl.int64) * head_stride
-    k, v = load_tile(keys, values, table, begin, end, strides, BLOCK_SIZE)
+    k, v = load_tile(keys, values, table, begin, end, strides, TILE, BLOCK_SIZE)
     # 16 rows for the tensor cores: a query, the key, the next query, the key, and so on, so
     # that each warp has the key beside a query. What depends on neither is done before the wait.
     rows, dims = tl.arange(0, 16)[:, None], tl.arange(0, D)[None, :]
@@ -267,7 +286,7 @@ def attention_kernel(
     sums = tl.zeros([GROUP, RUNS, WARPS, 8], tl.float32)
     result = tl.zeros([GROUP, WARPS, 2, D], tl.float32)
     for first in tl.range(begin, end, TILE):
-        scores = tl.dot(query, as_keys(k), input_precision="ieee") * scale
+        scores = tl.dot(query, as_keys(k, TILE), input_precision="ieee") * scale
         unseen = first + tl.arange(0, TILE)[None, :] >= end
         scores = tl.where(is_key | unseen, -1e30, scores)
         scores = tl.max(tl.reshape(scores, (8 // GROUP, GROUP, 2, TILE)), 2)
@@ -278,8 +297,9 @@ def attention_kernel(
         sums = sums * shrink[:, None, :, None] + weights
         highest, now = new_highest, v
         if first + TILE < end:
+            following = first + TILE
             k, v = load_tile(
-                keys, values, table, first + TILE, end, strides, BLOCK_SIZE
+                keys, values, table, following, end, strides, TILE, BLOCK_SIZE
             )
         wide = tl.reshape(now.to(tl.float32), (1, RUNS * 4, WARPS, 2, D))
         weights = tl.reshape(weights, (GROUP, RUNS, WARPS, 4, 2))
@@ -392,6 +412,7 @@ def launch_attention(
         KV=num_kv_heads,
         D=attention.head_dim,
         BLOCK_SIZE=key_cache.shape[1],
+        TILE=WIDE_TILE if qkv.dtype == torch.float32 else TILE,
         num_warps=WARPS.value,
         **pdl,
     )

@@ -67,5 +67,5 @@ def choose_fusion_sizes(
     if hidden_size > 2048:
         groups = (1, 4, 1) if rows < 8 else (2, 4, 2)
     else:
-        groups = (2, 2, 1) if rows < 8 else (4, 4, 2)
+        groups = (2, 2, 1) if rows < 8 else (4, 2, 2)
     return FusionSizes(rows, *groups, stages)

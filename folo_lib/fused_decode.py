@@ -506,14 +506,12 @@ def head_kernel(
     norm = load_norm(norm_weight, K)
     wait_for_previous(PDL)
     sequences = tl.arange(0, ROWS)[:, None]
-    FIRST: tl.constexpr = K > 2048 or x.dtype.element_ty == tl.float16
-    scale = find_scale(x, num_seqs, eps, K, ROWS) if FIRST else 1.0
-    squares, inputs = tl.zeros([ROWS], tl.float32), ()
+    scale = find_scale(x, num_seqs, eps, K, ROWS)
+    squares, inputs = tl.zeros([ROWS], tl.float32), ()  # `squares` are not needed here
     KEEPS: tl.constexpr = K <= 2048 or x.dtype.element_ty != tl.float32
     for i in tl.static_range(K // 1024 if KEEPS else 0):  # else there is no room
-        left, squares = weigh(x, norm, i, num_seqs, scale, squares, K, ROWS)
+        left, _ = weigh(x, norm, i, num_seqs, scale, squares, K, ROWS)
         inputs = inputs + (left,)
-    rest = 1.0 if FIRST else tl.rsqrt(squares / K + eps)[:, None]
     top = tl.zeros([ROWS, STEP], tl.int64)
     for first in tl.range(tl.program_id(0) * STEP, V, stride):
         product = tl.zeros([8, 16, STEP], tl.float32)
@@ -531,7 +529,7 @@ def head_kernel(
             )
             right = as_right(now, GROUPS)
             product = tl.dot(left, right, product, input_precision="ieee")
-        scores = (add_warps(product, ROWS, STEP) * rest).to(logits.dtype.element_ty)
+        scores = add_warps(product, ROWS, STEP).to(logits.dtype.element_ty)
         ids = first + tl.arange(0, STEP)[None, :]
         tl.store(logits + sequences * V + ids, scores, mask=sequences < num_seqs)
         top = tl.maximum(top, pack_scores(scores.to(tl.float32), ids))

@@ -7,6 +7,7 @@ __all__ = [
     "PER_STEP",
     "DECODE",
     "SMALL_DECODE",
+    "WIDE_DECODE",
     "PREFILL",
     "MEDIUM_PREFILL",
     "SMALL_PREFILL",
@@ -325,6 +326,8 @@ class TileSizes:
 DECODE = TileSizes(tile=128, num_warps=4, num_stages=2)
 SMALL_DECODE = TileSizes(tile=64, num_warps=2, num_stages=2)
 """Of which more programs fit on a multiprocessor, see `choose_decode_sizes`."""
+WIDE_DECODE = TileSizes(tile=64, num_warps=4, num_stages=2)
+"""For float32, of which twice as much lies in the registers of a thread."""
 PREFILL = TileSizes(tile=128, num_warps=8, num_stages=3, rows=128)
 MEDIUM_PREFILL = TileSizes(tile=64, num_warps=4, num_stages=2, rows=64)
 SMALL_PREFILL = TileSizes(tile=32, num_warps=4, num_stages=2, rows=32)
@@ -347,11 +350,15 @@ def choose_num_splits(num_seqs: int, num_kv_heads: int, device: torch.device) ->
     return max(1, min(MAX_SPLITS, wanted // (num_seqs * num_kv_heads)))
 
 
-def choose_decode_sizes(num_programs: int, device: torch.device) -> TileSizes:
+def choose_decode_sizes(
+    num_programs: int, dtype: torch.dtype, device: torch.device
+) -> TileSizes:
     """Small tiles where the large ones would need a second round, mostly idle.
 
     Three programs with large tiles run on a multiprocessor at once.
     """
+    if dtype == torch.float32:
+        return WIDE_DECODE
     per_processor = num_programs / count_multiprocessors(device)
     return SMALL_DECODE if 3 < per_processor <= 8 else DECODE
 
@@ -375,7 +382,8 @@ def decode(
     parts = query.new_empty(*shape, head_dim, dtype=torch.float32)
     part_logs = query.new_empty(shape, dtype=torch.float32)
     dims = {"D": head_dim, "DIMS": max(16, triton.next_power_of_2(head_dim))}
-    sizes = choose_decode_sizes(num_seqs * num_kv_heads * num_splits, query.device)
+    num_programs = num_seqs * num_kv_heads * num_splits
+    sizes = choose_decode_sizes(num_programs, query.dtype, query.device)
     chunks = {"BT": sizes.tile, "MIN_CHUNK": sizes.min_chunk}
     decode_kernel[(num_kv_heads, num_seqs, num_splits)](
         query,

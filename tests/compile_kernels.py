@@ -91,6 +91,9 @@ def main(capability: int) -> None:
         sizes = module.PREFILL if capability == 90 else module.MEDIUM_PREFILL
         tile = {"ROWS": sizes.rows, "BQ": sizes.rows // group, "BT": sizes.tile}
         compile_one(module.prefill_kernel, shape | tile, number, capability, sizes)
+    sizes = module.WIDE_DECODE
+    every |= {"GROUP": 2, "D": 128, "BT": sizes.tile, "MIN_CHUNK": sizes.min_chunk}
+    compile_one(module.decode_kernel, every, "fp32", capability, sizes)
     for number in ("bf16", "fp16", "fp32"):
         compile_one(sampling_kernels.tally_kernel, {"ID_BITS": 18}, number, capability)
         for filters in (False, True):
@@ -106,6 +109,16 @@ FUSED = {
     "8B": (4096, 12288, 32, 151936),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def compile_attention(capability: int, heads: int, number: str, tile: int) -> None:
+    """Of a fused step; the same for any number of sequences."""
+    shape = {"H": heads, "KV": 8, "D": 128, "BLOCK_SIZE": 16, "TILE": tile}
+    pdl, warps = capability >= 90, fused_attention.WARPS.value
+    compile_one(
+        fused_attention.attention_kernel, shape | {"PDL": pdl}, number, capability,
+        num_warps=warps, launch_pdl=pdl,
+    )  # fmt: skip
 
 
 def compile_fused(capability: int, model: str, number: str, num_seqs: int) -> None:
@@ -134,9 +147,7 @@ def compile_fused(capability: int, model: str, number: str, num_seqs: int) -> No
     for columns in (128 * heads, inner):
         compile_kernel(fused_decode.residual_kernel, K=columns, **known)
     if num_seqs == 1:  # what is the same for any number of sequences
-        options["num_warps"] = 4
-        shape = {"H": heads, "KV": 8, "D": 128, "BLOCK_SIZE": 16}
-        compile_kernel(fused_attention.attention_kernel, **shape)
+        compile_attention(capability, heads, number, fused_attention.TILE)
         options["launch_pdl"] = False
         compile_kernel(fused_decode.begin_kernel, E=hidden, BLOCK_SIZE=16)
 
@@ -148,6 +159,7 @@ def main_fused(capability: int) -> None:
             compile_fused(capability, model, number, num_seqs)
     for model in ("1.7B", "8B"):
         compile_fused(capability, model, "fp32", 16)
+    compile_attention(capability, 16, "fp32", fused_attention.WIDE_TILE)
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def test_the_prose_of_sections_3_and_9_is_that_of_the_recording() -> None:
         f"the cache is then {cache / floor:.1f} times as large as the weights",
     ):
         assert words in prose, words
-    assert above["attention"] > edges > rest > above["head"], "the three largest items"
+    assert edges > above["attention"] > rest > above["head"], "the three largest items"
     plain, early = record["trace"]["plain"], record["trace"]["pdl"]
     assert count_most(plain) == 1, "one by one"
     for (_, start, end), (name, begin, last) in zip(plain, early, strict=True):

@@ -53,6 +53,7 @@ def small_tiles(
     tiles = TileSizes(TILE, 4, 2, min_chunk=TILE)
     monkeypatch.setattr(module, "DECODE", tiles)
     monkeypatch.setattr(module, "SMALL_DECODE", tiles)
+    monkeypatch.setattr(module, "WIDE_DECODE", tiles)
     rows = TileSizes(TILE, 4, 2, rows=16)
     monkeypatch.setattr(module, "choose_prefill_sizes", lambda *_: rows)
 
@@ -245,7 +246,7 @@ class TestDecode:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """No part is written for them: parts are allocated full of NaN here."""
-        for name in ("DECODE", "SMALL_DECODE"):
+        for name in ("DECODE", "SMALL_DECODE", "WIDE_DECODE"):
             tiles = TileSizes(TILE, 4, 2, min_chunk=48)
             monkeypatch.setattr(module, name, tiles)
         monkeypatch.setattr(module, "choose_num_splits", lambda *_: 4)
@@ -464,8 +465,13 @@ class TestLaunch:
         count, large = module.count_multiprocessors(DEVICE), module.DECODE
         small = TileSizes(TILE, 2, 2)
         monkeypatch.setattr(module, "SMALL_DECODE", small)
-        chosen = [choose_decode_sizes(n * count, DEVICE) for n in (1, 3, 4, 8, 9, 50)]
+        numbers = 1, 3, 4, 8, 9, 50
+        chosen = [
+            choose_decode_sizes(n * count, torch.bfloat16, DEVICE) for n in numbers
+        ]
         assert chosen == [large, large, small, small, large, large]
+        wide = [choose_decode_sizes(n * count, torch.float32, DEVICE) for n in numbers]
+        assert set(wide) == {module.WIDE_DECODE}
 
 
 class TestBackend:

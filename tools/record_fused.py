@@ -3,8 +3,8 @@
     python tools/record_fused.py notebooks/data/fused_decode_h200.json
 
 Qwen3-0.6B's shape, random weights, bfloat16. A time is the median over five rounds of replays of
-one CUDA graph that holds one step, and the floor is what reading the weights takes at the speed
-that the benchmark of page 18 measures. What a kernel takes is what the step is shorter without it.
+one CUDA graph that holds one step, and the floor is the time in which one kernel reads as many
+bytes as the weights have. What a kernel takes is what the step is shorter without it.
 """
 
 from __future__ import annotations
@@ -29,10 +29,8 @@ sys.path.insert(0, str(ROOT))
 from graph_clock import record_graph, time_replays  # noqa: E402
 
 from folo_lib import fused_attention, fused_decode  # noqa: E402
-from folo_lib.benchmark import (  # noqa: E402
-    measure_bandwidth,
-    weight_bytes_per_step,
-)
+from folo_lib.benchmark import weight_bytes_per_step  # noqa: E402
+from folo_lib.benchmark_floor import measure_reading  # noqa: E402
 from folo_lib.fused_decode import FusedDecode  # noqa: E402
 from folo_lib.kv_cache import allocate_kv_caches  # noqa: E402
 from folo_lib.qwen3 import Qwen3ForCausalLM  # noqa: E402
@@ -70,7 +68,7 @@ def make_model() -> Qwen3ForCausalLM:
 def measure_floor(model: Qwen3ForCausalLM) -> dict[str, float]:
     """As the benchmark's section `tpot` does it, so that both count in the same floors."""
     size = weight_bytes_per_step(model.config, DTYPE)
-    speed = statistics.median(measure_bandwidth(DEVICE, size, repeat=50))
+    speed = statistics.median(measure_reading(DEVICE, size, num_runs=5, repeat=50))
     us, terabytes = round(1e6 * size / speed, 1), round(speed / 1e12, 2)
     return {"us": us, "gb": round(size / 1e9, 3), "tb_per_s": terabytes}
 
