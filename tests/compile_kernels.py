@@ -4,12 +4,17 @@
     python tests/compile_kernels.py 90 fused
 
 Triton's interpreter lets pass what its compiler refuses, such as a name that changes its type in
-a loop. Prints the name and the bytes of shared memory of each kernel.
+a loop. Prints the name of each kernel, the bytes of shared memory of a program, and those of a
+thread for what its registers have no room for.
 """
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,7 +80,19 @@ def compile_one(
     made = triton.compile(
         source, target=GPUTarget("cuda", capability, 32), options=options
     )
-    print(kernel.fn.__name__, made.metadata.shared)
+    print(kernel.fn.__name__, made.metadata.shared, count_stack(made.asm["cubin"]))
+
+
+def count_stack(cubin: bytes) -> int:
+    """Bytes of memory that each thread has for what does not fit into its registers."""
+    tool = next(Path(triton.__file__).parent.rglob("cuobjdump"))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True)
+    [stack] = re.findall(r"STACK:(\d+)", usage.stdout)
+    return int(stack)
 
 
 def main(capability: int) -> None:
@@ -91,6 +108,9 @@ def main(capability: int) -> None:
         sizes = module.PREFILL if capability == 90 else module.MEDIUM_PREFILL
         tile = {"ROWS": sizes.rows, "BQ": sizes.rows // group, "BT": sizes.tile}
         compile_one(module.prefill_kernel, shape | tile, number, capability, sizes)
+    sizes = module.SMALL_PREFILL
+    tile = {"GROUP": 2, "ROWS": sizes.rows, "BQ": sizes.rows // 2, "BT": sizes.tile}
+    compile_one(module.prefill_kernel, shape | tile, "fp32", capability, sizes)
     sizes = module.WIDE_DECODE
     every |= {"GROUP": 2, "D": 128, "BT": sizes.tile, "MIN_CHUNK": sizes.min_chunk}
     compile_one(module.decode_kernel, every, "fp32", capability, sizes)

@@ -511,9 +511,11 @@ def test_compiles_for_a_card_that_is_not_there(capability: int, room: int) -> No
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 9 + 3 * 7  # those of draws too, for three dtypes
-    for name, shared in lines:
+    assert len(lines) == 11 + 3 * 7  # those of draws too, for three dtypes
+    for name, shared, stack in lines:
         assert int(shared) <= 1024 * room, name
+        # What every thread has from the start; more would be allocated while graphs exist.
+        assert int(stack) <= 1024, name
 
 
 def error(output: Tensor, exact: Tensor) -> float:
