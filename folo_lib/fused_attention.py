@@ -1,12 +1,18 @@
 """The attention of page 15: norm, rotation, cache and softmax of a decode step in one kernel.
 
-Page 13's decode kernel, changed in four ways. It takes queries and keys as the projection leaves
-them. It loads keys so that the tensor cores find in a thread's registers what they expect there,
-and multiplies values, of which each thread has eight neighbours, without them: nothing of the
-cache goes through shared memory on the way. Each warp keeps an online softmax over tokens of its
-own, so no warp waits for another before the end. And where a context is split over several
-programs, the one that arrives last merges what all have left, so that no second kernel is needed.
-For heads of 128 numbers; cache blocks may have any size.
+Page 13's decode kernel, changed in four ways:
+
+1. It takes queries, keys and values as the projection leaves them, and norms, rotates and stores.
+2. It loads keys so that the tensor cores find in a thread's registers what they expect there, as
+   section 4 of the page does with weights. Values are multiplied without tensor cores. So nothing
+   of the cache has to go through the memory that the warps share.
+3. Each warp keeps an online softmax over tokens of its own, and waits for no other warp before the
+   end.
+4. Where a context is split over several programs, the one that arrives last merges what all have
+   left, so that no second kernel is needed.
+
+Heads have 128 numbers; cache blocks may have any size. Scores are in powers of two (`scale` has a
+factor `log2(e)`), so softmax is made of `exp2`.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -34,12 +40,12 @@ __all__ = [
     "wait_for_previous",
 ]
 
-MAX_SPLITS = 16  # of all sequences together; times 8 key heads, one for nearly each multiprocessor
+# Pieces of all sequences together. With 8 key heads that is 128 programs, one for nearly each of
+# the 132 multiprocessors of an H200.
+MAX_SPLITS = 16
 WARPS = tl.constexpr(8)  # of the attention kernel
-TILE, WIDE_TILE = (
-    128,
-    64,
-)  # tokens; the second of float32, which needs twice the registers
+# Tokens of a tile; the second is for float32, which needs twice the registers.
+TILE, WIDE_TILE = 128, 64
 
 
 @triton.jit
@@ -47,7 +53,7 @@ def norm_and_rotate(x, partners, here, there, eps, D: tl.constexpr):
     """The q/k norm of page 04 and the rotation of page 02, of heads `[M, D]`, in float32.
 
     `partners` are the numbers half a head away. `here` is the weight of the norm times the
-    cosine, `there` the partners' weight times the sine; the first half of it has a minus.
+    cosine, `there` the partners' weight times the sine, whose first half is negative.
     """
     x = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
@@ -56,19 +62,20 @@ def norm_and_rotate(x, partners, here, there, eps, D: tl.constexpr):
 
 @triton.jit
 def let_next_start(PDL: tl.constexpr):
-    """The next kernel may start, and wait where it needs what this one writes."""
+    """Lets the next kernel start; it waits where it needs what this one writes."""
     if PDL:
         gdc_launch_dependents()
 
 
 @triton.jit
 def wait_for_previous(PDL: tl.constexpr):
-    """Until the kernels before this one have ended, and what they wrote can be read."""
+    """Waits until the kernels before this one have ended and what they wrote can be read."""
     if PDL:
         gdc_wait()
 
 
-# Whatever differs from step to step is left out of what Triton compiles anew for.
+# Triton compiles anew for some values of an argument, and not for these: they differ from step to
+# step.
 PER_STEP = {
     "do_not_specialize": ["num_splits", "min_tiles"],
     "do_not_specialize_on_alignment": ["seq_lens", "slots"],
@@ -80,7 +87,8 @@ def find_places(
     table, first, end, strides, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr
 ):
     """Where in the cache the tokens of a tile are, and whether they exist: `[TILE]` each."""
-    NEIGHBOURS: tl.constexpr = 8 if BLOCK_SIZE % 8 == 0 else 1  # that one block holds
+    # Eight tokens that lie in one block need one look at the table.
+    NEIGHBOURS: tl.constexpr = 8 if BLOCK_SIZE % 8 == 0 else 1
     starts = tl.arange(0, TILE // NEIGHBOURS) * NEIGHBOURS + first
     blocks = tl.load(table + starts // BLOCK_SIZE, mask=starts < end, other=0)
     places = blocks.to(tl.int64) * strides[0] + starts % BLOCK_SIZE * strides[1]
@@ -90,15 +98,24 @@ def find_places(
 
 @triton.jit
 def load_eights(cache, places, exist, dims):
-    """Eight neighbours of a key or value for each thread; zeros where there is no token."""
+    """Rows of eight neighbours, which one thread loads at once: `[M, 8]`.
+
+    Row `i` begins at number `dims[i]` of the key or value at `places[i]`; `places`, `exist` and
+    `dims` are `[M]`. Zeros are loaded where there is no token.
+    """
     places = tl.multiple_of(places + dims, 8)[:, None] + tl.arange(0, 8)[None, :]
     return tl.load(cache + places, mask=exist[:, None], other=0.0)
 
 
 @triton.jit
 def load_keys(keys, places, exist, TILE: tl.constexpr):
-    """Keys of a tile: a thread has every fourth eight of some tokens, `[16 * TILE, 8]`."""
-    RUNS: tl.constexpr = TILE // (8 * WARPS)  # of 8 tokens, that a warp looks at
+    """Keys of a tile, in the order of `load_weights` on the page: `[16 * TILE, 8]`.
+
+    A key is a row of 128 columns. Eight of them in four pieces of 32 columns are what a warp has
+    at a time: four threads share a row of a piece. So row `i` of the result is made of, from left
+    to right, the run of 8 tokens for each warp, the piece, the warp, the token and the thread.
+    """
+    RUNS: tl.constexpr = TILE // (8 * WARPS)  # of 8 tokens, for each warp
     i = tl.arange(0, 16 * TILE)
     places = tl.reshape(places, (RUNS, 1, WARPS, 8, 1))
     exist = tl.reshape(exist, (RUNS, 1, WARPS, 8, 1))
@@ -109,7 +126,11 @@ def load_keys(keys, places, exist, TILE: tl.constexpr):
 
 @triton.jit
 def load_values(values, places, exist, TILE: tl.constexpr):
-    """Values of a tile: a thread has the same eight of every other token of its warp."""
+    """Values of a tile, for the same warps as their keys: `[16 * TILE, 8]`.
+
+    Sixteen threads share a value, so a warp loads two at a time, four times for a run of 8. A
+    thread has the same eight numbers of every other token of its warp.
+    """
     RUNS: tl.constexpr = TILE // (8 * WARPS)
     i = tl.arange(0, 16 * TILE)
     places = tl.permute(tl.reshape(places, (RUNS, WARPS, 4, 2, 1)), (0, 2, 1, 3, 4))
@@ -138,7 +159,7 @@ def load_tile(
 
 @triton.jit
 def as_keys(k, TILE: tl.constexpr):
-    """What `load_keys` has loaded, as `[128, TILE]`: a column per token."""
+    """What `load_keys` has loaded, as `[128, TILE]`: a column per token; see `as_right`."""
     RUNS: tl.constexpr = TILE // (8 * WARPS)
     k = tl.reshape(k, (RUNS, 4, WARPS, 8, 4, 2, 2, 2))
     return tl.reshape(tl.permute(k, (1, 5, 6, 4, 7, 0, 2, 3)), (128, TILE))
@@ -160,6 +181,7 @@ def find_partners(D: tl.constexpr):
 
 @triton.jit
 def product(a, b):
+    """How `tl.reduce` makes one of two numbers."""
     return a * b
 
 
@@ -167,8 +189,9 @@ def product(a, b):
 def add_warps(x, GROUP: tl.constexpr, D: tl.constexpr):
     """The sum over the warps of `[GROUP, WARPS, D]`: `[GROUP, D]`.
 
-    The gather changes nothing but who holds what: it puts the numbers of all warps next to each
-    other. A sum across warps without it is slow, since its writes to shared memory collide.
+    The gather takes every number from where it is, so it changes no value. It changes which thread
+    holds it: afterwards one thread has a number of all warps. A sum across warps without it is
+    slow, since its writes to shared memory collide.
     """
     x = tl.reshape(tl.permute(x, (1, 0, 2)), (WARPS, GROUP * D))
     same = tl.arange(0, WARPS)[:, None] + tl.zeros([WARPS, GROUP * D], tl.int32)
@@ -177,8 +200,12 @@ def add_warps(x, GROUP: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def merge(scratch, first, count, GROUP: tl.constexpr, D: tl.constexpr):
-    """Merges `count` shares from share `first` on, eight at a time: `[GROUP, D]`."""
-    # One number for each thread, not four neighbours: then it has that number of all shares.
+    """Merges `count` shares from share `first` on, eight at a time: `[GROUP, D]`.
+
+    `scratch` are `parts`, `tops` and `totals` of `AttentionScratch`.
+    """
+    # Told that columns have no neighbours, Triton gives a thread one column of all eight shares,
+    # so that it adds them up alone.
     columns = tl.max_contiguous(tl.arange(0, GROUP * D), 1)[None, :]
     heads = tl.arange(0, GROUP)[None, :]
     highest = tl.full([GROUP], -1e30, tl.float32)
@@ -187,7 +214,7 @@ def merge(scratch, first, count, GROUP: tl.constexpr, D: tl.constexpr):
     for begin in tl.range(0, count, 8):
         shares = begin + tl.arange(0, 8)[:, None]
         exist, place = shares < count, (first + shares) * GROUP + heads
-        # Past the multiprocessor's own cache, which may hold what was there before.
+        # ".cg" reads past the multiprocessor's own cache, which may hold what was there before.
         tops = tl.load(scratch[1] + place, exist, other=-1e30, cache_modifier=".cg")
         totals = tl.load(scratch[2] + place, exist, other=0.0, cache_modifier=".cg")
         place = (first + shares) * (GROUP * D) + columns
@@ -237,8 +264,9 @@ def attention_kernel(
     """Norm, rotation, cache and attention: a program per key head, sequence and split.
 
     A context is cut into at most `num_splits` pieces of at least `min_tiles` tiles; programs for
-    which nothing is left end at once. The first piece stores the newest token. Nobody
-    reads that one from the cache: it joins at the end, from registers.
+    which nothing is left end at once. Every program norms and rotates the queries and the newest
+    key. That of the first piece stores the newest token and counts it: nobody reads it from the
+    cache, it joins at the end, from registers.
     """
     let_next_start(PDL)
     head, sequence, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -255,8 +283,9 @@ def attention_kernel(
     keys = key_cache + head.to(tl.int64) * head_stride
     values = value_cache + head.to(tl.int64) * head_stride
     k, v = load_tile(keys, values, table, begin, end, strides, TILE, BLOCK_SIZE)
-    # 16 rows for the tensor cores: a query, the key, the next query, the key, and so on, so
-    # that each warp has the key beside a query. What depends on neither is done before the wait.
+    # 16 rows for the tensor cores: a query, the newest key, the next query, the key again, and so
+    # on, the queries repeated. With the key beside each query, their product can be added up
+    # without a detour. Weights times cosines and sines are ready before the wait.
     rows, dims = tl.arange(0, 16)[:, None], tl.arange(0, D)[None, :]
     is_key, partners, every = rows % 2 == 1, find_partners(D), 0 * rows
     dtype = qkv.dtype.element_ty
@@ -275,19 +304,22 @@ def attention_kernel(
     x, others = tl.load(qkv + source + dims), tl.load(qkv + source + partners)
     own_value = tl.load(qkv + (H + KV + head) * D + tl.arange(0, D))
     x = norm_and_rotate(x, others, here, there, eps, D).to(dtype)
-    if split == 0:
+    if split == 0:  # row 1 is the key
         tl.store(keys + newest + dims + every, x, mask=rows == 1)
         tl.store(values + newest + tl.arange(0, D), own_value)
     own = tl.reduce(tl.reshape(x.to(tl.float32), (8, 2, D)), 1, product)
     own = tl.where(split == 0, tl.sum(own, 1) * scale, -1e30)  # query times newest key
     own = tl.max(tl.reshape(own, (8 // GROUP, GROUP)), 0)
     query = as_query(x)
+    # The online softmax of each warp. What is summed over its tokens stays apart as long as
+    # possible: `sums` for 8 tokens of each run, `result` for the two halves of a warp.
     highest = tl.full([GROUP, WARPS], -1e30, tl.float32)
     sums = tl.zeros([GROUP, RUNS, WARPS, 8], tl.float32)
     result = tl.zeros([GROUP, WARPS, 2, D], tl.float32)
     for first in tl.range(begin, end, TILE):
         scores = tl.dot(query, as_keys(k, TILE), input_precision="ieee") * scale
         unseen = first + tl.arange(0, TILE)[None, :] >= end
+        # Out of 16 rows come `GROUP`: the maximum drops the rows of the key and the repeated ones.
         scores = tl.where(is_key | unseen, -1e30, scores)
         scores = tl.max(tl.reshape(scores, (8 // GROUP, GROUP, 2, TILE)), 2)
         scores = tl.reshape(tl.max(scores, 0), (GROUP, RUNS, WARPS, 8))
@@ -296,6 +328,7 @@ def attention_kernel(
         shrink = tl.exp2(highest - new_highest)
         sums = sums * shrink[:, None, :, None] + weights
         highest, now = new_highest, v
+        # The next tile is on its way while the values of this one are multiplied.
         if first + TILE < end:
             following = first + TILE
             k, v = load_tile(
@@ -306,6 +339,7 @@ def attention_kernel(
         weights = tl.permute(weights, (0, 1, 3, 2, 4))
         weights = tl.reshape(weights, (GROUP, RUNS * 4, WARPS, 2, 1))
         result = result * shrink[:, :, None, None] + tl.sum(wide * weights, 1)
+    # The warps meet for the first time, and the newest token joins them.
     top = tl.maximum(tl.max(highest, 1), own)
     shrink, own = tl.exp2(highest - top[:, None]), tl.exp2(own - top)
     total = tl.sum(tl.sum(tl.sum(sums, 3), 1) * shrink, 1) + own
@@ -332,9 +366,10 @@ def attention_kernel(
 class AttentionScratch(NamedTuple):
     """What the splits of an attention leave for each other; zeros at first.
 
-    Each split has a share. `parts` float32 `[splits * H, 128]` holds values, weighted and added
-    up, `tops` and `totals` float32 `[splits * H]` the highest score and the sum of the weights,
-    and `arrivals` int32 `[B * H_kv]` counts; it is zeros between steps.
+    Each program that has a piece of a context leaves a share. `parts` float32
+    `[splits * H, 128]` holds values, weighted and added up, `tops` and `totals` float32
+    `[splits * H]` the highest score and the sum of the weights. `arrivals` int32
+    `[B * H_kv]` counts the programs that have left theirs; it is zeros between launches.
     """
 
     parts: Tensor
@@ -388,7 +423,8 @@ def launch_attention(
     key_cache, _ = kv_cache
     num_splits = max(1, MAX_SPLITS // triton.next_power_of_2(num_seqs))
     min_tiles = 1 if num_seqs <= 4 else 2  # where many run, splitting one gains less
-    # One sequence alone was 20 us of 534 faster with as many programs again that end at once.
+    # Found by trying on an H200: with as many programs again, which end at once, a step of one
+    # sequence took 20 of 534 µs less. Why that is so is not known.
     programs = 2 * num_splits if num_seqs == 1 else num_splits
     attention_kernel[(num_kv_heads, num_seqs, programs)](
         qkv,

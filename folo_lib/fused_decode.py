@@ -314,7 +314,7 @@ def load_inputs(x, tile, num_seqs, K: tl.constexpr, ROWS: tl.constexpr, policy):
 def find_scale(x, num_seqs, eps, K: tl.constexpr, ROWS: tl.constexpr):
     """One over the root mean square of each sequence: `[ROWS, 1]`."""
     squares = tl.zeros([ROWS], tl.float32)
-    for i in tl.static_range(K // 1024):  # stays in the cache; registers forget it
+    for i in tl.static_range(K // 1024):  # the cache keeps it for `weigh`
         wide = load_inputs(x, i, num_seqs, K, ROWS, "evict_last").to(tl.float32)
         squares += tl.sum(wide * wide, 1)
     return tl.rsqrt(squares / K + eps)[:, None]
@@ -359,7 +359,7 @@ def multiply(
     squares = tl.zeros([ROWS], tl.float32)
     product = tl.zeros([8, 16, 8 * GROUPS], tl.float32)
     for i in tl.static_range(K // 1024):
-        if NORM:  # weighted now; divided before, or when the root mean square is known
+        if NORM:  # weighted here; divided here too if FIRST, else at the end
             left, squares = weigh(x, norm, i, num_seqs, scale, squares, K, ROWS)
         else:
             left = as_left(load_inputs(x, i, num_seqs, K, ROWS, ""), ROWS)

@@ -85,8 +85,9 @@ def draw_overlap(ax: Axes, traces: Mapping[str, Sequence[Bar]]) -> None:
                 va = "bottom" if above else "top"
                 ax.text(x, y, name, ha="center", va=va, fontsize=8)
         middles.append(top + (len(lanes) - 0.1) / 2)
-        end = max(lanes) - begin
-        ax.text(end, middles[-1], f" {end:.1f} µs", va="center", fontsize=9)
+        last = max(lanes)
+        end, y = last - begin, top + lanes.index(last) + 0.45  # beside the last bar
+        ax.text(end, y, f" {end:.1f} µs", va="center", fontsize=9)
         top += len(lanes) + 0.9
     ax.set_yticks(middles, list(traces))
     longest = max(bars[-1][2] - bars[0][1] for bars in traces.values())
