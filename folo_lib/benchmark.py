@@ -469,7 +469,7 @@ def check_tokens(system: System, reference: Reference) -> int:
 def weight_bytes_per_step(
     config: "Qwen2Config | Qwen3Config", dtype: torch.dtype
 ) -> int:
-    """The weights that a step reads: all, but of an embedding that is no head."""
+    """All weights, except for an embedding that does not serve as the head too."""
     with torch.device("meta"):
         model = Qwen3ForCausalLM(config)
     count = sum(weight.numel() for weight in model.parameters())

@@ -110,8 +110,7 @@ def compare_systems(record: Result) -> list[tuple[str, Look, Result]]:
 def say_nothing_yet(ax: Axes) -> None:
     """Axes for a recording that is still to be made."""
     ax.text(0.5, 0.5, NOTHING_YET, ha="center", transform=ax.transAxes)
-    ax.set(xticks=[], yticks=[])
-    ax.grid(False)
+    ax.set_axis_off()
 
 
 def draw_bar(ax: Axes, y: int, name: str, look: Look, row: Result) -> None:
