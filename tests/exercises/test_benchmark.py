@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import math
 import random
 import statistics
 from collections.abc import Callable
@@ -9,40 +12,68 @@ from typing import Any
 
 import pytest
 
+from folo_lib.benchmark import Run, paired_ratios
 from folo_lib.course.exercises.benchmark import (
     check_bootstrap_interval,
-    check_bound_throughput,
+    check_sign_test,
+    check_tokens_per_second,
 )
+from tests.exercises.test_all import PAGES, solutions
 
 
-def without_the_cache(weights: int, token: int, contexts: list[int], bw: float) -> Any:
-    return len(contexts) * bw / weights
+def decode_tokens(runs: list[Run]) -> int:
+    return sum(len(run.token_ids) - 1 for run in runs)
 
 
-def weights_for_each(weights: int, token: int, contexts: list[int], bw: float) -> Any:
-    return len(contexts) * bw / sum(weights + token * n for n in contexts)
+def with_the_first_token(runs: list[Run]) -> Any:
+    tokens = sum(len(run.token_ids) for run in runs)
+    return tokens / sum(run.total - run.ttft for run in runs)
 
 
-def steps_per_second(weights: int, token: int, contexts: list[int], bw: float) -> Any:
-    return bw / (weights + token * sum(contexts))
+def with_the_prompt(runs: list[Run]) -> Any:
+    return decode_tokens(runs) / sum(run.total for run in runs)
 
 
-def all_alike(weights: int, token: int, contexts: list[int], bw: float) -> Any:
-    return len(contexts) * bw / (weights + token * contexts[0] * len(contexts))
+def mean_of_rates(runs: list[Run]) -> Any:
+    return statistics.mean(1 / run.tpot for run in runs)
+
+
+def median_of_rates(runs: list[Run]) -> Any:
+    return statistics.median(1 / run.tpot for run in runs)
+
+
+def one_over_mean_tpot(runs: list[Run]) -> Any:
+    return 1 / statistics.mean(run.tpot for run in runs)
+
+
+def at_least_one_token(runs: list[Run]) -> Any:
+    tokens = sum(max(1, len(run.token_ids) - 1) for run in runs)
+    return tokens / sum(run.total - run.ttft for run in runs)
 
 
 @pytest.mark.parametrize(
     ("attempt", "reason"),
     [
-        (without_the_cache, "its keys and values are read too"),
-        (weights_for_each, "one token to each sequence"),
-        (steps_per_second, "one token to each sequence"),
-        (all_alike, "may differ in length"),
+        (with_the_first_token, "four tokens came after the first"),
+        (with_the_prompt, "from the first to the last"),
+        (mean_of_rates, "divide once"),
+        (median_of_rates, "divide once"),
+        (one_over_mean_tpot, "counts for more than one of ten"),
+        (at_least_one_token, "no tokens after the first"),
     ],
 )
-def test_bound_throughput(attempt: Callable[..., Any], reason: str) -> None:
-    verdict = check_bound_throughput(attempt)
+def test_tokens_per_second(attempt: Callable[..., Any], reason: str) -> None:
+    verdict = check_tokens_per_second(attempt)
     assert not verdict and reason in verdict.message
+
+
+def test_tokens_per_second_by_weights_is_right_too() -> None:
+    def weighted(runs: list[Run]) -> float:
+        """One over the mean TPOT, in which each token counts once."""
+        total = sum(run.tpot * (len(run.token_ids) - 1) for run in runs)
+        return decode_tokens(runs) / total
+
+    assert check_tokens_per_second(weighted)
 
 
 def resample(
@@ -89,3 +120,144 @@ def the_middle_half(values: list[float], number: int = 1000, seed: int = 0) -> A
 def test_bootstrap_interval(attempt: Callable[..., Any], reason: str) -> None:
     verdict = check_bootstrap_interval(attempt)
     assert not verdict and reason in verdict.message
+
+
+def wins(first: list[float], second: list[float]) -> tuple[int, int]:
+    """How many pairs the first won, and of how many that were decided."""
+    pairs = list(zip(first, second, strict=True))
+    return sum(a < b for a, b in pairs), sum(a != b for a, b in pairs)
+
+
+def fall(pairs: int, counts: Callable[[int], bool]) -> float:
+    """The share of ways for coins to fall that count."""
+    return sum(math.comb(pairs, k) for k in range(pairs + 1) if counts(k)) / 2**pairs
+
+
+def tail(won: int, pairs: int) -> float:
+    """The right answer, from the number of wins and pairs."""
+    return fall(pairs, lambda k: abs(2 * k - pairs) >= abs(2 * won - pairs))
+
+
+def one_sided(first: list[float], second: list[float]) -> float:
+    won, pairs = wins(first, second)
+    return fall(pairs, lambda k: k >= won)
+
+
+def twice_the_firsts_tail(first: list[float], second: list[float]) -> float:
+    return min(1.0, 2 * one_sided(first, second))
+
+
+def exactly_so(first: list[float], second: list[float]) -> float:
+    won, pairs = wins(first, second)
+    return fall(pairs, lambda k: k in (won, pairs - won))
+
+
+def twice_the_tail(first: list[float], second: list[float]) -> float:
+    won, pairs = wins(first, second)
+    most = max(won, pairs - won)
+    return 2 * fall(pairs, lambda k: k >= most)
+
+
+def ties_are_lost(first: list[float], second: list[float]) -> float:
+    return tail(wins(first, second)[0], len(first))
+
+
+def against_the_median(first: list[float], second: list[float]) -> float:
+    # Right as long as the machine is steady, so that only drift betrays it.
+    if len(set(second)) < 4:
+        return tail(*wins(first, second))
+    middle = statistics.median(second)
+    decided = [time for time in first if time != middle]
+    return tail(sum(time < middle for time in decided), len(decided))
+
+
+def every_run_with_every_run(first: list[float], second: list[float]) -> float:
+    """The exact test of Mann and Whitney, which knows no pairs."""
+    if len(set(second)) < 4:
+        return tail(*wins(first, second))
+    both, n = first + second, len(first)
+
+    def lead(chosen: tuple[int, ...]) -> int:
+        others = [i for i in range(2 * n) if i not in chosen]
+        less = sum(both[i] < both[j] for i in chosen for j in others)
+        return abs(2 * less - n * n)
+
+    measured = lead(tuple(range(n)))
+    splits = list(itertools.combinations(range(2 * n), n))
+    return sum(lead(split) >= measured for split in splits) / len(splits)
+
+
+def sorted_first(first: list[float], second: list[float]) -> float:
+    if len(set(second)) < 4:
+        return tail(*wins(first, second))
+    return tail(*wins(sorted(first), sorted(second)))
+
+
+def no_pair_no_luck(first: list[float], second: list[float]) -> float:
+    won, pairs = wins(first, second)
+    return tail(won, pairs) if pairs else 0.0
+
+
+@pytest.mark.parametrize(
+    ("attempt", "reason"),
+    [
+        (one_sided, "either side may win"),
+        (twice_the_firsts_tail, "does not matter which"),
+        (exactly_so, "eight to none counts as well"),
+        (twice_the_tail, "more even than this"),
+        (ties_are_lost, "equal times is left out"),
+        (against_the_median, "compare run by run"),
+        (every_run_with_every_run, "compare run by run"),
+        (sorted_first, "keep the order"),
+        (no_pair_no_luck, "nothing speaks against luck"),
+    ],
+)
+def test_sign_test(attempt: Callable[..., Any], reason: str) -> None:
+    verdict = check_sign_test(attempt)
+    assert not verdict and reason in verdict.message
+
+
+def test_sign_test_that_tosses_all_coins_is_right_too() -> None:
+    def tossed(first: list[float], second: list[float]) -> float:
+        won, pairs = wins(first, second)
+        falls = [sum(coins) for coins in itertools.product((0, 1), repeat=pairs)]
+        uneven = [k for k in falls if abs(2 * k - pairs) >= abs(2 * won - pairs)]
+        return len(uneven) / len(falls)
+
+    assert check_sign_test(tossed)
+
+
+def test_the_numbers_of_the_page_and_of_its_solutions() -> None:
+    [page] = [page for page in PAGES if page.stem == "18_benchmark"]
+    text = (page.parent.parent / "docs/solutions/18_benchmark.md").read_text("utf-8")
+    tokens_per_second = solutions(page)["tokens_per_second"]
+    two = [Run([0] * 101, 0.5, 1.5), Run([0] * 101, 0.5, 10.5)]
+    assert round(tokens_per_second(two)) == 18
+    assert round(mean_of_rates(two)) == 55
+
+    sign_test = solutions(page)["sign_test"]
+
+    def of(won: int, lost: int) -> float:
+        result: float = sign_test([1.0] * (won + lost), [2.0] * won + [0.5] * lost)
+        return result
+
+    for won, lost, said in (
+        (5, 0, 0.0625),
+        (6, 0, 0.031),
+        (7, 1, 0.070),
+        (8, 1, 0.039),
+    ):
+        assert of(won, lost) == pytest.approx(said, abs=5e-4)
+        assert f"{said:.4f}".rstrip("0") in text
+    assert of(4, 1) == 0.375 and "0.375" in text
+    assert of(5, 0) > 0.05 > of(6, 0)
+    for order, said in (("ABABABABABAB", 0.03125), ("ABBAABBAABBA", 1.0)):
+        times = [[1.02**i for i, x in enumerate(order) if x == name] for name in "AB"]
+        assert sign_test(*times) == said
+
+    recording = page.parent / "data" / "benchmark_h200.json"
+    for made in json.loads(recording.read_text("utf-8"))["sections"]["decode"]:
+        rows = {row["system"]: row for row in made["rows"]}
+        ratios = paired_ratios(rows["huggingface"], rows["folo_lib"])
+        assert len(ratios) == 5 and min(ratios) > 20
+    assert "more than twenty times" in " ".join(text.split())
