@@ -22,6 +22,20 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 40,
 }
+TINY: dict[str, Any] = {
+    "vocab_size": 2100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    "dtype": "float32",
+}
+"""The shape that the tests of the benchmark measure, as fields of a Qwen3Config."""
 # model_type, H, H_kv, D (None: E / H), tied, attention_bias, RoPE
 CASES: dict[str, tuple[str, int, int, int | None, bool, bool, dict[str, Any]]] = {
     "qwen3 4/1": ("qwen3", 4, 1, 16, True, False, DEFAULT),

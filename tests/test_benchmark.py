@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import TINY
 from safetensors.torch import load_file
 
 from folo_lib import (
@@ -38,19 +39,6 @@ from folo_lib.kv_cache import allocate_kv_caches
 from folo_lib.qwen3 import Qwen3ForCausalLM
 
 CPU = torch.device("cpu")
-TINY: dict[str, Any] = {
-    "vocab_size": 2100,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": True,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-    "dtype": "float32",
-}
 SIZES = Sizes(
     prompt_tokens=12,
     output_tokens=10,

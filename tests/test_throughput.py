@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import TINY
 
 from folo_lib import (
     benchmark,
@@ -42,19 +43,6 @@ from folo_lib.kv_cache import kv_bytes_per_token
 from folo_lib.sampling_params import SamplingParams
 
 CPU = torch.device("cpu")
-SHAPE: dict[str, Any] = {
-    "vocab_size": 2100,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": True,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-    "dtype": "float32",
-}
 SIZES = Sizes(
     prompt_tokens=8,
     output_tokens=6,
@@ -85,7 +73,7 @@ SIZES = Sizes(
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    write_random_checkpoint(folder, SHAPE, CPU)
+    write_random_checkpoint(folder, TINY, CPU)
     return folder
 
 
