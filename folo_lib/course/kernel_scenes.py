@@ -31,14 +31,14 @@ def paged_attention(name: str) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     query, *caches = (
         torch.randn(shape, generator=generator)
-        for shape in ((25, 4, 16), (80, 4, 2, 16), (80, 4, 2, 16))
+        for shape in ((25, 4, 16), (79, 4, 2, 16), (79, 4, 2, 16))
     )
-    seq_lens, query_lens = [20, 9, 150, 1], [20, 3, 1, 1]
+    seq_lens, query_lens = [200, 9, 300, 1], [20, 3, 1, 1]
     ends = torch.tensor([0, *query_lens]).cumsum(0)
     metadata = AttentionMetadata(
         block_size=4,
         slot_mapping=torch.zeros(25, dtype=torch.int64),
-        block_table=torch.arange(160).reshape(4, 40) % 79,
+        block_table=torch.arange(300).reshape(4, 75) % 79,
         query_start_loc=ends,
         seq_lens=torch.tensor(seq_lens),
         query_lens_list=query_lens,

@@ -35,14 +35,14 @@ def attempt(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
 
 
 def make_config(**fields: Any) -> Any:
-    """A Qwen3 of two small layers, of which no two sizes are equal."""
+    """A Qwen3 of three small layers, of which no two sizes are equal."""
     from transformers import Qwen3Config
 
     shape = {
         "vocab_size": 50,
         "hidden_size": 24,
         "intermediate_size": 20,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 3,
         "num_attention_heads": 6,
         "num_key_value_heads": 2,
         "head_dim": 8,
@@ -298,7 +298,7 @@ def kv_cache(m: ModuleType) -> None:
     attempt(blocks.can_allocate, 0)
     assert blocks.num_free_blocks >= 0
     size = m.kv_bytes_per_token(config, torch.float32)
-    for memory, wanted in ((size * 1000, None), (size * 1000, 20), (size * 40, None)):
+    for memory, wanted in ((size * 1000, None), (size * 1000, 20), (size * 90, 1), (size * 40, None)):
         m.resolve_max_model_len(config, torch.float32, memory, wanted)
     for memory, wanted in ((size * 1000, 65), (size * 1000, 0), (size * 15, None)):
         attempt(m.resolve_max_model_len, config, torch.float32, memory, wanted)
@@ -479,7 +479,8 @@ def request(m: ModuleType) -> None:
     one = make_request(token_ids=[1, 2, 3], output_token_ids=[4, 5], max_tokens=3)
     for num_computed in (0, 2, 4, 5, 6):
         one.num_computed_tokens = num_computed
-        assert one.num_tokens == 5 and one.num_uncomputed_tokens >= 0
+        for one.max_tokens in (3, 4):
+            assert one.num_tokens == 5 and one.num_uncomputed_tokens >= 0
     for places in ((), (2,), (1, 4), (3, 5), (0, 2), (4, 9)):
         one.get_token_ids(*places)
     for fields, stop in (
@@ -500,6 +501,7 @@ def request(m: ModuleType) -> None:
         entry = [(ids[0], -0.5, 1), (ids[1], -1.5, 2)]
         one.take_prompt_logprobs(1, [entry, entry[::-1]])
         one.take_prompt_logprobs(2, [entry[:1]])
+        one.take_prompt_logprobs(1, [entry[1:]])
         for token_id in ids:
             one.append_token(SampledToken(token_id, [(token_id, -0.25, 1)]), 10.0)
             assert isinstance(one.text, str)
@@ -526,7 +528,7 @@ def make_engine(**options: Any) -> Any:
     model = make_model(vocab_size=20)
     share(model)
     options = {"max_model_len": 32, "block_size": 4, "use_tqdm": False} | options
-    given = {"kv_cache_memory_bytes": 2 * 2 * 2 * 8 * 4 * 4 * 14, "seed": 1}
+    given = {"kv_cache_memory_bytes": 2 * 3 * 2 * 8 * 4 * 4 * 14, "seed": 1}
     return LLMEngine(model, **(given | options))
 
 
@@ -781,7 +783,7 @@ def fused_decode(m: ModuleType) -> None:
 def benchmark(m: ModuleType) -> None:
     for values in ([3.0, 1.0, 2.0, 5.0, 9.0], [1.0, 1.0], [0.5, 0.1, 0.2, 0.4]):
         m.summarize(values)
-    good = m.Reference([1, 2], [3, 4, 5, 6], [1.0, 0.9, 1e-9, 2.0], 1e-6, 1.0)
+    good = m.Reference([1, 2], [3, 4, 5, 6], [1.0, 0.9, 1e-9, 2.0], 2e-4, 4.0)
     cases = (good, torch.float32), (good, torch.bfloat16)
     for fields in ({"error": 1e-2}, {"error": float("nan")}, {"margins": [0.0] * 4}):
         worse = m.Reference(**(vars(good) | fields))
