@@ -49,7 +49,9 @@ test: $(READY)
 	$(PY) -m pytest -m "not more" -n $(JOBS) --dist loadfile
 	$(PY) -m pytest -n $(JOBS) --dist loadfile --nbval $(PAGES)
 
+# Without network the graders are not to be had; their tests are skipped then, and say so.
 test-more: $(READY)
+	@$(MAKE) --no-print-directory $(VENV)/.graders || echo "nbgrader and otter are not tried."
 	$(PY) -m pytest -m more -n $(JOBS) --dist loadfile
 
 test-oldest: $(OLDEST)/.ready
@@ -102,7 +104,7 @@ $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt | $(PY)
 	@touch $@
 
 # What only one command needs is installed when it is first asked for.
-$(VENV)/.docs $(VENV)/.browser $(VENV)/.batch: $(VENV)/.%: $(READY)
+$(VENV)/.docs $(VENV)/.browser $(VENV)/.batch $(VENV)/.graders: $(VENV)/.%: $(READY)
 	$(PY) -m pip install -c constraints.txt -e ".[$*]"
 	@touch $@
 

@@ -48,7 +48,9 @@ def _find_tasks(page: Notebook, topic: str) -> Iterator[Task]:
         if student.is_taught(cell):
             names = student.top_names(cell.source)
             call = f'stop_unless_written("{topic}", {", ".join(names)})'
-            source = f"from folo_lib.course.written import stop_unless_written\n\n{call}"
+            source = (
+                f"from folo_lib.course.written import stop_unless_written\n\n{call}"
+            )
             yield Task(cell.id.replace("-", "_"), cell, source)
         elif "exercise" in cell.metadata.get("tags", []):
             name = name_of(cell.source)
@@ -130,11 +132,17 @@ def make_nbgrader_page(notebook: Notebook, topic: str) -> Notebook:
             cell.source = mark_solutions(cell.source)
         else:
             stub = "raise NotImplementedError"
-            marked = r"\1### BEGIN SOLUTION\n\1raise NotImplementedError\n\1### END SOLUTION"
-            cell.source = re.sub(rf"^( +){stub}$", marked, cell.source, flags=re.MULTILINE)
+            marked = (
+                r"\1### BEGIN SOLUTION\n\1raise NotImplementedError\n\1### END SOLUTION"
+            )
+            cell.source = re.sub(
+                rf"^( +){stub}$", marked, cell.source, flags=re.MULTILINE
+            )
         cell.metadata["nbgrader"] = describe_cell(task.name, solution=True)
         check = nbformat.v4.new_code_cell(task.check, id=f"{cell.id[:56]}-points")
-        check.metadata["nbgrader"] = describe_cell(f"{task.name}_points", solution=False)
+        check.metadata["nbgrader"] = describe_cell(
+            f"{task.name}_points", solution=False
+        )
         cells.append(check)
     page.cells = cells
     return page
@@ -234,7 +242,9 @@ def copy_beside(page: Path, folder: Path) -> None:
     for name in ("data", "tiny_model"):
         if name in text:
             ignore = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(PAGES / name, folder / name, dirs_exist_ok=True, ignore=ignore)
+            shutil.copytree(
+                PAGES / name, folder / name, dirs_exist_ok=True, ignore=ignore
+            )
 
 
 def write_graders(pages: Sequence[Path], folder: Path) -> None:
@@ -257,9 +267,7 @@ def write_graders(pages: Sequence[Path], folder: Path) -> None:
         nbformat.write(
             student.make_student_page(notebook, page.name), otter / page.name
         )
-        nbformat.write(
-            make_solved_page(notebook, stem), folder / "solved" / page.name
-        )
+        nbformat.write(make_solved_page(notebook, stem), folder / "solved" / page.name)
         (otter / "requirements.txt").write_text(f"{INSTALL}\n", encoding="utf-8")
         for task in tasks:
             test = otter / "tests" / f"{task.name}.py"

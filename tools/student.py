@@ -13,7 +13,6 @@ after it. A page that is there already is left alone, because somebody may have 
 from __future__ import annotations
 
 import argparse
-import ast
 import copy
 import re
 import shutil
@@ -89,7 +88,9 @@ def names_to_write(notebook: Notebook) -> list[str]:
 
 def top_names(source: str) -> list[str]:
     """The functions and classes of a cell in which there is something to write."""
-    return list(dict.fromkeys(name.partition(".")[0] for name in taught_functions(source)))
+    return list(
+        dict.fromkeys(name.partition(".")[0] for name in taught_functions(source))
+    )
 
 
 def topic_of(page_name: str) -> str:
@@ -149,8 +150,15 @@ def make_student_page(notebook: Notebook, name: str) -> Notebook:
     if names:
         cells[1:1] = make_note(names, name)
         install = next((i for i, cell in enumerate(cells) if cell.id == "install"), 1)
-        tops = [top for cell in notebook.cells if is_taught(cell) for top in top_names(cell.source)]
-        start = nbformat.v4.new_code_cell(START.format(names=wrap(tops)), id="student-start")
+        tops = [
+            top
+            for cell in notebook.cells
+            if is_taught(cell)
+            for top in top_names(cell.source)
+        ]
+        start = nbformat.v4.new_code_cell(
+            START.format(names=wrap(tops)), id="student-start"
+        )
         cells.insert(install + 1, start)
     page.cells = cells
     return page

@@ -67,7 +67,8 @@ def grade_file(
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 cwd=folder,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+                env=os.environ
+                | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
                 timeout=timeout,
                 check=False,
             )

@@ -211,9 +211,10 @@ def checkpoint(m: ModuleType) -> None:
         attempt(m.find_weight_files, folder)
         (folder / "pytorch_model.bin").touch()
         attempt(m.find_weight_files, folder)
-        parts = {"a": torch.randn(2, 3), "b": torch.randn(4).bfloat16()}, {
-            "c": torch.randn(1)
-        }
+        parts = (
+            {"a": torch.randn(2, 3), "b": torch.randn(4).bfloat16()},
+            {"c": torch.randn(1)},
+        )
         for i, part in enumerate(parts):
             save_file(part, folder / f"part-{i}.safetensors")
         files = m.find_weight_files(folder)
@@ -261,7 +262,9 @@ def kv_cache(m: ModuleType) -> None:
     config = make_config()
     for dtype in (torch.float32, torch.bfloat16):
         m.kv_bytes_per_token(config, dtype)
-        m.allocate_kv_caches(config, 3, 5, dtype, "meta")  # of memory that holds nothing
+        m.allocate_kv_caches(
+            config, 3, 5, dtype, "meta"
+        )  # of memory that holds nothing
     for given in (([3, 1, 7], 0, 9, 4), ([3, 1, 7], 3, 5, 4), ([2], 1, 1, 4)):
         m.compute_slot_mapping(*given)
     for given in (([3], 0, 5, 4), ([3, 1], 5, 4, 4), ([3, 1], -1, 4, 4)):
@@ -298,7 +301,12 @@ def kv_cache(m: ModuleType) -> None:
     attempt(blocks.can_allocate, 0)
     assert blocks.num_free_blocks >= 0
     size = m.kv_bytes_per_token(config, torch.float32)
-    for memory, wanted in ((size * 1000, None), (size * 1000, 20), (size * 90, 1), (size * 40, None)):
+    for memory, wanted in (
+        (size * 1000, None),
+        (size * 1000, 20),
+        (size * 90, 1),
+        (size * 40, None),
+    ):
         m.resolve_max_model_len(config, torch.float32, memory, wanted)
     for memory, wanted in ((size * 1000, 65), (size * 1000, 0), (size * 15, None)):
         attempt(m.resolve_max_model_len, config, torch.float32, memory, wanted)
@@ -324,9 +332,7 @@ def sampler(m: ModuleType) -> None:
     counts = torch.randint(0, 3, (3, 12))
     strength = torch.tensor([1.0, 1.5, 0.7])
     m.apply_penalties(logits, prompt_mask, counts, strength, each, each.flip(0))
-    m.apply_penalties(
-        logits.half(), prompt_mask, counts, strength, 0 * each, -each
-    )
+    m.apply_penalties(logits.half(), prompt_mask, counts, strength, 0 * each, -each)
     for fields, ids, eos in (
         ({}, [5, 6, 7], 7),
         ({}, [5, 6, 8], 7),
@@ -601,7 +607,10 @@ def engine(m: ModuleType) -> None:
         table.add([[make_request("p")], [make_request("q")]], inbox)
         with contextlib.suppress(KeyboardInterrupt):
             m.run_step(Broken(error), table)
-        with contextlib.suppress(KeyboardInterrupt), m.undisturbed(Broken(error), table):
+        with (
+            contextlib.suppress(KeyboardInterrupt),
+            m.undisturbed(Broken(error), table),
+        ):
             raise KeyboardInterrupt
         with m.undisturbed(Broken(error), table):
             pass
@@ -743,13 +752,19 @@ def cuda_graph(m: ModuleType) -> None:
         sizes = m.choose_sizes(*given)
     for given in ((1, 1), (5, 5), (1, 9), (3, 70), (200, 200), (201, 201), (1, 9999)):
         m.find_size(sizes, *given)
-    static = m.StaticInputs([m.GraphSize(2, 2, True), m.GraphSize(3, 8, False)], 9, torch.device("cpu"))
+    static = m.StaticInputs(
+        [m.GraphSize(2, 2, True), m.GraphSize(3, 8, False)], 9, torch.device("cpu")
+    )
     for size in (m.GraphSize(2, 2, True), m.GraphSize(3, 8, False)):
         static.count_numbers(size)
         static.split(size)
     step = StepLayout(
-        input_ids=[5, 6, 7], positions=[0, 1, 4], slots=[8, 9, 2],
-        query_lens=[2, 1], seq_lens=[2, 5], rows=[3, 1],
+        input_ids=[5, 6, 7],
+        positions=[0, 1, 4],
+        slots=[8, 9, 2],
+        query_lens=[2, 1],
+        seq_lens=[2, 5],
+        rows=[3, 1],
     )
     static.load(step, m.GraphSize(3, 8, False))
     one = StepLayout(

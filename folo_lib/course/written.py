@@ -73,7 +73,9 @@ def check_written(topic: str, solution: Any) -> Verdict:
 
     verdict = check(solution)
     # A kernel of Triton has no name of its own.
-    return Verdict(verdict.passed, verdict.message.replace("JITFunction", name_of(solution)))
+    return Verdict(
+        verdict.passed, verdict.message.replace("JITFunction", name_of(solution))
+    )
 
 
 def taught_functions(source: str) -> dict[str, Function]:
@@ -140,9 +142,7 @@ class Session:
         return both
 
 
-def outcome(
-    function: Any, args: Any, kwargs: Any
-) -> tuple[Any, BaseException | None]:
+def outcome(function: Any, args: Any, kwargs: Any) -> tuple[Any, BaseException | None]:
     """What a call returns (a list, if it yields), and what it raises."""
     try:
         result = function(*args, **kwargs)
@@ -251,7 +251,11 @@ def difference(
         else:
             keys = []
         if len(keys) < len(wanted) or any(difference(*pair, "") for pair in keys):
-            return path, f"a dict of {brief(list(got))}", f"one of {brief(list(wanted))}"
+            return (
+                path,
+                f"a dict of {brief(list(got))}",
+                f"one of {brief(list(wanted))}",
+            )
         pairs = ((f"{path}[{brief(b)}]", got[a], wanted[b]) for a, b in keys)
         return _first(pairs, seen)
     if isinstance(wanted, Sequence | deque):
