@@ -53,7 +53,7 @@ CHEATS = {
     "is a stub": f"def {NAME}(logits, biases):\n    raise NotImplementedError\n",
     "is wrong": WRONG,
 }
-FEW = ("exits with success", "replaces require", "prints the line")
+FEW = ("exits with success",)
 
 
 def solution() -> str:
@@ -98,6 +98,7 @@ def test_a_solution_passes_and_the_command_says_so(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, f"Passed: {NAME}\n1 of 1 points\n")
 
 
+@pytest.mark.more
 def test_a_page_is_graded_by_its_definitions(tmp_path: Path) -> None:
     """What draws, fails or takes long elsewhere on the page is not run."""
     sys.path.insert(0, str(ROOT / "tools"))

@@ -224,7 +224,7 @@ class TestWords:
             torch.zeros(2).double(),
             ("", "a float32 tensor [2]", "a float64 tensor [2]"),
         ),
-        (nn.Linear(2, 2, False), "x", ("", "a Linear", "'x'")),
+        (nn.Linear(2, 2, False), "x", ("", "Linear", "'x'")),
     ],
 )
 def test_difference(got: Any, wanted: Any, found: tuple[str, str, str] | None) -> None:

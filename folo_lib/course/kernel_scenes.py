@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Small uses of the Triton kernels that a student writes; see `scenes.py`.
 
 They run in Triton's interpreter. Each returns tensors, which are compared: once with the finished
@@ -29,7 +30,7 @@ __all__ = ["fused_decode", "paged_attention"]
 def paged_attention(name: str) -> list[Tensor]:
     """A prompt, a chunk and two tokens, over one cache."""
     generator = torch.Generator().manual_seed(0)
-    query, *caches = (
+    query, keys, values = (
         torch.randn(shape, generator=generator)
         for shape in ((25, 4, 16), (79, 4, 2, 16), (79, 4, 2, 16))
     )
@@ -46,7 +47,7 @@ def paged_attention(name: str) -> list[Tensor]:
     )
     # Scores that rise, so that the highest so far changes.
     query = query * torch.linspace(1, 6, 25)[:, None, None]
-    return [paged.paged_attention(query, *caches, metadata, 0.5)]
+    return [paged.paged_attention(query, keys, values, metadata, 0.5)]
 
 
 @triton.jit

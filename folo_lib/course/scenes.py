@@ -38,7 +38,7 @@ def make_config(**fields: Any) -> Any:
     """A Qwen3 of three small layers, of which no two sizes are equal."""
     from transformers import Qwen3Config
 
-    shape = {
+    shape: dict[str, Any] = {
         "vocab_size": 50,
         "hidden_size": 24,
         "intermediate_size": 20,
@@ -71,7 +71,7 @@ def make_request(name: str = "a", token_ids: Any = (1, 2, 3), **fields: Any) -> 
     from folo_lib.request import Request, RequestMetrics
     from folo_lib.sampling_params import SamplingParams
 
-    given = {
+    given: dict[str, Any] = {
         "request_id": name,
         "prompt_token_ids": list(token_ids),
         "params": SamplingParams(temperature=0, ignore_eos=True),
@@ -345,27 +345,27 @@ def sampler(m: ModuleType) -> None:
         ({}, [1, 2, 3, 4], 7),
     ):
         m.check_stop_conditions(ids, SamplingParams(**fields), eos, {7, 8}, 4)
-    base = {
+    base: dict[str, Any] = {
         "seeds": torch.tensor([1, 2, 3]),
         "sample_indices": torch.tensor([0, 0, 1]),
         "positions": torch.tensor([4, 5, 6]),
         "rows": torch.arange(3),
     }
-    hot = {"temperature": torch.tensor([0.0, 0.7, 2.0])}
-    stops = {
+    hot: dict[str, Any] = {"temperature": torch.tensor([0.0, 0.7, 2.0])}
+    stops: dict[str, Any] = {
         "stop_token_mask": torch.rand(3, 12) < 0.4,
         "min_positions": torch.tensor([5, 5, 7]),
     }
     m.mask_early_stops(logits, m.SamplingMetadata(**base, **stops))
     broken = logits.clone()
     broken[1, 3] = float("nan")
-    every = {
+    every: dict[str, Any] = {
         "min_p": torch.tensor([0.1, 0.0, 0.2]),
         "top_k": torch.tensor([3, 5, 0]),
         "max_top_k": 5,
         "top_p": torch.tensor([0.9, 0.5, 1.0], dtype=torch.float64),
     }
-    top = {key: every[key] for key in ("top_k", "max_top_k", "top_p")}
+    top: dict[str, Any] = {key: every[key] for key in ("top_k", "max_top_k", "top_p")}
     top["top_k"] = torch.tensor([3, 5, 2])
     for fields in (hot, hot | every, hot | top | {"top_p_after_top_k": True}, {}):
         metadata = m.SamplingMetadata(**base, **fields)
@@ -534,7 +534,7 @@ def make_engine(**options: Any) -> Any:
     model = make_model(vocab_size=20)
     share(model)
     options = {"max_model_len": 32, "block_size": 4, "use_tqdm": False} | options
-    given = {"kv_cache_memory_bytes": 2 * 3 * 2 * 8 * 4 * 4 * 14, "seed": 1}
+    given: dict[str, Any] = {"kv_cache_memory_bytes": 2 * 3 * 2 * 8 * 4 * 4 * 14, "seed": 1}
     return LLMEngine(model, **(given | options))
 
 
@@ -542,7 +542,7 @@ def run_engine(engine: Any, prompts: list[list[int]], **fields: Any) -> None:
     """Runs prompts to their end, the second half of them when the first has begun."""
     from folo_lib.sampling_params import SamplingParams
 
-    given = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
+    given: dict[str, Any] = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
     params = SamplingParams(**(given | fields))
     half = max(1, len(prompts) // 2)
     for i, prompt in enumerate(prompts[:half]):
@@ -702,7 +702,8 @@ def block_pool(m: ModuleType) -> None:
         run_dry(made, [make_request(f"r{i}", one) for i, one in enumerate(PROMPTS)])
         again = [make_request(f"s{i}", one) for i, one in enumerate(PROMPTS)]
         run_dry(made, again[:2])
-        made.kv_cache.check_integrity([])
+        kv_cache: Any = made.kv_cache
+        kv_cache.check_integrity([])
     manager = m.PagedKVCacheManager(10, 4)
     a, b = make_request("a", [1] * 9), make_request("b", [1] * 9)
     for request in (a, b):
@@ -777,10 +778,10 @@ def cuda_graph(m: ModuleType) -> None:
     floats[1, 0] = 0
     ints = torch.randint(100, (5, 4))
     rows, positions = torch.tensor([4, 1, 0]), torch.tensor([7, 8, 9])
-    for given in (logits, 2 * logits.flip(-1), logits.bfloat16()):
+    for scores in (logits, 2 * logits.flip(-1), logits.bfloat16()):
         for is_random in (False, True):
             m.draw_rows(
-                given, positions, rows, floats, ints, make_jumps(20, "cpu"), is_random
+                scores, positions, rows, floats, ints, make_jumps(20, "cpu"), is_random
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from IPython.core.getipython import get_ipython
 from IPython.display import HTML, display
@@ -24,15 +24,15 @@ def show_progress(names: Sequence[str]) -> None:
         names: what is to be written on the page.
     """
     written.PASSED.clear()
-    handle = display(HTML(describe(names, None, "")), display_id=True)
-    shell: Any = get_ipython()
+    html_, show, shell = cast(Any, HTML), cast(Any, display), cast(Any, get_ipython())
+    handle = show(html_(describe(names, None, "")), display_id=True)
     if shell is None or handle is None:
         return
 
     def update(result: Any) -> None:
         error = result.error_before_exec or result.error_in_exec
         text = describe(names, error, result.info.raw_cell or "")
-        handle.update(HTML(text))
+        handle.update(html_(text))
 
     for callback in list(shell.events.callbacks["post_run_cell"]):
         if callback.__module__ == __name__:  # of this cell, when it ran before
