@@ -195,7 +195,12 @@ def take_fingerprint() -> dict[tuple[str, ...], Any]:
     import torch
 
     found: dict[tuple[str, ...], Any] = {}
-    spaces: dict[str, Any] = {"builtins": builtins, "math": math, "random": random, "torch": torch}
+    spaces: dict[str, Any] = {
+        "builtins": builtins,
+        "math": math,
+        "random": random,
+        "torch": torch,
+    }
     spaces |= {"torch.testing": torch.testing, "torch.Tensor": torch.Tensor}
     spaces |= {
         name: module

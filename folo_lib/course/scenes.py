@@ -534,7 +534,10 @@ def make_engine(**options: Any) -> Any:
     model = make_model(vocab_size=20)
     share(model)
     options = {"max_model_len": 32, "block_size": 4, "use_tqdm": False} | options
-    given: dict[str, Any] = {"kv_cache_memory_bytes": 2 * 3 * 2 * 8 * 4 * 4 * 14, "seed": 1}
+    given: dict[str, Any] = {
+        "kv_cache_memory_bytes": 2 * 3 * 2 * 8 * 4 * 4 * 14,
+        "seed": 1,
+    }
     return LLMEngine(model, **(given | options))
 
 
