@@ -69,3 +69,41 @@ def test_page_18_says_how_the_time_rises_with_the_context(
             row["tpot"]["median"] for row in made["rows"] if row["system"] == "folo_lib"
         ]
         assert (times[-1] - times[0]) / floor == pytest.approx(3, abs=0.15)
+
+
+def test_page_08_takes_the_card_from_the_recordings(
+    sections: dict[str, list[dict[str, Any]]],
+) -> None:
+    prose = read_prose("08_runner")
+    bandwidth = sections["roofline"][-1]["bandwidth"]["median"]
+    text = (NOTEBOOKS / "data/paged_attention_h200.json").read_text("utf-8")
+    peak = 1e12 * json.loads(text)["matmul_tflops"]
+    assert f"the border is at {peak / bandwidth:.0f} operations per byte" in prose
+
+    layers, hidden, inner, vocabulary, heads, head_dim = (
+        28,
+        1024,
+        3072,
+        151_936,
+        16,
+        128,
+    )
+    per_layer = 2 * hidden * (2 * heads * head_dim + heads * head_dim + 3 * inner)
+
+    def count_operations(n: int) -> int:
+        """By hand: products with weights, pairs that are not masked, and the head once."""
+        pairs = n * (n + 1) // 2 * 4 * heads * head_dim
+        return layers * (n * per_layer + pairs) + 2 * hidden * vocabulary
+
+    def is_arithmetic_the_limit(n: int) -> bool:
+        return count_operations(n) / peak > (1_192_099_840 + 114_688 * n) / bandwidth
+
+    edge = next(n for n in range(1, 1000) if is_arithmetic_the_limit(n))
+    for words in (f"or a prompt of some {round(edge, -1)} tokens", "It needs some 230"):
+        assert words in prose
+    cells = nbformat.read(NOTEBOOKS / "08_runner.ipynb", as_version=4).cells
+    [output] = next(cell for cell in cells if cell.id == "08-47").outputs
+    for n in (256, 16_384):
+        assert f" {count_operations(n) / 1e9:,.1f} " in output.text
+    assert f"some {round(edge, -1)} tokens fit" in read_prose("11_scheduler")
+    assert round(edge, -1) == 230
