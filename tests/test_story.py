@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from folo_lib import LLMEngine, SamplingParams, bundled_model_path, load_model
 from folo_lib.course import story as course
 from folo_lib.course.story import NUM_NEW_TOKENS, STORY, Story, continue_story, forward
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # The story, and a longer text in which every sentence must see far back.
 TEXTS = (
@@ -115,3 +120,30 @@ class TestContinueStory:
     def test_tokens_are_the_text(self, story: Story) -> None:
         assert "".join(story.tokens) == STORY
         assert len(story.tokens) == len(story.ids) == 12
+
+
+def defined_in(source: str) -> dict[str, str]:
+    """The functions of a text, as code without types and docstrings."""
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef):
+            if ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+            node.returns = None
+            for argument in node.args.args:
+                argument.annotation = None
+            found[node.name] = ast.unparse(node)
+    return found
+
+
+def test_page_00_shows_the_same_code() -> None:
+    cells = nbformat.read(ROOT / "notebooks/00_tour.ipynb", as_version=4).cells
+    shown: dict[str, str] = {}
+    for cell in cells:
+        if cell.cell_type == "code" and cell.id != "install":
+            shown |= defined_in(cell.source)
+    ours = defined_in(Path(course.__file__).read_text(encoding="utf-8"))
+    names = {"norm", "rotate", "attend", "mlp", "choose", "weights_of", "forward"}
+    assert {name: shown[name] for name in names} == {name: ours[name] for name in names}
+    lines = sum(len(shown[name].split("\n")) for name in names)
+    assert 45 <= lines <= 65, "the page says sixty"
