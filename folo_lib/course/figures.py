@@ -306,7 +306,9 @@ def draw_transformer(
         if name in here:
             look = {"facecolor": PALE_BLUE, "edgecolor": BLUE, "linewidth": 2.5}
         draw_box(ax, (left, bottom), (width, 6), what, fontsize=9, **look)
-        style = {"color": BLUE, "weight": "bold"} if name in here else {"color": "0.35"}
+        style: dict[str, Any] = {"color": "0.35"}
+        if name in here:
+            style = {"color": BLUE, "weight": "bold"}
         said = f"page {page}" if bottom < 10 else page
         ax.text(left + width / 2, bottom + 6.6, said, ha="center", fontsize=8, **style)
     ax.text(8.5, 16, text, ha="center", weight="bold")
