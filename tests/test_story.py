@@ -147,3 +147,24 @@ def test_page_00_shows_the_same_code() -> None:
     assert {name: shown[name] for name in names} == {name: ours[name] for name in names}
     lines = sum(len(shown[name].split("\n")) for name in names)
     assert 45 <= lines <= 65, "the page says sixty"
+
+
+# Page, cell of the prose, what it says, cell of the output, what that printed.
+CLAIMS = (
+    ("00_tour", "00-71", "312 tokens in all", "00-70", "312 tokens were read"),
+    ("01_attention", "01-110", "` kite` with 60 %", "01-111", "kite  60.0%"),
+    ("01_attention", "01-110", "` red` with 39 %", "01-111", "red  39.1%"),
+    ("01_attention", "01-15", "takes 79 % of", "01-13", "winner 79 %"),
+    ("01_attention", "01-24", "stuck at 256", "01-116", "bfloat16: 256.0"),
+    ("02_rope", "02-22", "23 pairs against 2", "02-21", "1,000,000: 23 of 64"),
+)
+
+
+@pytest.mark.parametrize(("page", "prose", "said", "cell", "printed"), CLAIMS)
+def test_prose_says_what_an_output_says(
+    page: str, prose: str, said: str, cell: str, printed: str
+) -> None:
+    cells = nbformat.read(ROOT / f"notebooks/{page}.ipynb", as_version=4).cells
+    by_id = {each.id: each for each in cells}
+    assert said in by_id[prose].source
+    assert printed in "".join(output.get("text", "") for output in by_id[cell].outputs)
