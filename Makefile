@@ -26,7 +26,7 @@ help:
 	@echo "make test       linters, types, export check, unit tests, outputs of every page"
 	@echo "make test-more  what is slow, and Qwen3's own tokenizer, which npm fetches"
 	@echo "make docs       build the documentation site in build/docs"
-	@echo "make student    copies of the pages with the taught functions left to write"
+	@echo "make student    copies of the pages with functions left to write, and files for graders"
 	@echo "make test-browser  use the widgets in a real browser (Chromium)"
 	@echo "make test-batch    run the batch inference example on a local Ray"
 	@echo "make test-oldest   unit tests on the lowest versions of constraints-oldest.txt"

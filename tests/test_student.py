@@ -128,7 +128,11 @@ def code_cells(page: Path) -> list[student.Notebook]:
 
 
 def is_added(cell: student.Notebook) -> bool:
-    return student.is_check(cell) or cell.id in ("student-edition", "student-start")
+    return student.is_check(cell) or cell.id in (
+        "student-edition",
+        "student-start",
+        "student-end",
+    )
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,9 @@ from folo_lib.course.student import show_progress
 from folo_lib.course.written import stop_unless_written
 
 show_progress({names})"""
+END = """\
+**Are the brackets beside the last cells empty, `[ ]`?** Then Run All has stopped earlier, at a check
+that does not pass yet. The line under the first cells of the page says at which, and why."""
 AGENTS = """\
 # For coding assistants
 
@@ -160,6 +163,7 @@ def make_student_page(notebook: Notebook, name: str) -> Notebook:
             START.format(names=wrap(tops)), id="student-start"
         )
         cells.insert(install + 1, start)
+        cells.append(nbformat.v4.new_markdown_cell(END, id="student-end"))
     page.cells = cells
     return page
 
