@@ -144,7 +144,10 @@ def memory_figure(
     ax.set_yticks(
         range(len(GPU_GIGABYTES)), [f"{size} GB GPU" for size in GPU_GIGABYTES]
     )
-    ax.set(xlim=(0, 1.005), xlabel="share of the GPU's memory; the bold mark is the cache's limit")
+    ax.set(
+        xlim=(0, 1.005),
+        xlabel="share of the GPU's memory; the bold mark is the cache's limit",
+    )
     ax.invert_yaxis()
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
     ax.tick_params(axis="y", length=0)
