@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import Qwen3Config
 
 from folo_lib import LLMEngine, SamplingParams
-from folo_lib.cuda_graph import GraphRunner, StepGraphs
+from folo_lib.cuda_graph import GraphRunner, GraphSize, Recorder, StepGraphs
 from folo_lib.fused_checks import FusionSizes, choose_fusion_sizes, find_obstacle
 from folo_lib.kv_cache import AttentionMetadata
 from folo_lib.qwen3 import Qwen3ForCausalLM
@@ -613,6 +613,40 @@ def test_each_sequence_is_as_it_is_alone(num_seqs: int) -> None:
         alone.input_ids = alone.tokens.clone()
         logits, _ = alone.run_fused(step.copy_caches())
         torch.testing.assert_close(logits[0], together[i], rtol=0, atol=1e-5)
+
+
+def test_what_is_recorded_reads_rows_of_its_own_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is run before it is recorded reads a step of padding, not what another size left.
+
+    Of a step of four a draw of six would read slots as rows, which are -1 where nothing is stored.
+    """
+    num_seen = 0
+
+    class CheckedGraphs(FusedGraphs):
+        def run_step(self, size: GraphSize) -> None:
+            self.check(size)
+
+        def run_draw(
+            self, size: GraphSize, is_random: bool, filters: bool = False
+        ) -> None:
+            self.check(size)
+
+        def check(self, size: GraphSize) -> None:
+            nonlocal num_seen
+            num_seen += 1
+            rows, lengths, *_, slots = self.inputs.split(size)
+            assert rows.eq(self.inputs.padding_row).all()
+            assert lengths.eq(0).all() and slots.eq(-1).all()
+
+    monkeypatch.setattr(module, "FusedGraphs", CheckedGraphs)
+    monkeypatch.setattr(Recorder, "record", lambda self, run: [run(), run][1])
+    LLMEngine(
+        make_model(backend="triton"), decode="fused", max_num_seqs=6, max_model_len=64,
+        max_num_batched_tokens=128, kv_cache_memory_bytes=2**20,
+    )  # fmt: skip
+    assert num_seen == 4 * 4 + 6  # decode steps of 1, 2, 4 and 6, each with 3 draws; longer ones
 
 
 @gpu
