@@ -323,6 +323,50 @@ def refuse_file(path: Path) -> None:
     raise NotADirectoryError(f"{str(path)!r} is a file and no folder: {cure}.")
 
 
+def check_config(config: Qwen2Config | Qwen3Config) -> None:
+    """Refuses what this model does not compute.
+
+    Raises:
+        ValueError: naming the field, its value and what is supported.
+    """
+    model_type = getattr(config, "model_type", None)
+    if model_type not in ("qwen2", "qwen3"):
+        raise ValueError(
+            f"config.model_type is {model_type!r}; supported: 'qwen2', 'qwen3'."
+        )
+    check_numbers(vars(config), CONFIG_NUMBERS, "config.{}")
+    heads = config.num_attention_heads
+    kv_heads = config.num_key_value_heads or heads
+    supported = {
+        "hidden_act": (config.hidden_act == "silu", "'silu'"),
+        "layer_types": (
+            all(kind == "full_attention" for kind in config.layer_types or ()),
+            "'full_attention' only: no sliding window (set use_sliding_window=false)",
+        ),
+        "num_key_value_heads": (
+            heads % kv_heads == 0,
+            f"a divisor of num_attention_heads={heads}",
+        ),
+        "quantization_config": (
+            getattr(config, "quantization_config", None) is None,
+            "none: take the checkpoint without quantisation",
+        ),
+    }
+    for field, (is_supported, what) in supported.items():
+        if not is_supported:
+            value = getattr(config, field)
+            raise ValueError(f"config.{field} is {value!r}; supported: {what}.")
+
+
+def is_equal(weight: Tensor, stored: Tensor) -> bool:
+    """Whether a stored tensor is this weight, once it has its dtype and device.
+
+    Some thousand rows at a time, so that no second copy of a large matrix is made.
+    """
+    pairs = zip(torch.split(weight, 4096), torch.split(stored, 4096), strict=True)
+    return all(torch.equal(mine, theirs.to(mine)) for mine, theirs in pairs)
+
+
 def summarize_problems(problems: Mapping[str, Sequence[str]]) -> str:
     """At most ten lines about tensors that do not fit.
 

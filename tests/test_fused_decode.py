@@ -646,7 +646,9 @@ def test_what_is_recorded_reads_rows_of_its_own_size(
         make_model(backend="triton"), decode="fused", max_num_seqs=6, max_model_len=64,
         max_num_batched_tokens=128, kv_cache_memory_bytes=2**20,
     )  # fmt: skip
-    assert num_seen == 4 * 4 + 6  # decode steps of 1, 2, 4 and 6, each with 3 draws; longer ones
+    assert (
+        num_seen == 4 * 4 + 6
+    )  # decode steps of 1, 2, 4 and 6, each with 3 draws; longer ones
 
 
 @gpu
