@@ -7,6 +7,7 @@ one `ValueError`, `TypeError` or `OSError` that names the file, the field and th
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 Fields = Mapping[str, Any]
 FETCH_AGAIN = "fetch it again, or copy it from the model it belongs to"
 MOST_POSITIONS = 2**24
+PICKLES = (".bin", ".pt", ".pth", ".pkl")
 
 # What a number must be: its type, and the least and largest value.
 CONFIG_NUMBERS: dict[str, tuple[type, float, float]] = {
@@ -271,6 +273,43 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{FETCH_AGAIN}."
         )
     return fields
+
+
+def read_index(path: Path) -> list[str]:
+    """The files that an index names, each once, in order.
+
+    Raises:
+        ValueError: if the index is damaged, or names a file that is not beside it.
+    """
+    names = read_json(path).get("weight_map")
+    names = list(names.values()) if isinstance(names, dict) else []
+    wanted = r"[^/]{1,200}[.]safetensors"  # files beside the index
+    if not names or not all(re.fullmatch(wanted, str(name)) for name in names):
+        raise ValueError(f"{path} is damaged (weight_map): fetch it again.")
+    return sorted(set(names))
+
+
+def check_weight_files(folder: Path, files: Sequence[Path]) -> None:
+    """Refuses a folder whose weights have another format, or that has none.
+
+    Args:
+        folder: without an index.
+        files: the safetensors files found in it.
+
+    Raises:
+        FileNotFoundError: if there are none.
+        ValueError: if they are an adapter's, or there are other formats only.
+    """
+    no_model = all(path.name.startswith("adapter_") for path in files)
+    if no_model and (other_format := name_other_format(folder)):
+        raise ValueError(other_format)
+    if not files and any(path.suffix in PICKLES for path in folder.iterdir()):
+        raise ValueError(
+            f"{folder} has pickled weights only, and loading a pickle can run any "
+            "code. Convert them: model.save_pretrained(folder) in transformers."
+        )
+    if not files:
+        raise FileNotFoundError(f"{folder} has no weights (*.safetensors).")
 
 
 def name_other_format(folder: Path) -> str | None:
