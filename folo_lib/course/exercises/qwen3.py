@@ -185,7 +185,7 @@ def _streams(
 
 
 def logit_lens(model: Qwen3ForCausalLM, input_ids: Tensor) -> Tensor:
-    """What exercise 2 asks for, by calling the layers one by one. Page 05 uses it."""
+    """What exercise 3 asks for, by calling the layers one by one. Page 05 uses it."""
     streams = [
         x if stream is None else x + stream for x, stream in _streams(model, input_ids)
     ]
