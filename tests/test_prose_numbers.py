@@ -30,7 +30,7 @@ CLAIMS = (
     ("04_qwen3", "rows 2048 to 3071", "04-27", "rows 2048 to 3071", "04-62"),
     ("04_qwen3", "made one of 0.9", "04-41", "0.9 ('q_norm', 'k_norm')", "04-99"),
     ("05_checkpoint", "is 7,264", "05-53", "7264 bytes of header", "05-08"),
-    ("05_checkpoint", "eleven of the 68 tensors", "05-a3", "57 tensors: ", "05-a2"),
+    ("05_checkpoint", "3 to 11 of the 68", "05-a3", "57 tensors: ", "05-a2"),
     ("05_checkpoint", "at most 13 %", "05-a9", "13% of all", "05-a8"),
     ("05_checkpoint", "7,315 tokens where 121", "05-50", "7,315 tokens read", "05-48"),
     ("05_checkpoint", "a thousand times", "05-50", "1,024 times as many", "05-48"),
