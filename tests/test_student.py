@@ -79,6 +79,9 @@ def attempt(original: Path, folder: Path) -> Attempt:
         result = shell.run_cell(cells[at].source)
         error = result.error_before_exec or result.error_in_exec
         if error is None:
+            if unfair := refuse(shell, bodies[at], original, made.written, called):
+                made.problem = unfair
+                return made
             at += 1
             continue
         # Swallowed calls count only where nothing else explains the failure.
@@ -100,6 +103,30 @@ def attempt(original: Path, folder: Path) -> Attempt:
     elif [cell.source for cell in cells] != [cell.source for cell in bodies]:
         made.problem = "with all bodies back, the page is not the original"
     return made
+
+
+def refuse(
+    shell: Any,
+    body: student.Notebook,
+    page: Path,
+    written: list[str],
+    called: list[str],
+) -> str | None:
+    """What the check after a cell says of it, if it is complete and does not pass.
+
+    It may call stubs of other cells, and says so then.
+    """
+    if not student.is_taught(body) or set(taught_functions(body.source)) - set(written):
+        return None
+    num_called = len(called)
+    result = shell.run_cell(
+        "from folo_lib.course.written import stop_unless_written\n"
+        + student.make_check(body, student.topic_of(page.name)).source
+    )
+    del called[num_called:]
+    error = result.error_in_exec
+    calls_a_stub = error is not None and "is still the stub" in str(error)
+    return None if error is None or calls_a_stub else f"{body.id}: {error}"
 
 
 def make_shell(folder: Path) -> Any:

@@ -187,6 +187,13 @@ class TestWords:
         assert vars(attention) == before
         assert torch.equal(torch.get_rng_state(), state)
 
+    def test_what_the_page_defines_later_is_lent_meanwhile(self) -> None:
+        [source] = (s for s in TAUGHT["block_pool"] if "class PagedKVCacheManager" in s)
+        names = define("block_pool", source)
+        del names["find_faults"]
+        verdict = check_written("block_pool", names["PagedKVCacheManager"])
+        assert verdict and "find_faults" not in names
+
     def test_a_kernel_that_computes_something_else(self) -> None:
         pytest.importorskip("triton")
         source = next(s for s in TAUGHT["fused_decode"] if "def pack_scores" in s)

@@ -383,6 +383,7 @@ def compare(topic: str, solution: Any) -> Session:
             _replace(stack, owner, key, spied)
         torch.manual_seed(0)
         stack.callback(scenes.SHARED.clear)
+        lend_names(stack, module, solution)
         with contextlib.suppress(_Found):
             scene(module)
     if session.problem is not None:
@@ -493,6 +494,27 @@ def _modules() -> list[Any]:
         for name, module in list(sys.modules.items())
         if name.startswith("folo_lib.") and not name.startswith("folo_lib.course")
     ]
+
+
+def lend_names(stack: contextlib.ExitStack, module: Any, solution: Any) -> None:
+    """What the page defines only later is the finished one's meanwhile."""
+    parts = (
+        [solution, *vars(solution).values()]
+        if isinstance(solution, type)
+        else [solution]
+    )
+    spaces = {}
+    for part in parts:
+        part = getattr(part, "fget", getattr(part, "func", part))
+        part = inspect.unwrap(part) if callable(part) else part
+        part = getattr(part, "__func__", part)
+        if inspect.isfunction(part):
+            spaces[id(part.__globals__)] = part.__globals__
+    for space in spaces.values():
+        for name, value in vars(module).items():
+            if name not in space and not name.startswith("__"):
+                space[name] = value
+                stack.callback(space.pop, name, None)
 
 
 def _replace(stack: contextlib.ExitStack, owner: Any, key: str, value: Any) -> None:
