@@ -134,8 +134,8 @@ def write_syllabus(text: str, minutes: dict[str, int]) -> str:
 
     row = r"^(\|.*) \| (?:\d+ h \d\d|\d+ min) \|$"
     text = re.sub(row, renew, text, flags=re.MULTILINE)
-    whole = name_hours(sum(minutes.values())).partition(" ")[0]
-    return re.sub(r"\d+ hours of reading", f"{whole} hours of reading", text)
+    hours = round(sum(minutes.values()) / 60)
+    return re.sub(r"\d+ hours of reading", f"{hours} hours of reading", text)
 
 
 def list_changes(minutes: dict[str, int]) -> Iterator[tuple[Path, Callable[[], None]]]:
