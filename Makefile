@@ -13,6 +13,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest
+GRADERS := .venv-graders
 PAGES := $(wildcard notebooks/[0-9][0-9]_*.ipynb) $(wildcard notebooks/appendix_*.ipynb)
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -33,7 +34,7 @@ help:
 	@echo "make export     write the modules of folo_lib from the pages"
 	@echo "make notebooks  execute the pages and save their outputs in place"
 	@echo "make evaluate   measure the bundled model"
-	@echo "make clean      remove build/ and caches; .venv and .venv-oldest stay"
+	@echo "make clean      remove build/ and caches; what begins with .venv stays"
 
 run: $(READY)
 	@$(PY) tools/hello.py
@@ -49,10 +50,10 @@ test: $(READY)
 	$(PY) -m pytest -m "not more" -n $(JOBS) --dist loadfile
 	$(PY) -m pytest -n $(JOBS) --dist loadfile --nbval $(PAGES)
 
-# Without network the graders are not to be had; their tests are skipped then, and say so.
 test-more: $(READY)
-	@$(MAKE) --no-print-directory $(VENV)/.graders || echo "nbgrader and otter are not tried."
 	$(PY) -m pytest -m more -n $(JOBS) --dist loadfile
+	@$(MAKE) --no-print-directory $(GRADERS)/.ready || echo "nbgrader and otter are not tried."
+	[ ! -e $(GRADERS)/.ready ] || $(GRADERS)/bin/python -m pytest tests/test_graders.py -m more
 
 test-oldest: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest -m "not more" -n $(JOBS) --dist loadfile
@@ -103,8 +104,16 @@ $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt | $(PY)
 	$(OLDEST)/bin/python -m pip install -c constraints-oldest.txt -e ".[pages,test]"
 	@touch $@
 
+# In an environment of their own, which sees .venv: nbgrader and otter put extensions into JupyterLab.
+SITE := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+$(GRADERS)/.ready: $(READY)
+	$(PY) -m venv --clear $(GRADERS)
+	$(PY) $(SITE) > "$$($(GRADERS)/bin/python $(SITE))/course.pth"
+	$(GRADERS)/bin/python -m pip install -c constraints.txt -e ".[graders]"
+	@touch $@
+
 # What only one command needs is installed when it is first asked for.
-$(VENV)/.docs $(VENV)/.browser $(VENV)/.batch $(VENV)/.graders: $(VENV)/.%: $(READY)
+$(VENV)/.docs $(VENV)/.browser $(VENV)/.batch: $(VENV)/.%: $(READY)
 	$(PY) -m pip install -c constraints.txt -e ".[$*]"
 	@touch $@
 

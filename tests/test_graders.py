@@ -1,6 +1,6 @@
 """nbgrader, otter and pytest themselves, on what `make student` writes: stubs 0, solutions all.
 
-The first two are installed by `make test-more`, if they can be had.
+`make test-more` runs this once more in `.venv-graders`, where the first two are, if they can be had.
 """
 
 from __future__ import annotations
