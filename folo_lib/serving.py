@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = [
     "logger",
+    "News",
     "T",
-    "EngineOverloadedError",
-    "EngineDeadError",
     "RequestStream",
-    "OwnerThread",
+    "EngineDeadError",
     "put_all",
-    "AsyncLLMEngine",
+    "OwnerThread",
+    "EngineOverloadedError",
     "reply",
+    "AsyncLLMEngine",
 ]
 
 # %% ../notebooks/17_serving.ipynb #imports
@@ -29,18 +30,6 @@ from typing import Self, TypeVar
 from .engine import Inbox, LLMEngine, Prompt
 from .request import Request, RequestOutput
 from .sampling_params import SamplingParams
-
-# %% ../notebooks/17_serving.ipynb #errors
-logger = logging.getLogger(__name__)
-T = TypeVar("T")
-
-
-class EngineOverloadedError(RuntimeError):
-    """Too many requests wait already; this one may come again later."""
-
-
-class EngineDeadError(RuntimeError):
-    """The engine was shut down, or its loop broke off; it takes no requests."""
 
 
 # %% ../notebooks/17_serving.ipynb #request-stream
@@ -107,6 +96,20 @@ class RequestStream:
 
 
 # %% ../notebooks/17_serving.ipynb #owner-thread
+logger = logging.getLogger(__name__)
+News = Iterable[tuple[RequestStream, RequestOutput | Exception]]
+
+
+class EngineDeadError(RuntimeError):
+    """The engine was shut down, or its loop broke off; it takes no requests."""
+
+
+def put_all(news: News) -> None:
+    """Puts news into streams; in the thread of their loop."""
+    for stream, what in news:
+        stream.put(what)
+
+
 class OwnerThread:
     """The one thread that runs an engine's steps, and the notes that others leave it.
 
@@ -190,9 +193,7 @@ class OwnerThread:
                 del self.streams[stream.request_id]
         self.hand_over(news)
 
-    def hand_over(
-        self, news: Iterable[tuple[RequestStream, RequestOutput | Exception]]
-    ) -> None:
+    def hand_over(self, news: News) -> None:
         """Wakes each event loop once, however many of its streams have news."""
         by_loop = defaultdict(list)
         for stream, what in news:
@@ -205,13 +206,23 @@ class OwnerThread:
                     self.drop(stream)
 
 
-def put_all(pairs: Iterable[tuple[RequestStream, RequestOutput | Exception]]) -> None:
-    """Puts news into streams; in the thread of their loop."""
-    for stream, what in pairs:
-        stream.put(what)
-
-
 # %% ../notebooks/17_serving.ipynb #async-llm-engine
+T = TypeVar("T")
+
+
+class EngineOverloadedError(RuntimeError):
+    """Too many requests wait already; this one may come again later."""
+
+
+def reply(answer: Future[T], question: Callable[[], T]) -> None:
+    """Answers, unless nobody waits for it any more."""
+    if answer.set_running_or_notify_cancel():
+        try:
+            answer.set_result(question())
+        except Exception as error:
+            answer.set_exception(error)
+
+
 class AsyncLLMEngine:
     """An engine for many clients in an event loop.
 
@@ -282,7 +293,7 @@ class AsyncLLMEngine:
         self.owner.post(partial(self.owner.drop, stream))
 
     async def abort(self, request_id: str) -> None:
-        """Ends a request, whose stream brings a last output; an unknown one is no error."""
+        """Ends a request, whose stream brings a last output; or does nothing."""
         await self.ask(partial(self.engine.abort_request, request_id))
 
     async def ask(self, question: Callable[[], T]) -> T:
@@ -302,12 +313,3 @@ class AsyncLLMEngine:
         await asyncio.to_thread(self.owner.thread.join, timeout)
         self.owner.stopping = True
         await asyncio.to_thread(self.owner.thread.join, timeout)
-
-
-def reply(answer: "Future[T]", question: Callable[[], T]) -> None:
-    """Answers, unless nobody waits for it any more."""
-    if answer.set_running_or_notify_cancel():
-        try:
-            answer.set_result(question())
-        except Exception as error:
-            answer.set_exception(error)
