@@ -190,6 +190,7 @@ def test_the_table_has_every_page_and_its_minutes(name: str) -> None:
     assert rows == expected
     words = {6: ("six hours", "六个小时"), 7: ("seven hours", "七个小时")}
     words |= {8: ("eight hours", "八个小时"), 9: ("nine hours", "九个小时")}
+    words |= {10: ("ten hours", "十个小时")}
     assert words[round(total / 60)][NAMES.index(name)] in TEXTS[name], total
 
 
