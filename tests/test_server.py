@@ -25,7 +25,7 @@ import uvicorn
 import folo_lib
 from folo_lib import LLMEngine, SamplingParams, bundled_model_path
 from folo_lib.request import Logprob, Request
-from folo_lib.server import Server, create_app, main, make_parser, merge
+from folo_lib.server import Server, create_app, folo, main, make_parser, merge
 from folo_lib.server_protocol import UNSUPPORTED, clamp
 from folo_lib.serving import AsyncLLMEngine
 
@@ -528,17 +528,23 @@ class TestBadInput:
             assert answer.status_code == 413
             assert "larger than 100,000 bytes" in answer.json()["error"]["message"]
 
-    def test_too_many_at_a_time(self, server: Running, client: openai.OpenAI) -> None:
-        """The client waits a second, and tries again by itself."""
+    def test_too_many_at_a_time(
+        self,
+        server: Running,
+        client: openai.OpenAI,
+        http: httpx.Client,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The client waits a second, and tries again by itself, unless told otherwise."""
+        monkeypatch.setattr(server.served, "max_waiting", 0)
         with pytest.raises(openai.InternalServerError, match="requests wait already"):
-            client.completions.create(model=MODEL, prompt=[PROMPT] * 41, max_tokens=1)
-        server.wait_until_idle()
-        raw = httpx.post(
-            f"{server.url}/v1/completions",
-            json={"model": MODEL, "prompt": [PROMPT] * 41},
-            headers={"Authorization": f"Bearer {KEY}"},
-        )
+            client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=1)
+        raw = http.post("/v1/completions", json={"model": MODEL, "prompt": PROMPT})
         assert (raw.status_code, raw.headers["retry-after"]) == (503, "1")
+
+    def test_more_prompts_than_may_ever_wait(self, client: openai.OpenAI) -> None:
+        with pytest.raises(openai.BadRequestError, match="41 prompts: send 40 at most"):
+            client.completions.create(model=MODEL, prompt=[PROMPT] * 41)
 
 
 JSON = {"Content-Type": "application/json"}
@@ -660,6 +666,11 @@ class TestCommand:
     def test_a_mistake_is_said_in_one_line(self) -> None:
         with pytest.raises(SystemExit, match=r"^folo serve: error: max_num_seqs=0"):
             main(["--max-num-seqs", "0"], prog="folo serve")
+
+    def test_folo_knows_one_word(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "argv", ["folo", "sing"])
+        with pytest.raises(SystemExit, match="usage: folo serve"):
+            folo()
 
 
 def wait_for(url: str) -> None:
