@@ -150,7 +150,8 @@ def run_streams(bench: Bench, engine: LLMEngine, sizes: ServingSizes) -> Result:
             speeds["async"].append(total / (time.perf_counter() - begin))
             done = read_over_http(address, prompts, params)
             speeds["http"].append(total / done["seconds"])
-            for prompt in prompts[:4]:
+            alone = prompts[:4]
+            for prompt in alone:
                 ttft["async"] += asyncio.run(read_all(served, [prompt], params))
                 ttft["http"] += read_over_http(address, [prompt], params)["ttft"]
     rows = {name: summarize(values[1:]) for name, values in speeds.items()}
@@ -160,7 +161,9 @@ def run_streams(bench: Bench, engine: LLMEngine, sizes: ServingSizes) -> Result:
             ours / all_ for ours, all_ in pairs
         )
         print(f"{name}: {rows[name]['of_generate']:.0%} of generate", flush=True)
-    medians = {name: statistics.median(values[4:]) for name, values in ttft.items()}
+    medians = {
+        name: statistics.median(values[len(alone) :]) for name, values in ttft.items()
+    }
     print(f"one client's first token: {medians}", flush=True)
     return {"speeds": rows, "ttft_alone": medians}
 

@@ -134,7 +134,9 @@ def read_validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if first["type"] == "extra_forbidden":
         message = f"Unrecognized request argument supplied: {param}"
     elif first["type"] in ("model_attributes_type", "model_type", "dict_type"):
-        message = "The body must be a JSON object, sent as Content-Type: application/json."
+        message = (
+            "The body must be a JSON object, sent as Content-Type: application/json."
+        )
     elif first["type"] == "missing":
         message = f"Missing required parameter: {param}."
     else:
