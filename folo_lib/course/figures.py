@@ -460,6 +460,7 @@ PARTS = {  # page: left, bottom, width, height, text
     "13": (73.8, 20, 8.4, 11, "13 Paged\nattention"),
     "14": (87, 47, 12, 12, "14 CUDA\ngraphs"),
     "15": (87, 62, 12, 8, "15 Fused\ndecode"),
+    "17": (0, 61, 13, 9, "17 Serving\nmany clients"),
     "18": (83, 0, 16, 10, "18 Benchmark\nmeasures it all"),
 }
 ASIDE = ("18",)
@@ -473,6 +474,7 @@ WAYS: tuple[
     ((34, 53), (42, 53), "ids", (38, 55)),
     ((58, 53), (66, 53), "", (62, 55)),
     ((43.5, 56), (43.5, 60), "", (50, 58)),
+    ((22, 65.5), (22, 59), "", (22, 62)),
     ((84.5, 64.5), (84.5, 44), "blocks", (71, 66.5)),
     ((97.5, 35), (97.5, 32), "", (91, 33)),
     ((70, 47), (70, 40), "ids, positions", (60.5, 43.5)),
@@ -514,6 +516,7 @@ def draw_map(
     ax.text(49, 36, said, **style)
     ax.plot([20, 25], [5, 5], "k-", lw=1)  # from the sampler, then up
     ax.plot([58, 84.5], [64.5, 64.5], "k-", lw=1)  # from the scheduler, then down
+    ax.plot([13, 22], [65.5, 65.5], "k-", lw=1)  # from the clients, then down
     ax.plot([82, 87], [53, 53], "k-", lw=1)
     if here != "15":  # or else "you are here" stands there
         ax.plot([93, 93], [59, 62], "k-", lw=1)  # from the graphs to their kernels
