@@ -140,9 +140,9 @@ const draw = () => {
   place("tip", px, py);
   set("shaft", {d: `M${cx} ${cy}L${px} ${py}`});
   weights.forEach((weight, i) => {
-    piece(`bar${i}`).querySelector("rect").setAttribute("width", Math.max(1, data.bar * weight));
+    widen(`bar${i}`, Math.max(1, data.bar * weight));
     write(`share${i}`, percent(weight));
-    piece(`share${i}`).querySelector("tspan").setAttribute("x", data.left + data.bar * weight + 8);
+    shift(`share${i}`, data.left + data.bar * weight + 8);
     show(`bar${i}`, true); show(`share${i}`, true);
   });
   const [a, b] = data.keys[best];

@@ -56,7 +56,7 @@ class Shape(NamedTuple):
         text: of a box, a circle or a text.
         look: colour and hatch; None: no ground, and an edge.
         style: `colour`, `width`, `dash`, `font`, `anchor`, `bold`, `turn`, `alpha`, `label`,
-            `role`, `closed`, `fill`.
+            `role`, `closed`, `fill`, `glides`.
     """
 
     kind: str
@@ -147,6 +147,7 @@ def draw_shape(shape: Shape) -> str:
     """A shape as SVG. A box is a group that stands at its place, the others are one element."""
     style, look = shape.style, shape.look
     mark = f' data-k="{html.escape(shape.key)}"' if shape.key else ""
+    mark += ' data-glides=""' if style.get("glides") else ""
     if "alpha" in style:
         mark += f' opacity="{style["alpha"]:g}"'
     if label := style.get("label"):
@@ -443,7 +444,7 @@ ROOT button[aria-pressed=true] { background: BLUE; border-color: BLUE; color: wh
 ROOT button:disabled { opacity: .45; cursor: default; }
 ROOT :focus-visible { outline: 3px solid BLUE; outline-offset: 2px; }
 ROOT [data-grip] { touch-action: none; }
-ROOT [data-glides] { transition: transform .45s, opacity .45s; }
+ROOT [data-glides]:not(.held) { transition: transform .4s, opacity .4s; }
 @media (prefers-reduced-motion: reduce) { ROOT [data-glides] { transition: none; } }
 """
 ).replace("BLUE", BLUE)
@@ -455,7 +456,9 @@ const piece = (key) => find(`[data-k="${key}"]`), knob = (key) => find(`[data-kn
 const set = (key, changes) => {
   for (const [name, value] of Object.entries(changes)) piece(key).setAttribute(name, value);
 };
-const place = (key, x, y) => set(key, {transform: `translate(${x} ${y})`});
+const place = (key, x, y) => { piece(key).style.transform = `translate(${x}px, ${y}px)`; };
+const widen = (key, width) => piece(key).querySelector("rect").setAttribute("width", width);
+const shift = (key, x) => piece(key).querySelector("tspan").setAttribute("x", x);
 const write = (key, text) => {
   const spans = piece(key).querySelectorAll("tspan");
   String(text).split("\\n").forEach((line, i) => { spans[i].textContent = line; });
@@ -481,11 +484,13 @@ const drag = (element, move, drop = () => {}) => {
     const begin = where(event);
     const follow = (at) => move(where(at).x, where(at).y, begin);
     const end = () => {
+      element.classList.remove("held");
       element.removeEventListener("pointermove", follow);
       drop();
     };
     event.preventDefault();
     element.focus();
+    element.classList.add("held");
     element.setPointerCapture(event.pointerId);
     element.addEventListener("pointermove", follow);
     element.addEventListener("lostpointercapture", end, {once: true});

@@ -123,8 +123,8 @@ const draw = (step) => {
   for (let i = 0; i <= step; i++) counts.without += data.prompt + i;
   for (const [key, count] of Object.entries(counts)) {
     const long = data.bar * count / data.most;
-    piece(key).querySelector("rect").setAttribute("width", long);
-    piece(`${key}-count`).querySelector("tspan").setAttribute("x", long + 10);
+    widen(key, long);
+    shift(`${key}-count`, long + 10);
     write(`${key}-count`, count);
   }
   const drawn = data.words[length], ran = kept && step > 0 ? 1 : length;
