@@ -371,6 +371,7 @@ class Motion:
         script: reads the knobs and changes the pieces; see `KIT` for what it can use.
         facts: what the script calls `data`.
         guess: asked before the knobs appear.
+        says_first: the sentence stands above the drawing and not below it.
     """
 
     def __init__(
@@ -382,11 +383,12 @@ class Motion:
         script: str,
         facts: Mapping[str, Any],
         guess: Guess | None = None,
+        says_first: bool = False,
     ) -> None:
         self.name, self.says = name, says
         self.canvases = [canvases] if isinstance(canvases, Canvas) else [*canvases]
         self.knobs, self.script, self.facts = list(knobs), script, facts
-        self.guess = guess
+        self.guess, self.says_first = guess, says_first
 
     def __repr__(self) -> str:
         return f"{self.name}: a figure to be moved by hand in JupyterLab"
@@ -402,19 +404,21 @@ class Motion:
         """All of it; nothing is fetched."""
         facts = to_json({**self.facts, "right": self.guess.right if self.guess else -1})
         asks = self.guess.to_html() if self.guess else ""
-        drawn = [canvas.to_svg("", "") for canvas in self.canvases]
-        parts = drawn, facts, self.script, self.says, asks
+        bare = [canvas.to_svg("", "") for canvas in self.canvases]
+        parts = bare, facts, self.script, self.says, asks
         name = "folo-" + hashlib.sha256(repr(parts).encode()).hexdigest()[:10]
         knobs = "\n".join(self.knobs)
         drawings = "\n".join(
             canvas.to_svg(f"{name}-{i}", self.name)
             for i, canvas in enumerate(self.canvases)
         )
+        drawn = f'<div class="drawn">{drawings}</div>\n'
+        says = f'<p class="says" aria-live="polite">{html.escape(self.says)}</p>\n'
+        middle = says + drawn if self.says_first else drawn + says
         return (
             f'<div class="folo-moving" id="{name}" data-lm-suppress-shortcuts="true">\n'
             f"<style>\n{CSS.replace('ROOT', '#' + name)}</style>\n{asks}\n"
-            f'<div class="drawn">{drawings}</div>\n'
-            f'<p class="says" aria-live="polite">{html.escape(self.says)}</p>\n'
+            f'{middle}'
             f'<p class="knobs" hidden="">\n{knobs}\n</p>\n'
             f'<script>\n(() => {{\nconst data = {facts};\nfor (const root of document'
             f'.querySelectorAll("#{name}:not([data-ready])")) {{\n'
