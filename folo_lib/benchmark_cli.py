@@ -127,7 +127,8 @@ def run_all(
     Raises:
         BenchmarkError: at the end, if a section was refused or has failed.
     """
-    record = open_record(path, describe_setup(bench, weights))
+    setup = describe_setup(bench, weights)
+    record = open_record(path, setup)
     refused = []
     for name in SECTIONS if sections is None else sections:
         if sections is None and name in record["sections"]:
@@ -142,6 +143,8 @@ def run_all(
             print(f"== {name}: refused: {error}\n", flush=True)
             bench.free_memory()
             continue
+        if path is not None:
+            record = open_record(path, setup)  # with what another command has added
         record["sections"].setdefault(name, []).append(result)
         save_record(record, path)
     if refused:

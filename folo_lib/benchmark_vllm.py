@@ -112,8 +112,9 @@ def read_record(path: Path, device: str) -> Result:
     return record
 
 
-def add_recording(path: Path, record: Result, made: Result) -> None:
+def add_recording(path: Path, made: Result) -> None:
     """Adds one recording to the section `vllm`; the file is whole at any time."""
+    record = read_record(path, get_device_name())  # with what was added meanwhile
     record["sections"].setdefault("vllm", []).append(made)
     half = path.with_suffix(".tmp")
     half.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -171,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         has_weights = any(folder.glob("*.safetensors"))
         made = measure(folder, has_weights, sizes, config["vocab_size"])
-    add_recording(args.out, record, made)
+    add_recording(args.out, made)
 
 
 if __name__ == "__main__":

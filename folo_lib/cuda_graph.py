@@ -367,9 +367,14 @@ class StepGraphs:
         for size in sorted(self.sizes, key=lambda size: -size.num_tokens):
             self.inputs.load(StepLayout(), size)
             self.steps[size] = recorder.record(partial(self.run_step, size))
-            for is_random in (False, True) if size.is_decode else ():
-                run = partial(self.run_draw, size, is_random)
-                self.draws[size.num_seqs, is_random] = recorder.record(run)
+            if size.is_decode:
+                self.record_draws(size, recorder)
+
+    def record_draws(self, size: GraphSize, recorder: Recorder) -> None:
+        """Records draws on what `inputs` hold, which is a step of that size."""
+        for is_random in (False, True):
+            run = partial(self.run_draw, size, is_random)
+            self.draws[size.num_seqs, is_random] = recorder.record(run)
 
     def run_step(self, size: GraphSize) -> None:
         """The model on `inputs`; what a graph records."""

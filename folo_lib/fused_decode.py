@@ -750,13 +750,14 @@ class FusedGraphs(StepGraphs):
         has_pdl = is_cuda and torch.cuda.get_device_capability(device) >= (9, 0)
         self.fused = FusedDecode(self.runner.model, rows.block_table.shape[1], has_pdl)
         self.draw_kernels = TritonDraw(len(self.logits), self.logits.shape[1], device)
+        self.filtered: dict[int, Callable[[], None]] = {}
         super().record()
-        record, draw = Recorder(device).record, partial(self.run_draw, filters=True)
-        self.filtered = {
-            size.num_seqs: record(partial(draw, size, True))
-            for size in self.sizes
-            if size.is_decode
-        }
+
+    def record_draws(self, size: GraphSize, recorder: Recorder) -> None:
+        """Records draws on what `inputs` hold, with filters and without."""
+        super().record_draws(size, recorder)
+        run = partial(self.run_draw, size, True, filters=True)
+        self.filtered[size.num_seqs] = recorder.record(run)
 
     def run_step(self, size: GraphSize) -> None:
         """The model on `inputs`; what a graph records."""

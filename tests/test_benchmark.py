@@ -987,6 +987,21 @@ class TestRecord:
         assert ran == ["one", "bad", "sad", "two", "bad", "sad"]
         assert run(["two"]) == {"one": 1, "two": 2, "bad": 1, "sad": 1}
 
+    def test_what_another_command_adds_meanwhile_stays(
+        self, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = tmp_path / "out.json"
+
+        def run(bench: Bench) -> dict[str, Any]:
+            record = records.open_record(out, records.describe_setup(bench, "tiny"))
+            record["sections"].setdefault("theirs", []).append({"rows": [1]})
+            records.save_record(record, out)
+            return {"rows": [2]}
+
+        monkeypatch.setattr(cli, "SECTIONS", {"ours": run})
+        cli.run_all(bench_of(tiny), None, "tiny", out, "c")
+        assert set(json.loads(out.read_text())["sections"]) == {"theirs", "ours"}
+
     def test_setup_names_device_versions_and_shape(self, tiny: Path) -> None:
         setup = records.describe_setup(bench_of(tiny), "tiny")
         assert setup["torch"] == torch.__version__ and setup["weights"] == "tiny"

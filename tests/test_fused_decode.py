@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import Qwen3Config
 
 from folo_lib import LLMEngine, SamplingParams
-from folo_lib.cuda_graph import GraphRunner, StepGraphs
+from folo_lib.cuda_graph import GraphRunner, GraphSize, Recorder, StepGraphs
 from folo_lib.fused_checks import FusionSizes, choose_fusion_sizes, find_obstacle
 from folo_lib.kv_cache import AttentionMetadata
 from folo_lib.qwen3 import Qwen3ForCausalLM
@@ -39,7 +39,8 @@ from folo_lib.fused_decode import FusedDecode, FusedGraphs, FusedRunner
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 BLOCK_SIZE = 16
-TILE, MAX_SPLITS = fused_attention.WIDE_TILE, fused_attention.MAX_SPLITS  # float32
+WIDE = torch.float32
+TILE, MAX_SPLITS = fused_attention.WIDE_TILE, fused_attention.MAX_SPLITS  # of WIDE
 
 gpu = pytest.mark.gpu
 on_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
@@ -526,11 +527,16 @@ def test_compiles_for_a_card_that_is_not_there() -> None:
 # What follows runs on a GPU only.
 
 
-def make_large_model(dtype: torch.dtype, layers: int = 3) -> Qwen3ForCausalLM:
-    """Layers of Qwen3-0.6B's shape."""
+def make_large_model(
+    dtype: torch.dtype, layers: int = 3, shape: str = "0.6B"
+) -> Qwen3ForCausalLM:
+    """Layers of a Qwen3 of that size."""
+    hidden, heads, intermediate = {
+        "0.6B": (1024, 16, 3072), "1.7B": (2048, 16, 6144), "8B": (4096, 32, 12288),
+    }[shape]  # fmt: skip
     return make_model(
-        16, 8, layers, dtype, "triton", intermediate_size=3072, vocab_size=4096,
-        max_position_embeddings=40960,
+        heads, 8, layers, dtype, "triton", hidden_size=hidden, vocab_size=4096,
+        intermediate_size=intermediate, max_position_embeddings=40960,
     )  # fmt: skip
 
 
@@ -550,9 +556,14 @@ def test_large_steps_in_float32(seq_lens: list[int]) -> None:
 @gpu
 @on_gpu
 @pytest.mark.parametrize("num_seqs", [1, 3, 8, 16])
-def test_bfloat16_is_as_near_as_the_plain_path(num_seqs: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", ["0.6B", "1.7B", "8B"])
+def test_narrow_numbers_are_as_near_as_on_the_plain_path(
+    shape: str, dtype: torch.dtype, num_seqs: int
+) -> None:
     """By root mean square of the logits' error against float32, over five lengths."""
-    narrow, wide = make_large_model(torch.bfloat16), make_large_model(torch.float32)
+    layers = 3 if shape == "0.6B" else 1
+    narrow, wide = (make_large_model(one, layers, shape) for one in (dtype, WIDE))
     wide.load_state_dict(narrow.state_dict())
     errors = {"ours": 0.0, "plain": 0.0}
     for length in (1, 64, 300, 1025, 5000):
@@ -567,7 +578,7 @@ def test_bfloat16_is_as_near_as_the_plain_path(num_seqs: int) -> None:
         ours = step.run_fused(caches)[0].float()
         errors["ours"] += (ours - exact).square().mean().sqrt().item()
         errors["plain"] += (plain - exact).square().mean().sqrt().item()
-    print(num_seqs, errors)
+    print(shape, dtype, num_seqs, errors)
     assert errors["ours"] <= 1.2 * errors["plain"]
 
 
@@ -613,6 +624,41 @@ def test_each_sequence_is_as_it_is_alone(num_seqs: int) -> None:
         alone.input_ids = alone.tokens.clone()
         logits, _ = alone.run_fused(step.copy_caches())
         torch.testing.assert_close(logits[0], together[i], rtol=0, atol=1e-5)
+
+
+def test_what_is_recorded_reads_rows_of_its_own_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is run before it is recorded reads a step of padding, not what another size left.
+
+    Of a step of four a draw of six would read slots as rows, which are -1 where nothing is stored.
+    """
+    num_seen = 0
+
+    class CheckedGraphs(FusedGraphs):
+        def run_step(self, size: GraphSize) -> None:
+            self.check(size)
+
+        def run_draw(
+            self, size: GraphSize, is_random: bool, filters: bool = False
+        ) -> None:
+            self.check(size)
+
+        def check(self, size: GraphSize) -> None:
+            nonlocal num_seen
+            num_seen += 1
+            rows, lengths, *_, slots = self.inputs.split(size)
+            assert rows.eq(self.inputs.padding_row).all()
+            assert lengths.eq(0).all() and slots.eq(-1).all()
+
+    monkeypatch.setattr(module, "FusedGraphs", CheckedGraphs)
+    monkeypatch.setattr(Recorder, "record", lambda self, run: [run(), run][1])
+    LLMEngine(
+        make_model(backend="triton"), decode="fused", max_num_seqs=6, max_model_len=64,
+        max_num_batched_tokens=128, kv_cache_memory_bytes=2**20,
+    )  # fmt: skip
+    # Decode steps of 1, 2, 4 and 6 sequences, each with three draws, and longer steps.
+    assert num_seen == 4 * (1 + 3) + 6
 
 
 @gpu
