@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from folo_lib.course.figures import CACHE, KEYS, QUERIES
+from folo_lib.course.figures import CACHE, KEYS, QUERIES, Look
 from folo_lib.course.motion.base import (
     Canvas,
     Guess,
@@ -196,11 +196,15 @@ def slide_mask(words: Sequence[str], num_queries: int = 3) -> Motion:
             box = (cell - 2, cell - 2)
             inside = cached <= row < length and column < length
             if column <= row and row < size - 1:  # done by an earlier step
-                look = {"dash": ":", "width": 0.8, "alpha": 0.5 * (row < cached)}
-                canvas.box(place, box, "", None, f"done{row}-{column}", **look)
-            looks = {"old": CACHE, "new": KEYS} if column <= row else {"not": None}
+                dots = {"dash": ":", "width": 0.8, "alpha": 0.5 * (row < cached)}
+                canvas.box(place, box, "", None, f"done{row}-{column}", **dots)
+            looks: dict[str, Look | None] = {"old": CACHE, "new": KEYS}
+            if column > row:
+                looks = {"not": None}
             for kind, look in looks.items():
-                is_on = inside and (kind == "not" or (kind == "old") == (column < cached))
+                is_on = inside and (
+                    kind == "not" or (kind == "old") == (column < cached)
+                )
                 text = "" if look else "−∞"
                 key = f"{kind}{row}-{column}"
                 canvas.box(place, box, text, look, key, font=11, alpha=float(is_on))

@@ -125,7 +125,9 @@ def paint(canvases: Sequence[Canvas]) -> bytes:
     gap = 20
     width = sum(canvas.width for canvas in canvases) + gap * (len(canvases) - 1)
     height = max(canvas.height for canvas in canvases)
-    inches = max(width, 500) / 75  # so that letters are as large as in the other figures
+    inches = (
+        max(width, 500) / 75
+    )  # so that letters are as large as in the other figures
     figure = plt.figure(figsize=(inches, inches * height / max(width, 500)))
     left = 0.0
     for canvas in canvases:
@@ -418,9 +420,9 @@ class Motion:
         return (
             f'<div class="folo-moving" id="{name}" data-lm-suppress-shortcuts="true">\n'
             f"<style>\n{CSS.replace('ROOT', '#' + name)}</style>\n{asks}\n"
-            f'{middle}'
+            f"{middle}"
             f'<p class="knobs" hidden="">\n{knobs}\n</p>\n'
-            f'<script>\n(() => {{\nconst data = {facts};\nfor (const root of document'
+            f"<script>\n(() => {{\nconst data = {facts};\nfor (const root of document"
             f'.querySelectorAll("#{name}:not([data-ready])")) {{\n'
             f"{KIT}{self.script.strip()}\n}}\n}})();\n</script>\n</div>\n"
         )

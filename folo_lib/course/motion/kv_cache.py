@@ -27,7 +27,9 @@ def fill_cache(words: Sequence[str], num_prompt: int, bytes_per_token: int) -> M
     """
     last = len(words) - num_prompt - 1  # of the steps, of which 0 is the prefill
     if last < 0:
-        raise ValueError(f"{len(words)} words must be more than {num_prompt} of a prompt.")
+        raise ValueError(
+            f"{len(words)} words must be more than {num_prompt} of a prompt."
+        )
     wide = (WIDTH - 20) / len(words)
     canvas, bars = Canvas(WIDTH, 204), Canvas(290, 150)
     for name, text in (
@@ -57,23 +59,23 @@ def fill_cache(words: Sequence[str], num_prompt: int, bytes_per_token: int) -> M
             "key": {"kept": CACHE, "new": KEYS},
             "value": {"kept": CACHE, "new": VALUES},
         }
-        for name, choices in looks.items():
+        for name, both in looks.items():
             size = wide - 2, HIGH
             at = x, ROWS[name]
             canvas.box(at, size, width=0.6, dash=":", alpha=0.5)
-            for look_name, look in choices.items():
+            for look_name, look in both.items():
                 is_on = i < num_prompt and look_name in ("prefill", "new")
                 key = f"{name}-{look_name}{i}"
                 canvas.box(at, size, "", look, key, alpha=float(is_on))
     most = sum(range(num_prompt, num_prompt + last + 1))
     bars.text((2, 14), "tokens run so far", anchor="start", bold=True)
-    for y, key, text, look in (
+    for y, key, text, ground in (
         (44, "with", "with a cache", KEYS),
         (98, "without", "without", None),
     ):
         bars.text((2, y), text, anchor="start")
         length = BAR * num_prompt / most
-        bars.box((2, y + 12), (length, HIGH), "", look, key)
+        bars.box((2, y + 12), (length, HIGH), "", ground, key)
         bars.text((length + 10, y + 22), num_prompt, f"{key}-count", anchor="start")
     with_cache = num_prompt + last
     choices = [with_cache, 2 * with_cache, most]

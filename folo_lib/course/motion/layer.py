@@ -114,9 +114,13 @@ def watch_layers(model: Qwen3ForCausalLM, token_ids: Sequence[int]) -> dict[str,
     parts["attention"] = Part(
         query, tuple(heard[0].shape), (), [measure(one) for one in heard]
     )
-    parts["RoPE"] = Part(query, query, (), parts["q_norm"].sizes)  # turning keeps lengths
+    parts["RoPE"] = Part(
+        query, query, (), parts["q_norm"].sizes
+    )  # turning keeps lengths
     first_adds = [one for one, _ in seen["post_attention_layernorm adds"]]
-    second_adds = [one for one, _ in [*seen["input_layernorm adds"], *seen["norm adds"]]]
+    second_adds = [
+        one for one, _ in [*seen["input_layernorm adds"], *seen["norm adds"]]
+    ]
     for name, adds in (("add 1", first_adds), ("add 2", second_adds)):
         shape = tuple(adds[0].shape)
         parts[name] = Part(shape, shape, (), [measure(one) for one in adds])
@@ -127,10 +131,10 @@ def split_heads(
     model: Qwen3ForCausalLM, seen: dict[str, list[tuple[Tensor, Tensor]]]
 ) -> tuple[Part, Part]:
     """The norms of queries and keys, which a layer computes in one go."""
-    layers = [layer.self_attn for layer in model.model.layers]
+    layers: list[Any] = [layer.self_attn for layer in model.model.layers]
     num_heads, num_kv_heads, _ = layers[0].heads
     made = [
-        out.unflatten(-1, (-1, layers[0].head_dim)) for _, out in seen["qkv_proj"]
+        out.view(*out.shape[:-1], -1, layers[0].head_dim) for _, out in seen["qkv_proj"]
     ]  # [S, H + 2 * H_kv, D]
     parts = []
     for name, heads in (
@@ -207,15 +211,15 @@ def explore_layer(model: Qwen3ForCausalLM, token_ids: Sequence[int]) -> Motion:
         (190, "k", parts["k_norm"].comes_out, KEYS),
         (266, "v", parts["k_norm"].comes_out, VALUES),
     )
-    for x, name, shape, look in heads:
+    for x, name, head, look in heads:
         ways = [(112, 232)] if name == "v" else [(112, 142), (170, 186), (214, 232)]
         for way in ways:
             layer.line([(x, y) for y in way], colour=look.colour, width=5)
-        layer.text((x + 6, 127), f"{name} {show(shape)}", anchor="start", font=11)
+        layer.text((x + 6, 127), f"{name} {show(head)}", anchor="start", font=11)
     for name, (x, y, wide, high) in PLACES.items():
         text = "+" if name.startswith("add") else name
-        look = CACHE if name == "attention" else None
-        layer.box((x, y), (wide, high), text, look, name, label=name)
+        ground = CACHE if name == "attention" else None
+        layer.box((x, y), (wide, high), text, ground, name, label=name)
     layer.text((60, 588), "to the next layer", anchor="start", font=13)
     bars.text((2, 14), "numbers in its weight", anchor="start", bold=True)
     weighty = [name for name in parts if counts[name] > 1000]
@@ -230,13 +234,13 @@ def explore_layer(model: Qwen3ForCausalLM, token_ids: Sequence[int]) -> Motion:
     bars.text((2, 190), "size of what comes out, by layer", anchor="start", bold=True)
     first = "input_layernorm"
     sizes = parts[first].sizes
-    wide = 280 / len(sizes)
+    step = 280 / len(sizes)
     for i, size in enumerate(sizes):
-        high = max(1.0, 110 * size / max(sizes))
-        x = 2 + wide * i
-        bars.box((x, 340 - high), (wide - 8, high), "", US, f"size{i}")
-        middle = x + (wide - 8) / 2
-        bars.text((middle, 328 - high), f"{size:.2f}", f"number{i}", font=12)
+        tall = max(1.0, 110 * size / max(sizes))
+        left = 2 + step * i
+        bars.box((left, 340 - tall), (step - 8, tall), "", US, f"size{i}")
+        middle = left + (step - 8) / 2
+        bars.text((middle, 328 - tall), f"{size:.2f}", f"number{i}", font=12)
         bars.text((middle, 352), i, font=13)
     attention = counts["qkv_proj"] + counts["o_proj"]
     mlp = counts["gate_up_proj"] + counts["down_proj"]

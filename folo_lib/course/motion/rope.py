@@ -41,7 +41,7 @@ def find_hands(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         their lengths. The score is the sum of that times the cosine of the angle between them.
     """
     half = query.shape[-1] // 2
-    pairs = [x.double().unflatten(-1, (2, half)) for x in (query, key)]  # [2, D/2]
+    pairs = [x.double().view(2, half) for x in (query, key)]  # [2, D/2]
     angles = [torch.atan2(pair[1], pair[0]) for pair in pairs]
     return angles[0], angles[1], pairs[0].norm(dim=0) * pairs[1].norm(dim=0)
 
@@ -74,7 +74,10 @@ def turn_hands(
     dials, curve = Canvas(340, 328), Canvas(320, 250)
     for pair, (x, y) in zip(PAIRS, MIDDLES, strict=True):
         ring = [
-            (x + RADIUS * math.cos(i / 24 * math.pi), y + RADIUS * math.sin(i / 24 * math.pi))
+            (
+                x + RADIUS * math.cos(i / 24 * math.pi),
+                y + RADIUS * math.sin(i / 24 * math.pi),
+            )
             for i in range(48)
         ]
         dials.line(ring, closed=True, width=0.8)
@@ -102,10 +105,17 @@ def turn_hands(
     curve.line([place(0, 0), place(LAST, 0)], width=0.6, dash=":")
     curve.line([(left, top), (left, bottom), (right, bottom)], width=1)
     for score in sorted({low, 0, high}):
-        curve.text((left - 5, place(0, score)[1]), f"{score}".replace("-", "−"), anchor="end", font=12)
+        curve.text(
+            (left - 5, place(0, score)[1]),
+            f"{score}".replace("-", "−"),
+            anchor="end",
+            font=12,
+        )
     for distance in range(0, LAST + 1, 20):
         curve.text((place(distance, low)[0], bottom + 14), distance, font=12)
-    curve.text(((left + right) / 2, bottom + 34), "tokens between query and key", font=13)
+    curve.text(
+        ((left + right) / 2, bottom + 34), "tokens between query and key", font=13
+    )
     curve.line([place(i, score) for i, score in enumerate(scores)], width=2)
     curve.circle(place(m - n, scores[m - n]), 7, US, "dot")
     score = f"{scores[m - n]:.2f}".replace("-", "−")

@@ -79,14 +79,12 @@ def order_filters(logits: Tensor, label: Callable[[int], str]) -> Motion:
     for i, name in enumerate(order):
         at = 2, TOP + STEP * i
         text = f"{name} = {FILTERS[name]:g}"
-        words = f"{name}, moved by the arrow keys"
-        cards.box(
-            at, CARD, text, PLAIN, name, label=words, glides=True
-        )
+        spoken = f"{name}, moved by the arrow keys"
+        cards.box(at, CARD, text, PLAIN, name, label=spoken, glides=True)
     bars.text((LEFT - 8, 12), "token", anchor="end", font=13)
     bars.text((LEFT, 12), "probability", anchor="start", font=13)
     words = [label(int(i)) for i in ids[:NUM_SHOWN]]
-    longest = 0.4  # the probability that fills a bar
+    longest = 0.25  # the probability that fills a bar
     for i, word in enumerate(words):
         middle = 28 + ROW * i + ROW / 2
         share = shares[i] if i < len(shares) else 0.0
