@@ -463,7 +463,9 @@ const set = (key, changes) => {
   for (const [name, value] of Object.entries(changes)) piece(key).setAttribute(name, value);
 };
 const place = (key, x, y) => { piece(key).style.transform = `translate(${x}px, ${y}px)`; };
-const widen = (key, width) => piece(key).querySelector("rect").setAttribute("width", width);
+const widen = (key, width) => {
+  for (const rect of piece(key).querySelectorAll("rect")) rect.setAttribute("width", width);
+};
 const shift = (key, x) => piece(key).querySelector("tspan").setAttribute("x", x);
 const write = (key, text) => {
   const spans = piece(key).querySelectorAll("tspan");
