@@ -55,8 +55,8 @@ class Shape(NamedTuple):
         path: the points of a line.
         text: of a box, a circle or a text.
         look: colour and hatch; None: no ground, and an edge.
-        style: `colour`, `width`, `dash`, `font`, `anchor`, `bold`, `turn`, `alpha`, `label`,
-            `role`, `closed`, `fill`, `glides`.
+        style: `colour`, `width`, `dash`, `font`, `mono`, `anchor`, `bold`, `turn`, `alpha`,
+            `label`, `role`, `closed`, `fill`, `glides`.
     """
 
     kind: str
@@ -188,6 +188,7 @@ def draw_text(text: str, at: Point, style: Mapping[str, Any], mark: str) -> str:
     wishes = {
         "fill": style.get("colour"),
         "font-size": f"{style['font']:g}px" if "font" in style else None,
+        "font-family": "monospace" if style.get("mono") else None,
         "text-anchor": style.get("anchor"),
         "font-weight": "bold" if style.get("bold") else None,
         "stroke": style.get("halo"),
@@ -254,6 +255,7 @@ def paint_shape(ax: Axes, shape: Shape, scale: float) -> None:
             ha=sides[style.get("anchor", "middle")],
             va="center",
             fontsize=scale * style.get("font", 15) * 0.92,
+            family="monospace" if style.get("mono") else "sans-serif",
             fontweight="bold" if style.get("bold") else "normal",
             color=colour,
             alpha=alpha,
@@ -302,11 +304,14 @@ def select(key: str, label: str, choices: Sequence[str], chosen: int = 0) -> str
     return f'<label>{html.escape(label)} <select data-knob="{key}">{options}</select></label>'
 
 
-def text_field(key: str, label: str, text: str, size: int = 30) -> str:
+def text_field(
+    key: str, label: str, text: str, size: int = 30, limit: int = 100
+) -> str:
     """A line to type into."""
     return (
         f'<label>{html.escape(label)} <input type="text" data-knob="{key}" '
-        f'size="{size}" value="{html.escape(text)}" spellcheck="false"/></label>'
+        f'size="{size}" maxlength="{limit}" value="{html.escape(text)}" '
+        'spellcheck="false" autocomplete="off"/></label>'
     )
 
 
@@ -522,9 +527,10 @@ const percent = (share) => share > .995 && share < 1 ? "> 99 %" :
   share < .005 && share > 0 ? "< 1 %" : `${Math.round(100 * share)} %`;
 const signed = (number, digits) => number.toFixed(digits).replace("-", "−");
 const player = (draw, pause = 1200) => {
-  const track = knob("step"), last = Number(track.max), button = knob("play");
+  const track = knob("step"), button = knob("play");
   let timer = 0;
   const go = (to) => {
+    const last = Number(track.max);
     track.value = Math.max(0, Math.min(last, to));
     knob("back").disabled = Number(track.value) === 0;
     knob("next").disabled = Number(track.value) === last;
@@ -540,10 +546,10 @@ const player = (draw, pause = 1200) => {
   on("step", () => { stop(); go(value("step")); });
   on("play", () => {
     if (timer) return stop();
-    go(value("step") < last ? value("step") + 1 : 0);
+    go(value("step") < track.max ? value("step") + 1 : 0);
     button.textContent = "Pause";
     timer = setInterval(() => {
-      if (!root.isConnected || value("step") >= last) return stop();
+      if (!root.isConnected || value("step") >= track.max) return stop();
       go(value("step") + 1);
     }, pause);
   });

@@ -166,8 +166,6 @@ def move_roofline(
         times.box((2, y), (long, 22), "", look, key)
         times.text((long + 10, y + 11), write_ms(took), f"{key}-ms", anchor="start")
     first, many = (measure(n, context)[0] / card.bandwidth for n in (1, 64))
-        "64 requests still wait for memory"
-    )
     factor = f"{many / first:.1f} times as long"
     return Motion(
         "a roofline",
