@@ -8,14 +8,18 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from folo_lib import bundled_model_path, load_model
+from folo_lib import bundled_model_path, load_model, load_tokenizer
 from folo_lib.course import story
 from folo_lib.course.motion.attention import drag_query, slide_mask
 from folo_lib.course.motion.base import Motion
+from folo_lib.course.motion.cards import choose_gpu, move_roofline
 from folo_lib.course.motion.kv_cache import fill_cache
 from folo_lib.course.motion.layer import explore_layer
+from folo_lib.course.motion.queue import Told, run_queue
 from folo_lib.course.motion.rope import turn_hands
 from folo_lib.course.motion.sampler import order_filters, race
+from folo_lib.course.motion.stops import step_tokens
+from folo_lib.course.widgets import MODEL_SHAPES
 
 
 @cache
@@ -82,6 +86,34 @@ def make_race() -> Motion:
     return race(run(" kite outside.")[0], label, length)
 
 
+def make_roofline() -> Motion:
+    return move_roofline(MODEL_SHAPES["Qwen3-0.6B"], "Qwen3-0.6B")
+
+
+def make_stops() -> Motion:
+    return step_tokens(load_tokenizer(bundled_model_path()))
+
+
+REQUESTS = [
+    Told("Ann", "She had a red kite", 6, [" and", " took", " good", " care", " of"]),
+    Told(
+        "Ben",
+        "The fox",
+        2,
+        [" named", " Tobin", " lived", " near", " a", " big", " swamp"],
+    ),
+    Told("Cleo", "Tom saw a big", 5, [" beach", " lived", " a", " happy"]),
+]
+
+
+def make_queue() -> Motion:
+    return run_queue(REQUESTS)
+
+
+def make_choice() -> Motion:
+    return choose_gpu(MODEL_SHAPES)
+
+
 MAKERS: dict[str, Callable[[], Motion]] = {
     "query": cache(make_query),
     "mask": cache(make_mask),
@@ -90,4 +122,8 @@ MAKERS: dict[str, Callable[[], Motion]] = {
     "cache": cache(make_cache),
     "filters": cache(make_filters),
     "race": cache(make_race),
+    "roofline": cache(make_roofline),
+    "stops": cache(make_stops),
+    "queue": cache(make_queue),
+    "choice": cache(make_choice),
 }

@@ -179,3 +179,76 @@ def test_filters_count_as_the_sampler_does() -> None:
 
 def test_a_layer_without_hooks_left_behind() -> None:
     assert make_layer().to_html() == MAKERS["layer"]().to_html()
+
+
+def test_a_step_costs_what_the_benchmark_counts() -> None:
+    from transformers import Qwen3Config
+
+    from folo_lib.benchmark import step_bytes
+    from folo_lib.course.motion.cards import count_step
+    from folo_lib.course.widgets import MODEL_SHAPES
+
+    for name in ("Qwen3-0.6B", "Qwen3-8B"):  # with a tied head, and with its own
+        shape = MODEL_SHAPES[name]
+        cost = count_step(shape)
+        fields = {k: v for k, v in vars(shape).items() if k != "model_type"}
+        config = Qwen3Config(**fields)
+        expected = step_bytes(config, torch.bfloat16, 300)
+        assert cost.weights + 300 * cost.cache == expected
+        assert cost.products == cost.weights  # 2 operations and 2 bytes for each number
+        heads = shape.num_attention_heads * shape.head_dim
+        assert cost.attention == 2 * 2 * heads * shape.num_hidden_layers
+
+
+def test_64_requests_still_wait_for_memory() -> None:
+    from folo_lib.course.motion.cards import CARDS, count_step
+    from folo_lib.course.widgets import MODEL_SHAPES
+
+    cost, card = count_step(MODEL_SHAPES["Qwen3-0.6B"]), CARDS["H200"]
+    read = [cost.weights + n * 512 * cost.cache for n in (1, 64)]
+    work = 64 * (cost.products + 512 * cost.attention)
+    assert work / card.peak < read[1] / card.bandwidth
+    motion = MAKERS["roofline"]()
+    assert (
+        motion.guess
+        and motion.guess.choices[0] == f"{read[1] / read[0]:.1f} times as long"
+    )
+    assert "an H200 waits for memory" in motion.says
+
+
+def test_the_card_that_is_chosen() -> None:
+    from folo_lib.course.motion.cards import CARDS, choose_gpu, count_step, judge
+    from folo_lib.course.widgets import MODEL_SHAPES
+
+    cost = count_step(MODEL_SHAPES["Qwen3-8B"])
+    said = {
+        name: judge(card, cost, 16.4, 9.66, 30, 2.0) for name, card in CARDS.items()
+    }
+    assert [kind for _, kind in said.values()] == ["cache", "cache", *["fits"] * 3]
+    assert judge(CARDS["L4"], cost, 24.0, 0.1, 1, 1.0)[1] == "weights"
+    assert judge(CARDS["L4"], cost, 16.4, 0.1, 30, 2.0)[1] == "slow"
+    motion = choose_gpu(MODEL_SHAPES)
+    assert motion.guess and motion.guess.choices[motion.guess.right] == "A100"
+    none = choose_gpu(MODEL_SHAPES, model="Qwen3-32B", users=512)
+    assert none.guess and none.guess.choices[none.guess.right] == "none of them"
+
+
+def test_a_vocabulary_that_is_too_large() -> None:
+    from folo_lib import bundled_model_path, load_tokenizer
+    from folo_lib.course.motion.stops import step_tokens
+
+    tokenizer = load_tokenizer(bundled_model_path())
+    whole = tokenizer.get_vocab()
+    more = whole | {f"more{i}": len(whole) + i for i in range(4000)}
+    tokenizer.get_vocab = lambda: more
+    with pytest.raises(ValueError, match="is too large to show"):
+        step_tokens(tokenizer)
+
+
+def test_a_queue_that_fits_has_no_question() -> None:
+    from motions import REQUESTS
+
+    from folo_lib.course.motion.queue import run_queue
+
+    with pytest.raises(ValueError, match=r"these 3 need \[3, 2, 3\]"):
+        run_queue(REQUESTS, num_blocks=8)

@@ -88,9 +88,12 @@ def test_every_slider_and_button_changes_something(window: Any, name: str) -> No
             at_end = knob.evaluate("it => it.value === it.max")
             window.keyboard.press("ArrowLeft" if at_end else "ArrowRight")
         elif knob.evaluate("it => it.tagName") == "SELECT":
-            window.keyboard.press("ArrowDown")
+            last = knob.evaluate("it => it.selectedIndex === it.length - 1")
+            window.keyboard.press("ArrowUp" if last else "ArrowDown")
         elif knob.evaluate("it => it.type") == "text":
-            window.keyboard.type("a")
+            is_text = knob.get_attribute("data-knob") == "text"
+            for key in ("End", "a") if is_text else ("Control+a", "Backspace"):
+                window.keyboard.press(key)
         else:
             window.keyboard.press("Enter")
         assert drawing(figure) + says(figure) != before, knob.get_attribute("data-knob")
@@ -290,3 +293,127 @@ def test_the_race_is_won_by_whom_the_library_draws(window: Any) -> None:
         )
     assert len({int(i) for i in sums.argmax(dim=-1)}) > 3
     assert len(load().ids) < facts["position"]
+
+
+def slide(figure: Any, key: str, to: int) -> None:
+    figure.locator(f"[data-knob={key}]").evaluate(
+        "(it, to) => { it.value = to; it.dispatchEvent(new Event('input')); }", to
+    )
+
+
+def test_stop_strings_are_held_back_as_the_library_does(window: Any) -> None:
+    from folo_lib import bundled_model_path, load_tokenizer
+    from folo_lib.request import IncrementalDetokenizer, TokenBytes
+    from folo_lib.sampling_params import SamplingParams
+
+    tokenizer = load_tokenizer(bundled_model_path())
+    token_bytes = TokenBytes(tokenizer)
+    figure = put(window, "stops")
+    guess(figure, window)
+    for text, stop in (
+        (" A friendly mouse named Felix met a mouse named Fox. Fox", "mouse named Fox"),
+        ("She said 🪁 and 12 don't!", "🪁 and 13"),
+        ("aaabaaab", "aab"),
+        ("the  end ", "d "),
+        ("no stop at all", ""),
+    ):
+        figure.locator("[data-knob=text]").fill(text)
+        figure.locator("[data-knob=stop]").fill(stop)
+        ids = tokenizer(text).input_ids
+        params = SamplingParams(stop=[stop] if stop else None)
+        reader, stopped = IncrementalDetokenizer(token_bytes, params), False
+        for step in range(len(ids) + 1):
+            slide(figure, "step", step)
+            lines = figure.locator("[data-k^=sent]").all_text_contents()
+            assert "".join(lines).replace("·", " ") == reader.text, (text, step)
+            if stopped:
+                assert "completes the stop string" in says(figure)
+                break
+            ahead = figure.locator('[data-k^=ahead][opacity="1"]').count()
+            assert ahead == len(ids) - step, "as many tokens as the tokenizer has"
+            if step < len(ids):
+                stopped = bool(reader.append(ids[step]))
+
+
+def test_the_queue_runs_as_the_scheduler_does(window: Any) -> None:
+    from motions import REQUESTS
+
+    from folo_lib import bundled_model_path, load_tokenizer
+    from folo_lib.config import EngineConfig
+    from folo_lib.engine import FCFSScheduler
+    from folo_lib.inputs import InputProcessor
+    from folo_lib.runner import SampledToken
+    from folo_lib.sampling_params import SamplingParams
+
+    tokenizer = load_tokenizer(bundled_model_path())
+    processor = InputProcessor(tokenizer, vocab_size=2048, max_model_len=64)
+    config = EngineConfig(device="cpu", block_size=4)
+    scheduler = FCFSScheduler(config, num_blocks=8)
+    figure = put(window, "queue")
+    guess(figure, window)
+    requests = {}
+    for told in REQUESTS:
+        params = SamplingParams(max_tokens=len(told.words), ignore_eos=True)
+        [request] = processor.process_request(told.prompt, params, request_id=told.name)
+        requests[request.sample_id] = request
+        scheduler.add(request)
+    for step in range(sum(len(told.words) for told in REQUESTS)):
+        if step:
+            figure.locator("[data-knob=next]").click()
+        [one] = scheduler.schedule().scheduled
+        request = requests[one.request_id]
+        assert f"runs {one.num_tokens} token" in says(figure)
+        assert f"of {request.request_id}," in says(figure)
+        request.append_token(SampledToken(300))
+        if request.status.is_finished:
+            scheduler.finish(request)
+        free = 8 - scheduler.get_stats().num_used_blocks
+        assert f"Blocks free: {free} of 8." in says(figure)
+    assert not figure.locator("[data-knob=next]").is_enabled()
+
+
+def test_readers_leave_and_blocks_are_lost(window: Any) -> None:
+    figure = put(window, "queue")
+    guess(figure, window)
+    for knob in ("forget", "leave", "next", "leave", "next"):
+        figure.locator(f"[data-knob={knob}]").click()
+    assert says(figure).startswith("Cleo needs 3 blocks and cannot start.")
+    assert says(figure).endswith("Blocks free: 2 of 8, lost: 6.")
+    assert figure.locator('[data-k^=lost][opacity="1"]').count() == 6
+    figure.locator("[data-knob=reset]").click()
+    figure.locator("[data-k=sign1]").focus()  # it waits
+    window.keyboard.press("Enter")
+    assert says(figure).startswith("Ben is withdrawn; it had no blocks yet.")
+    ended = figure.locator("[data-k=ended0]").text_content()
+    assert ended == "withdrawn before it ran"
+
+
+def test_the_roofline_says_what_python_counts(window: Any) -> None:
+    from folo_lib.course.motion.cards import CARDS, count_step, describe_step
+    from folo_lib.course.widgets import MODEL_SHAPES
+
+    figure = put(window, "roofline")
+    guess(figure, window)
+    cost, facts = count_step(MODEL_SHAPES["Qwen3-0.6B"]), MAKERS["roofline"]().facts
+    cases = ("L4", 8, 128), ("H100", 1024, 128), ("H200", 32, 32768)
+    for name, batch, context in cases:
+        figure.locator("[data-knob=card]").select_option(label=name)
+        slide(figure, "batch", facts["batches"].index(batch))
+        slide(figure, "context", facts["contexts"].index(context))
+        read = cost.weights + batch * context * cost.cache
+        work = batch * (cost.products + context * cost.attention)
+        times = read / CARDS[name].bandwidth / 1e9, work / CARDS[name].peak / 1e9
+        expected = describe_step(batch, context, read, work, name, *times)
+        assert says(figure) == expected
+
+
+def test_a_gpu_is_chosen(window: Any) -> None:
+    figure = put(window, "choice")
+    guess(figure, window)
+    assert says(figure).endswith("These do: A100, H100, H200.")
+    figure.locator("[data-knob=dtype]").select_option(label="float8")
+    assert says(figure).endswith("These do: RTX 4090, A100, H100, H200.")
+    figure.locator("[data-knob=model]").select_option(label="Qwen3-32B")
+    assert "RTX 4090" not in says(figure)
+    slide(figure, "users", 9)
+    assert says(figure).endswith("None of them does.")
