@@ -155,3 +155,34 @@ def test_generate_and_stop(window: Any, lab: Lab) -> None:
     stop.click()
     expect(status).to_contain_text("abort")
     assert not window.locator(".jupyter-widgets-error-widget").count()
+
+
+def test_a_figure_is_moved_by_keyboard_without_leaving_it(
+    window: Any, lab: Lab
+) -> None:
+    """JupyterLab takes arrows and letters for itself unless it is told not to."""
+    source = (
+        "from folo_lib.course.motion.attention import slide_mask\n"
+        "slide_mask('She had a red kite'.split())"
+    )
+    cell = nbformat.v4.new_code_cell
+    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    cells = [cell(source), cell("'the next'")]
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata=metadata)
+    nbformat.write(notebook, lab.folder / "moving.ipynb")
+    assert run_page(window, lab, "moving") == "ran", trouble_in(window)
+    figure = window.locator(".folo-moving")
+    expect(figure).to_have_count(1)
+    figure.locator(".guess").first.focus()
+    window.keyboard.press("Enter")
+    slider = figure.locator("[data-knob=T]")
+    expect(slider).to_be_visible()
+    slider.focus()
+    before = figure.locator(".says").inner_text()
+    window.keyboard.press("ArrowRight")
+    expect(figure.locator(".says")).not_to_have_text(before)
+    expect(slider).to_be_focused()
+    window.keyboard.press("ArrowLeft")
+    expect(figure.locator(".says")).to_have_text(before)
+    expect(slider).to_be_focused()
+    assert window.locator(".jp-Notebook .jp-Cell").count() == 2

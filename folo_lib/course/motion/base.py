@@ -423,7 +423,7 @@ class Motion:
         says = f'<p class="says" aria-live="polite">{html.escape(self.says)}</p>\n'
         middle = says + drawn if self.says_first else drawn + says
         return (
-            f'<div class="folo-moving" id="{name}" data-lm-suppress-shortcuts="true">\n'
+            f'<div class="folo-moving" id="{name}">\n'
             f"<style>\n{CSS.replace('ROOT', '#' + name)}</style>\n{asks}\n"
             f"{middle}"
             f'<p class="knobs" hidden="">\n{knobs}\n</p>\n'
@@ -463,6 +463,8 @@ ROOT [data-glides]:not(.held) { transition: transform .4s, opacity .4s; }
 KIT = """\
 root.dataset.ready = "";
 const find = (what) => root.querySelector(what), all = (what) => [...root.querySelectorAll(what)];
+// JupyterLab would take the arrow keys for itself.
+for (const one of all("button, input, select, summary, [tabindex]")) one.dataset.lmSuppressShortcuts = "true";
 const piece = (key) => find(`[data-k="${key}"]`), knob = (key) => find(`[data-knob="${key}"]`);
 const set = (key, changes) => {
   for (const [name, value] of Object.entries(changes)) piece(key).setAttribute(name, value);
