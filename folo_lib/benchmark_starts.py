@@ -39,7 +39,7 @@ from folo_lib.engine import LLMEngine
 from folo_lib.kv_cache import kv_bytes_per_token
 from folo_lib.sampling_params import SamplingParams
 
-MAX_SECONDS = 300  # of a process, with the waiting for its turn
+MAX_SECONDS = 300  # that a process may take to get ready, and then to measure
 
 
 @dataclass(frozen=True)
@@ -222,18 +222,22 @@ class Started:
         self.process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=errors, text=True, env=environment
         )
-        self.timer = threading.Timer(MAX_SECONDS, self.process.kill)
-        self.timer.daemon = True
-        self.timer.start()
 
     def read(self) -> Result:
         """The next line of JSON, others are passed over; or how the process ended."""
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                result: Result = json.loads(line)
-                return result
+        timer, begin = threading.Timer(MAX_SECONDS, self.process.kill), time.monotonic()
+        timer.start()
+        try:
+            for line in self.process.stdout:
+                if line.startswith("{"):
+                    result: Result = json.loads(line)
+                    return result
+        finally:
+            timer.cancel()
         self.process.wait()
+        if time.monotonic() - begin >= MAX_SECONDS:
+            return {"left_out": f"the process took more than {MAX_SECONDS} s"}
         self.errors.seek(0)
         last = "\n".join(self.errors.read().splitlines()[-5:])
         return {"left_out": f"the process failed: {last}"}
@@ -264,12 +268,12 @@ def started(tasks: Sequence[Task]) -> Iterator[list[Started]]:
             yield processes
         finally:
             for one in processes:
-                one.timer.cancel()
                 one.process.kill()
                 one.process.wait()
                 for pipe in (one.process.stdin, one.process.stdout):
-                    if pipe is not None:
-                        pipe.close()
+                    with suppress(BrokenPipeError):  # closing sends what is unsent
+                        if pipe is not None:
+                            pipe.close()
 
 
 Check = Callable[[Task, list[list[int]]], object]

@@ -527,7 +527,29 @@ class TestStarts:
         monkeypatch.setattr(subprocess, "Popen", run)
         monkeypatch.setattr(starts, "MAX_SECONDS", 0.5)
         [made] = starts.run_tasks([task_of(tmp_path)], 1)
-        assert "the process failed" in made["left_out"]
+        assert made["left_out"] == "the process took more than 0.5 s"
+
+    @pytest.mark.parametrize("dies", [False, True])
+    def test_a_process_that_waits_for_its_turn(
+        self, dies: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Has the time that it likes; if it ends meanwhile, that is its result."""
+        code = "print('{}', flush=True); input(); print('{\"done\": 1}')"
+        monkeypatch.setattr(starts, "MAX_SECONDS", 1)
+        popen = subprocess.Popen
+
+        def run(command: list[str], **options: Any) -> Any:
+            return popen([sys.executable, "-c", code], **options)
+
+        monkeypatch.setattr(subprocess, "Popen", run)
+        with starts.started([task_of(tmp_path)]) as [one]:
+            assert one.read() == {}
+            time.sleep(1.2)
+            if dies:
+                one.process.kill()
+                one.process.wait()
+            made = one.measure()
+        assert made == {"left_out": "the process failed: "} if dies else {"done": 1}
 
     def test_a_task_comes_back_as_it_was(self, tmp_path: Path) -> None:
         task = task_of(tmp_path, options={"a": 1}, environment={"B": "2"})

@@ -382,6 +382,8 @@ PARTS = {  # page: left, bottom, width, height, text
     "18": (83, 0, 16, 10, "18 Benchmark\nmeasures it all"),
 }
 ASIDE = ("18",)
+SIGNS = {"08": (74, 61), "09": (25, 61), "10": (46.5, 45)}
+"""Where "you are here" stands if an arrow or a word is below the box."""
 WAYS: tuple[
     tuple[Point, Point, str, Point], ...
 ] = (  # from, to, what travels, where that is written
@@ -437,7 +439,7 @@ def draw_map(
     ax.plot([82.2, 83], [25.5, 25.5], "k-", lw=1)  # from the kernels to the cache
     if here:
         left, bottom, width, height, _ = PARTS[here]
-        place = left + width / 2, bottom - 2
+        place = SIGNS.get(here, (left + width / 2, bottom - 2))
         style |= {"color": BLUE, "weight": "bold"}
         ax.text(*place, "you are here", **style)
     ax.set(xlim=(-1, 100), ylim=(-3, 70.5))

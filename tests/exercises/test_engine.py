@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from folo_lib.course.exercises.engine import (
+    check_first_token_steps,
     check_generate_within,
     check_ShortestFirstScheduler,
 )
@@ -179,3 +180,21 @@ def test_wrong_budgets(wrong: Callable[..., list[RequestOutput]], message: str) 
     verdict = check_generate_within(wrong)
     assert not verdict
     assert message in verdict.message
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda n: [sum(n[:i]) for i in range(len(n))], "[1, 4, 7] is right"),
+        (lambda n: [sum(n[: i + 1]) for i in range(len(n))], "takes one step for each"),
+        (lambda n: [1 + 3 * i for i in range(len(n))], "takes one step"),
+        (lambda n: [1 + sum(n) - sum(n[i:]) - i for i in range(len(n))], "is right"),
+        (lambda n: [1] * len(n), "takes one step for each"),
+        (lambda n: [1, *(1 + sum(n[:i]) for i in range(1, len(n)))], "nobody waits"),
+    ],
+)
+def test_first_token_steps(
+    wrong: Callable[[list[int]], list[int]], message: str
+) -> None:
+    verdict = check_first_token_steps(wrong)
+    assert not verdict and message in " ".join(verdict.message.split())

@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 
-from folo_lib.course.exercises.request import check_goodput, check_hide_thought
+from folo_lib.course.exercises.request import (
+    check_cut_at_stop,
+    check_goodput,
+    check_hide_thought,
+)
 from folo_lib.request import RequestMetrics
 
 Requests = list[RequestMetrics]
@@ -150,3 +154,37 @@ def test_wrong_thoughts(wrong: Callable[..., Any], message: str) -> None:
     verdict = check_hide_thought(wrong)
     assert not verdict
     assert message in verdict.message
+
+
+def cut_in_turn(text: str, stop: list[str]) -> str:
+    for string in stop:
+        text = text.split(string)[0]
+    return text
+
+
+def cut_at_first_start(text: str, stop: list[str]) -> str:
+    return text[: min([text.find(s) for s in stop if s in text], default=len(text))]
+
+
+def cut_after(text: str, stop: list[str]) -> str:
+    ends = [text.find(s) + len(s) for s in stop if s in text]
+    return text[: min(ends, default=len(text))]
+
+
+def cut_at_last(text: str, stop: list[str]) -> str:
+    return text[: text.rfind(stop[0])] if stop and stop[0] in text else text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (cut_in_turn, "`b` is complete before `abc` is"),
+        (cut_at_first_start, "`b` is complete before `abc` is"),
+        (cut_after, "the stop string itself is cut off"),
+        (cut_at_last, "the order of the list does not matter"),
+        (lambda text, stop: text[: text.find(stop[0])], "is not in the text"),
+    ],
+)
+def test_cut_at_stop(wrong: Callable[[str, list[str]], str], message: str) -> None:
+    verdict = check_cut_at_stop(wrong)
+    assert not verdict and message in " ".join(verdict.message.split())

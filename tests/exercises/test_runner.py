@@ -9,6 +9,7 @@ import pytest
 
 from folo_lib.course.exercises.runner import (
     check_choose_padded_sizes,
+    check_draws_token,
     check_generate_batch,
 )
 from folo_lib.kv_cache import BlockAllocator
@@ -168,3 +169,22 @@ def test_wrong_sizes(wrong: Callable[..., list[int]], message: str) -> None:
     verdict = check_choose_padded_sizes(wrong)
     assert not verdict
     assert message in verdict.message
+
+
+@pytest.mark.parametrize(
+    ("mistake", "words"),
+    [
+        (
+            lambda known, computed, n: computed + n > known,
+            "num_tokens=5 it returns False",
+        ),
+        (lambda known, computed, n: computed + n == known, "num_computed=9"),
+        (lambda known, computed, n: computed >= known, "the whole prompt runs"),
+        (lambda known, computed, n: n == 1 or computed + n == known, "six tokens"),
+        (lambda known, computed, n: True, "nothing follows a half"),
+        (lambda known, computed, n: known - computed - n, "True or False is wanted"),
+    ],
+)
+def test_draws_token(mistake: Callable[[int, int, int], Any], words: str) -> None:
+    verdict = check_draws_token(mistake)
+    assert not verdict and words in " ".join(verdict.message.split())

@@ -20,7 +20,33 @@ from folo_lib.request import Request, RequestOutput
 from folo_lib.runner import GPUExecutor, SampledToken, StepOutput, StepPlan
 from folo_lib.sampling_params import SamplingParams
 
-__all__ = ["check_ShortestFirstScheduler", "check_generate_within"]
+__all__ = [
+    "check_ShortestFirstScheduler",
+    "check_first_token_steps",
+    "check_generate_within",
+]
+
+
+@exercise
+def check_first_token_steps(
+    first_token_steps: Callable[[list[int]], list[int]],
+) -> None:
+    """Of `first_token_steps`: one more than the steps of all that came before."""
+    cases = [
+        ([3, 3, 3], "each request takes one step for each of its tokens"),
+        ([5], "the first step reads the prompt and draws the first token"),
+        ([1, 1, 4], "a request that writes one token takes one step"),
+        ([2, 7, 1, 1], "what a request writes delays those after it, not itself"),
+        ([], "nobody waits"),
+    ]
+    for num_tokens, why in cases:
+        got = first_token_steps(list(num_tokens))
+        wanted = [1 + sum(num_tokens[:i]) for i in range(len(num_tokens))]
+        require(
+            got == wanted,
+            f"for {num_tokens} it returns {got!r}, and {wanted} is right: {why}.",
+        )
+
 
 VOCAB_SIZE = 50
 NUM_BLOCKS, BLOCK_SIZE = 64, 16

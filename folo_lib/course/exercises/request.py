@@ -9,7 +9,30 @@ from itertools import pairwise
 from folo_lib.course.exercises import exercise, require
 from folo_lib.request import RequestMetrics
 
-__all__ = ["check_goodput", "check_hide_thought"]
+__all__ = ["check_cut_at_stop", "check_goodput", "check_hide_thought"]
+
+
+@exercise
+def check_cut_at_stop(cut_at_stop: Callable[[str, list[str]], str]) -> None:
+    """Of `cut_at_stop`: as if the text had come character by character."""
+    cases = [
+        ("Yes. User: hi", ["User:"], "the stop string itself is cut off, too"),
+        ("Yes. Users", ["User:"], "the stop string is not in the text"),
+        ("Yes. User: hi", [], "there is no stop string"),
+        ("one two three", ["three", "two"], "the order of the list does not matter"),
+        ("one two one", ["one"], "the first place counts"),
+        ("xabc", ["abc", "b"], "`b` is complete before `abc` is"),
+        ("xabc", ["b", "abc"], "`b` is complete before `abc` is"),
+        ("User: hi", ["User:"], "the text begins with it"),
+    ]
+    for text, stop, why in cases:
+        ends = {text.find(s) + len(s): text.find(s) for s in stop if s in text}
+        wanted = text[: ends[min(ends)]] if ends else text
+        got = cut_at_stop(text, list(stop))
+        require(
+            got == wanted,
+            f"for {text!r} and {stop} it returns {got!r}, and {wanted!r} is right: {why}.",
+        )
 
 
 def make_metrics(

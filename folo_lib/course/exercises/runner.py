@@ -18,9 +18,41 @@ from folo_lib.runner import (
     StepPlan,
 )
 
-__all__ = ["check_choose_padded_sizes", "check_generate_batch"]
+__all__ = ["check_choose_padded_sizes", "check_draws_token", "check_generate_batch"]
 
 VOCAB_SIZE = 11
+
+
+@exercise
+def check_draws_token(draws_token: Callable[[int, int, int], bool]) -> None:
+    """Of `draws_token`: true from the step on that runs the last token that is known."""
+    cases = [
+        ((5, 0, 5), "the whole prompt runs, so its last token does"),
+        ((7, 0, 4), "three tokens of the prompt are left, and nothing follows a half"),
+        ((7, 4, 3), "the second chunk reads the prompt to its end"),
+        ((9, 9, 1), "the token that it drew runs, and another one follows"),
+        ((9, 20, 1), "it has written for a while, and each of its tokens is the last"),
+        ((7, 4, 2), "one token of the prompt is left"),
+        (
+            (7, 0, 1),
+            "six tokens of the prompt are left, and a step of one token need not "
+            "be a decode step",
+        ),
+        ((1, 0, 1), "the prompt is one token"),
+    ]
+    for numbers, why in cases:
+        known, computed, tokens = numbers
+        got, wanted = draws_token(*numbers), computed + tokens >= known
+        require(
+            isinstance(got, bool),
+            f"for num_known={known}, num_computed={computed}, num_tokens={tokens} it "
+            f"returns {got!r}: True or False is wanted.",
+        )
+        require(
+            got is wanted,
+            f"for num_known={known}, num_computed={computed}, num_tokens={tokens} it "
+            f"returns {got}, and {wanted} is right: {why}.",
+        )
 
 
 def next_token(ids: Sequence[int]) -> int:

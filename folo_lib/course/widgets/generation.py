@@ -345,7 +345,7 @@ def draw_piece(
     drawn = [ax.add_patch(ground), ax.text(x, y + PITCH * 0.6, text, **style)]
     for i in range(piece.num_underlines):
         low = y + PITCH * (0.7 + 0.09 * i)
-        drawn += ax.plot([x, x + span], [low, low], color="black", linewidth=0.8)
+        drawn += ax.plot([x, x + span], [low, low], "k-", linewidth=0.8)
     return drawn
 
 

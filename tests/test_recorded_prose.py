@@ -1,0 +1,109 @@
+"""Numbers in the prose of pages 08 and 18 are those of the recordings that they quote."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+
+
+def read_prose(page: str) -> str:
+    cells = nbformat.read(NOTEBOOKS / f"{page}.ipynb", as_version=4).cells
+    return "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+
+
+@pytest.fixture(scope="module")
+def sections() -> dict[str, list[dict[str, Any]]]:
+    text = (NOTEBOOKS / "data/benchmark_h200.json").read_text("utf-8")
+    found: dict[str, list[dict[str, Any]]] = json.loads(text)["sections"]
+    return found
+
+
+def test_page_18_says_how_the_recorded_systems_agreed(
+    sections: dict[str, list[dict[str, Any]]],
+) -> None:
+    prose = read_prose("18_benchmark")
+    tokens = [made["tokens"] for made in sections["decode"]]
+    [(decided, steps)] = {(one["decided"], one["steps"]) for one in tokens}
+    assert f"At all {decided} decided steps" in prose
+    assert f"At the other {steps - decided} steps" in prose
+    assert {one["near_ties_lost"]["folo_lib"] for one in tokens} == {3, 5}
+    speeds = [made["bandwidth"]["median"] for made in sections["roofline"]]
+    [speed] = {f"{speed / 1e12:.2f} TB/s" for speed in speeds}
+    assert f"The card reads {speed} in both recordings" in prose
+
+
+def test_page_18_says_what_its_first_figures_are(
+    sections: dict[str, list[dict[str, Any]]],
+) -> None:
+    static, default = [], []
+    for made in sections["decode"]:
+        ours, *others = [row["tpot"]["values"] for row in made["rows"]]
+        ratios = [
+            statistics.median(b / a for a, b in zip(ours, one, strict=True))
+            for one in others
+        ]
+        default.append(ratios[0])
+        static.append(ratios[1])
+    words = f"moves from {min(static):.1f} to {max(static):.1f} between recordings"
+    assert words in read_prose("18_benchmark")
+    factors = [a / b for a, b in zip(default, static, strict=True)]
+    assert 10 < min(factors) < max(factors) < 12  # "more than ten"
+
+
+def test_page_18_says_how_the_time_rises_with_the_context(
+    sections: dict[str, list[dict[str, Any]]],
+) -> None:
+    assert "It is three times that of the floor" in read_prose("18_benchmark")
+    seconds = [row["seconds"] for row in sections["roofline"][-1]["rows"][1:]]
+    floor = seconds[-1] - seconds[0]
+    assert floor == pytest.approx(2e-4, rel=0.05)  # "a fifth of a millisecond"
+    for made in sections["context"]:
+        times = [
+            row["tpot"]["median"] for row in made["rows"] if row["system"] == "folo_lib"
+        ]
+        assert (times[-1] - times[0]) / floor == pytest.approx(3, abs=0.15)
+
+
+def test_page_08_takes_the_card_from_the_recordings(
+    sections: dict[str, list[dict[str, Any]]],
+) -> None:
+    prose = read_prose("08_runner")
+    bandwidth = sections["roofline"][-1]["bandwidth"]["median"]
+    text = (NOTEBOOKS / "data/paged_attention_h200.json").read_text("utf-8")
+    peak = 1e12 * json.loads(text)["matmul_tflops"]
+    assert f"the border is at {peak / bandwidth:.0f} operations per byte" in prose
+
+    layers, hidden, inner, vocabulary, heads, head_dim = (
+        28,
+        1024,
+        3072,
+        151_936,
+        16,
+        128,
+    )
+    per_layer = 2 * hidden * (2 * heads * head_dim + heads * head_dim + 3 * inner)
+
+    def count_operations(n: int) -> int:
+        """By hand: products with weights, pairs that are not masked, and the head once."""
+        pairs = n * (n + 1) // 2 * 4 * heads * head_dim
+        return layers * (n * per_layer + pairs) + 2 * hidden * vocabulary
+
+    def is_arithmetic_the_limit(n: int) -> bool:
+        return count_operations(n) / peak > (1_192_099_840 + 114_688 * n) / bandwidth
+
+    edge = next(n for n in range(1, 1000) if is_arithmetic_the_limit(n))
+    for words in (f"or a prompt of some {round(edge, -1)} tokens", "It needs some 230"):
+        assert words in prose
+    cells = nbformat.read(NOTEBOOKS / "08_runner.ipynb", as_version=4).cells
+    [output] = next(cell for cell in cells if cell.id == "08-47").outputs
+    for n in (256, 16_384):
+        assert f" {count_operations(n) / 1e9:,.1f} " in output.text
+    assert f"some {round(edge, -1)} tokens fit" in read_prose("11_scheduler")
+    assert round(edge, -1) == 230
