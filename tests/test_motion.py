@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 import struct
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from xml.etree import ElementTree
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from motions import MAKERS, load, make_layer, run
@@ -77,7 +80,11 @@ def test_letters_are_as_large_on_a_phone(motion: Motion) -> None:
 
 
 def test_the_picture_for_where_html_is_not_shown(motion: Motion) -> None:
-    bundle = motion._repr_mimebundle_()
+    look = Path(__file__).resolve().parent.parent / "notebooks" / "folo.mplstyle"
+    with plt.style.context(look), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bundle = motion._repr_mimebundle_()
+    assert not plt.get_fignums()
     assert set(bundle) == {"text/html", "image/png", "text/plain"}
     width, height = struct.unpack(">II", bundle["image/png"][16:24])
     assert 500 < width < 1000 and height > 150
@@ -250,5 +257,5 @@ def test_a_queue_that_fits_has_no_question() -> None:
 
     from folo_lib.course.motion.queue import run_queue
 
-    with pytest.raises(ValueError, match=r"these 3 need \[3, 2, 3\]"):
-        run_queue(REQUESTS, num_blocks=8)
+    with pytest.raises(ValueError, match=r"these 3 need \[3, 3, 3\]"):
+        run_queue(REQUESTS, num_blocks=9)

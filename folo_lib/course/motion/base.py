@@ -16,8 +16,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
+import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch
 
 from folo_lib.course.figures import BLUE, Look, Point, ink_on
@@ -125,23 +126,21 @@ def paint(canvases: Sequence[Canvas]) -> bytes:
     gap = 20
     width = sum(canvas.width for canvas in canvases) + gap * (len(canvases) - 1)
     height = max(canvas.height for canvas in canvases)
-    inches = (
-        max(width, 500) / 75
-    )  # so that letters are as large as in the other figures
-    figure = plt.figure(figsize=(inches, inches * height / max(width, 500)))
-    left = 0.0
-    for canvas in canvases:
-        wide = canvas.width / max(width, 500)
-        high = canvas.height / height
-        ax = figure.add_axes((left, 1 - high, wide, high))
-        for shape in canvas.shapes:
-            paint_shape(ax, shape, 72 * inches / max(width, 500))
-        ax.set(xlim=(0, canvas.width), ylim=(canvas.height, 0))
-        ax.axis("off")
-        left += wide + gap / max(width, 500)
-    target = io.BytesIO()
-    figure.savefig(target, format="png", dpi=110)
-    plt.close(figure)
+    wide = max(width, 500)
+    inches = wide / 75  # letters are as large as in other figures
+    left, target = 0.0, io.BytesIO()
+    with mpl.rc_context({"figure.constrained_layout.use": False}):
+        size = inches, inches * height / wide
+        figure = Figure(figsize=size, facecolor="white")
+        for canvas in canvases:
+            share, high = canvas.width / wide, canvas.height / height
+            ax = figure.add_axes((left, 1 - high, share, high))
+            for shape in canvas.shapes:
+                paint_shape(ax, shape, 72 * inches / wide)
+            ax.set(xlim=(0, canvas.width), ylim=(canvas.height, 0))
+            ax.axis("off")
+            left += share + gap / wide
+        figure.savefig(target, format="png", dpi=110)
     return target.getvalue()
 
 

@@ -284,7 +284,7 @@ reveal(() => {
 DTYPES = {"bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}
 USERS = [2**i for i in range(10)]
 SPEEDS = [5, 10, 20, 30, 50, 100, 200]
-FLOORS = [1.0, 1.2, 1.5, 2.0, 3.0, 5.0]
+FACTORS = [1.0, 1.2, 1.5, 2.0, 3.0, 5.0]
 SHARE = 0.8  # of the memory that the weights leave: what an engine gives its cache
 HIGH, FRAME = 62, 336  # pixels: of a card, and of the largest memory
 
@@ -296,7 +296,7 @@ def choose_gpu(
     users: int = 16,
     context: int = 4096,
     speed: int = 30,
-    floors: float = 2.0,
+    factor: float = 2.0,
 ) -> Motion:
     """Which cards hold a model and the caches of its users, and are fast enough for them.
 
@@ -307,7 +307,7 @@ def choose_gpu(
         users: how many answers are written at once.
         context: tokens of each, at the most.
         speed: tokens per second that each user wants.
-        floors: how many times as long a step takes as the reading of its bytes.
+        factor: how many times as long a step takes as the reading of its bytes.
     """
     table = Canvas(340, HIGH * len(cards))
     largest = max(card.memory for card in cards.values())
@@ -324,7 +324,7 @@ def choose_gpu(
         y, unit = HIGH * i, FRAME / largest
         cost, weights = costs[model]["bfloat16"], sizes[model]["bfloat16"] / 1e9
         caches = users * context * cost.cache / 1e9
-        verdict, seen = judge(card, cost, weights, caches, speed, floors)
+        verdict, seen = judge(card, cost, weights, caches, speed, factor)
         verdicts.append(seen == "fits")
         inside = min(weights, card.memory)
         rest = min(caches, card.memory - inside)
@@ -380,12 +380,12 @@ def choose_gpu(
                 f"{speed}",
             ),
             slider(
-                "floors",
-                "a step takes, in floors",
+                "factor",
+                "a step takes, times the least",
                 0,
-                len(FLOORS) - 1,
-                FLOORS.index(floors),
-                f"{floors:g}",
+                len(FACTORS) - 1,
+                FACTORS.index(factor),
+                f"{factor:g}",
             ),
         ],
         CHOOSE_SCRIPT,
@@ -396,7 +396,7 @@ def choose_gpu(
             "users": USERS,
             "contexts": CONTEXTS,
             "speeds": SPEEDS,
-            "floors": FLOORS,
+            "factor": FACTORS,
             "share": SHARE,
             "unit": round_all(FRAME / largest, 6),
         },
@@ -427,7 +427,7 @@ def judge(
     weights: float,
     caches: float,
     speed: float,
-    floors: float,
+    factor: float,
 ) -> tuple[str, str]:
     """What is said of a card, and in a word.
 
@@ -436,14 +436,14 @@ def judge(
         cost: of a step.
         weights, caches: what is kept, in GB.
         speed: tokens per second that each user wants.
-        floors: how long a step takes.
+        factor: how many times as long a step takes as the reading of its bytes.
     """
     if weights >= card.memory:
         return f"✗ the weights alone are {weights:.1f} GB", "weights"
     room = SHARE * (card.memory - weights)
     if caches > room:
         return f"✗ caches of {caches:.1f} GB, room for {room:.1f} GB", "cache"
-    step = floors * (cost.weights / 1e9 + caches) / card.bandwidth  # ms
+    step = factor * (cost.weights / 1e9 + caches) / card.bandwidth  # ms
     got = 1e3 / step
     if got < speed:
         return f"✗ fits, but {got:.0f} tokens/s for each", "slow"
@@ -463,9 +463,9 @@ const comma = (x) => x.toLocaleString("en");
 const draw = () => {
   const [weights, cache, , , size] = data.costs[value("model")][value("dtype")];
   const users = data.users[value("users")], context = data.contexts[value("context")];
-  const speed = data.speeds[value("speed")], floors = data.floors[value("floors")];
+  const speed = data.speeds[value("speed")], factor = data.factor[value("factor")];
   shown("users", users); shown("context", comma(context));
-  shown("speed", speed); shown("floors", floors);
+  shown("speed", speed); shown("factor", factor);
   const own = size / 1e9, caches = users * context * cache / 1e9;
   const good = [];
   data.cards.forEach(([name, memory, bandwidth], i) => {
@@ -475,7 +475,7 @@ const draw = () => {
     widen(`cache${i}`, Math.max(.1, data.unit * rest));
     piece(`cache${i}`).setAttribute("transform", `translate(${2 + data.unit * inside} ${y})`);
     const room = data.share * (memory - own);
-    const got = bandwidth / (weights / 1e9 + caches) / floors * 1e3;
+    const got = bandwidth / (weights / 1e9 + caches) / factor * 1e3;
     let verdict = `✓ ${got.toFixed(0)} tokens/s for each`;
     if (own >= memory) verdict = `✗ the weights alone are ${own.toFixed(1)} GB`;
     else if (caches > room) verdict = `✗ caches of ${caches.toFixed(1)} GB, room for ${room.toFixed(1)} GB`;
@@ -488,7 +488,7 @@ const draw = () => {
     (good.length ? `These do: ${good.join(", ")}.` : "None of them does."));
 };
 reveal(() => {
-  for (const key of ["model", "dtype", "users", "context", "speed", "floors"]) on(key, draw);
+  for (const key of ["model", "dtype", "users", "context", "speed", "factor"]) on(key, draw);
   draw();
 });
 """

@@ -77,7 +77,7 @@ def run_queue(
             (at[0] + wide / 2 - 2, BLOCKS + 14), "lost", f"lost{i}", font=12, alpha=0.0
         )
     most = max(len(request.words) for request in requests)
-    step = (334 - NAME[0] - 44) / most
+    step = 232 / most
     one = requests[0]  # it has begun in the first state
     canvas.box((62, RUNNING), (40, 26), one.num_prompt_tokens, PREFILL, "prompt")
     for i in range(most):
