@@ -88,8 +88,6 @@ def test_widgets_take_their_colours_from_the_palette() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_pages_take_their_colours_from_the_palette(page: Path) -> None:
-    if page.stem == "05_checkpoint":  # still to be changed
-        return
     for cell in json.loads(page.read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "code":
             source = "".join(cell["source"])
@@ -352,3 +350,37 @@ def test_the_map_says_what_travels(ax: Any) -> None:
     assert {"4 ids", "04 Qwen3: 6 layers", "weights"} <= {*texts(ax)}
     with pytest.raises(ValueError, match=r"'99'.*'01'"):
         figures.draw_map(ax, "99")
+
+
+class TestTransformer:
+    def draw(self, **kwargs: Any) -> Any:
+        ax = Figure(figsize=(8, 2.5)).subplots()
+        figures.draw_transformer(ax, **kwargs)
+        return ax
+
+    def framed(self, ax: Any) -> int:
+        return sum(
+            to_hex(box.get_edgecolor()) == figures.BLUE.lower() for box in ax.patches
+        )
+
+    def test_every_step_has_its_text_and_page(self) -> None:
+        ax = self.draw(text="in", answer="out", num_layers=28)
+        texts = [text.get_text() for text in ax.texts]
+        assert {step[3] for step in figures.STEPS.values()} <= set(texts)
+        assert {"in", "out", "a layer, 28 times in a row"} <= set(texts)
+        assert self.framed(ax) == 0
+
+    def test_here_is_framed(self) -> None:
+        assert self.framed(self.draw(here=["qkv", "attend"])) == 2
+
+    def test_an_unknown_step(self) -> None:
+        with pytest.raises(ValueError, match="atend"):
+            self.draw(here=["atend"])
+
+    def test_boxes_do_not_overlap(self) -> None:
+        spans = [
+            (left, left + width, bottom)
+            for left, bottom, width, *_ in figures.STEPS.values()
+        ]
+        for (a, b, y), (c, d, z) in combinations(spans, 2):
+            assert y != z or b <= c or d <= a

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from folo_lib import LLMEngine, SamplingParams, bundled_model_path, load_model
 from folo_lib.course import story as course
 from folo_lib.course.story import NUM_NEW_TOKENS, STORY, Story, continue_story, forward
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # The story, and a longer text in which every sentence must see far back.
 TEXTS = (
@@ -115,3 +120,51 @@ class TestContinueStory:
     def test_tokens_are_the_text(self, story: Story) -> None:
         assert "".join(story.tokens) == STORY
         assert len(story.tokens) == len(story.ids) == 12
+
+
+def defined_in(source: str) -> dict[str, str]:
+    """The functions of a text, as code without types and docstrings."""
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef):
+            if ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+            node.returns = None
+            for argument in node.args.args:
+                argument.annotation = None
+            found[node.name] = ast.unparse(node)
+    return found
+
+
+def test_page_00_shows_the_same_code() -> None:
+    cells = nbformat.read(ROOT / "notebooks/00_tour.ipynb", as_version=4).cells
+    shown: dict[str, str] = {}
+    for cell in cells:
+        if cell.cell_type == "code" and cell.id != "install":
+            shown |= defined_in(cell.source)
+    ours = defined_in(Path(course.__file__).read_text(encoding="utf-8"))
+    names = {"norm", "rotate", "attend", "mlp", "choose", "weights_of", "forward"}
+    assert {name: shown[name] for name in names} == {name: ours[name] for name in names}
+    lines = sum(len(shown[name].split("\n")) for name in names)
+    assert 45 <= lines <= 65, "the page says sixty"
+
+
+# Page, cell of the prose, what it says, cell of the output, what that printed.
+CLAIMS = (
+    ("00_tour", "00-71", "312 tokens in all", "00-70", "312 tokens were read"),
+    ("01_attention", "01-110", "` kite` with 60 %", "01-111", "kite  60.0%"),
+    ("01_attention", "01-110", "` red` with 39 %", "01-111", "red  39.1%"),
+    ("01_attention", "01-15", "takes 79 % of", "01-13", "winner 79 %"),
+    ("01_attention", "01-24", "stuck at 256", "01-116", "bfloat16: 256.0"),
+    ("02_rope", "02-22", "23 pairs against 2", "02-21", "1,000,000: 23 of 64"),
+)
+
+
+@pytest.mark.parametrize(("page", "prose", "said", "cell", "printed"), CLAIMS)
+def test_prose_says_what_an_output_says(
+    page: str, prose: str, said: str, cell: str, printed: str
+) -> None:
+    cells = nbformat.read(ROOT / f"notebooks/{page}.ipynb", as_version=4).cells
+    by_id = {each.id: each for each in cells}
+    assert said in by_id[prose].source
+    assert printed in "".join(output.get("text", "") for output in by_id[cell].outputs)

@@ -10,7 +10,7 @@ through the same colours. Every function draws into axes that the page made.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import cycle
+from itertools import cycle, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib.colors
@@ -236,6 +236,87 @@ def write_values(ax: Axes, values: Tensor, **style: Any) -> None:
             look = {"color": "white" if value > 0.6 else "black"} | style
             text = f"{value:.2f}".removeprefix("0")  # .62 leaves room for large letters
             ax.text(x, y, text, ha="center", va="center", **look)
+
+
+# The model as a whole: pages 00 to 04
+
+STEPS = {  # what, left, bottom, width, text, the page that builds it
+    "embed": (2, 3, 13, "embedding", "04"),
+    "norm": (21, 17, 8, "norm", "03"),
+    "qkv": (31, 17, 8, "q, k, v", "01"),
+    "rotate": (41, 17, 8, "rotate", "02"),
+    "attend": (51, 17, 8, "attend", "01"),
+    "norm 2": (66, 17, 8, "norm", "03"),
+    "mlp": (76, 17, 8, "MLP", "03"),
+    "head": (90, 3, 13, "norm, head", "04"),
+}
+
+
+def draw_transformer(
+    ax: Axes,
+    here: Iterable[str] = (),
+    text: str = "… took the",
+    answer: str = " kite",
+    num_layers: int = 6,
+) -> None:
+    """The whole model: a stream from left to right, and the detours that add to it.
+
+    Args:
+        ax: of a figure that is about 8 by 2.4 inches.
+        here: keys of `STEPS`, which are framed as the place where the reader is.
+        text: what goes in.
+        answer: what comes out.
+        num_layers: how often the middle is repeated.
+
+    Raises:
+        ValueError: if `here` names no step.
+    """
+    here = set(here)
+    if unknown := here - STEPS.keys():
+        raise ValueError(f"no step {sorted(unknown)}: choose from {list(STEPS)}")
+    stream: dict[str, Any] = {"color": "0.45", "linewidth": 4, "zorder": 0}
+    ax.plot([15, 90], [6, 6], **stream, solid_capstyle="butt")
+    ax.text(52.5, 2, "the stream: one vector for each token", ha="center", color="0.35")
+    draw_box(
+        ax, (17.5, -1), (70.5, 29), facecolor="none", edgecolor="0.5", linestyle="--"
+    )
+    ax.text(52.5, 29.5, f"a layer, {num_layers} times in a row", ha="center")
+    for start, end, steps in (
+        (19.3, 61.5, ("norm", "qkv", "rotate", "attend")),
+        (64.3, 86, ("norm 2", "mlp")),
+    ):
+        draw_arrow(ax, (start, 6.8), (STEPS[steps[0]][0] + 1.5, 16.8))
+        for one, other in pairwise(steps):
+            left, width = STEPS[one][0], STEPS[one][2]
+            draw_arrow(ax, (left + width, 20), (STEPS[other][0], 20))
+        left, width = STEPS[steps[-1]][0], STEPS[steps[-1]][2]
+        draw_arrow(ax, (left + width - 1.5, 16.8), (end, 7.2))
+        ax.text(
+            end,
+            6,
+            "+",
+            ha="center",
+            va="center",
+            size=13,
+            weight="bold",
+            bbox={"boxstyle": "circle,pad=0.05", "facecolor": "white"},
+        )
+    for name, (left, bottom, width, what, page) in STEPS.items():
+        look: dict[str, Any] = {"facecolor": "white"}
+        if name in here:
+            look = {"facecolor": PALE_BLUE, "edgecolor": BLUE, "linewidth": 2.5}
+        draw_box(ax, (left, bottom), (width, 6), what, fontsize=9, **look)
+        style: dict[str, Any] = {"color": "0.35"}
+        if name in here:
+            style = {"color": BLUE, "weight": "bold"}
+        said = f"page {page}" if bottom < 10 else page
+        ax.text(left + width / 2, bottom + 6.6, said, ha="center", fontsize=8, **style)
+    ax.text(8.5, 16, text, ha="center", weight="bold")
+    draw_arrow(ax, (8.5, 15.5), (8.5, 12.3))
+    ax.text(96.5, 16, answer, ha="center", weight="bold")
+    draw_arrow(ax, (96.5, 12.3), (96.5, 15.5))
+    ax.set(xlim=(0, 105), ylim=(-2, 33))
+    ax.axis("off")
 
 
 # Page 01: attention

@@ -2,7 +2,7 @@
 
     from folo_lib.course.story import STORY, continue_story
 
-    print(continue_story())             # the naive model, as page 01 shows it
+    print(continue_story())             # the naive model, as page 00 shows it
     print(continue_story(norm=better))  # the same with one part replaced: the same story
 
 Nothing here is fast, and nothing is exported into the engine. Every later page builds a better

@@ -280,7 +280,8 @@ def draw_tpot(ax: Axes, record: Result, by: str) -> None:
             ax.annotate(name, points[0], (0, 8), ha="center", **place)
     least = [row["least_floors"] for row in rows]
     ax.plot(range(len(rows)), least, ":", color=BLACK)
-    ax.annotate("memory allows", (0, least[0]), (0, 6), textcoords="offset points")
+    below: Any = {"textcoords": "offset points", "va": "top"}
+    ax.annotate("memory allows", (0, least[0]), (0, -3), **below)
     ax.set_xticks(range(len(rows)), [f"{row[by]:,}" for row in rows])
     ax.set_xlim(-0.5, len(rows) - 0.5)
     both = [[row, best_tpot(starts, row)] for row in made["rows"]]
