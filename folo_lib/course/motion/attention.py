@@ -209,6 +209,10 @@ def slide_mask(words: Sequence[str], num_queries: int = 3) -> Motion:
                 key = f"{kind}{row}-{column}"
                 canvas.box(place, box, text, look, key, font=11, alpha=float(is_on))
     visible = sum(row + 1 for row in range(cached, length))
+    hidden = num_queries * length - visible
+    choices = sorted(
+        {hidden, num_queries * (length - num_queries), num_queries * length // 2}
+    )
     return Motion(
         "the causal mask of a step",
         canvas,
@@ -220,11 +224,13 @@ def slide_mask(words: Sequence[str], num_queries: int = 3) -> Motion:
         MASK_SCRIPT,
         {"size": size},
         Guess(
-            "In decode one token asks, S = 1. How many −∞ are in its row?",
-            ["none", "one", f"T − 1, here {length - 1}"],
-            0,
-            "There are none, whatever T is: the newest token may see all that came before it, "
-            "and itself. So decode needs no mask. Move the sliders and look at the last row.",
+            f"{num_queries} tokens ask, and there are {length} to look at: {num_queries * length} "
+            "scores. How many of them are hidden?",
+            [str(choice) for choice in choices],
+            choices.index(hidden),
+            f"{hidden} of them. Only the tokens of this step can lie in each other's future: the "
+            "last one hides nothing, the one before it one key, and so on. How many keys there "
+            "are besides does not matter. Move the sliders: what is hidden if one token asks?",
         ),
     )
 
@@ -262,6 +268,8 @@ const draw = () => {
     `hidden. ${cached} keys come from the cache (hatched).` +
     (S === 1 ? " One token asks: nothing is hidden." : S === T ? " The whole prompt at once." : ""));
 };
+for (const one of all("[data-k^=not]")) one.setAttribute("opacity", 0);
+says("Guess first, then the mask appears.");
 reveal(() => {
   on("T", draw);
   on("S", draw);
