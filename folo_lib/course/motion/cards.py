@@ -207,8 +207,8 @@ def move_roofline(
             [factor, "8 times as long", "64 times as long"],
             0,
             f"It takes {factor}: the weights are read once for all, and only the caches are read "
-            "for each. So the dot climbs along the slope, which is the memory's, up to the ridge. "
-            "How many requests does it take, with short contexts, to reach the flat part?",
+            "for each. So the dot climbs along the slope, which is the memory's. Take shorter contexts "
+            "and more requests: does it ever reach the flat part?",
         ),
     )
 
