@@ -21,6 +21,8 @@ from folo_lib.course.motion.sampler import order_filters, race
 from folo_lib.course.motion.stops import step_tokens
 from folo_lib.course.widgets import MODEL_SHAPES
 
+RED = "She had a red"
+
 
 @cache
 def load() -> story.Story:
@@ -31,9 +33,14 @@ def label(token_id: int) -> str:
     return str(load().tokenizer.decode([token_id])).strip()
 
 
+def dotted(token_id: int) -> str:
+    """As page 07 writes it."""
+    return repr(load().tokenizer.decode([token_id]))[1:-1].replace(" ", "·")
+
+
 @cache
-def run(text: str = "") -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Logits after the story and a text, what RoPE got, and what attention got, in order."""
+def run(text: str = story.STORY) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Logits after a text, what RoPE got, and what attention got, in order."""
     before: list[Tensor] = []
     attended: list[Tensor] = []
 
@@ -45,7 +52,7 @@ def run(text: str = "") -> tuple[Tensor, list[Tensor], list[Tensor]]:
         attended.extend((query, key))
         return story.attend(query, key, value)
 
-    ids = [*load().ids, *load().tokenizer.encode(text).ids]
+    ids = load().tokenizer.encode(text).ids
     with torch.inference_mode():
         logits = story.forward(ids, load(), rotate=rotate, attend=attend)[-1]
     return logits, before, attended
@@ -78,12 +85,11 @@ def make_cache() -> Motion:
 
 
 def make_filters() -> Motion:
-    return order_filters(run(" kite outside.")[0], label)
+    return order_filters(run(RED)[0], dotted)
 
 
 def make_race() -> Motion:
-    length = len(load().ids) + len(load().tokenizer.encode(" kite outside.").ids)
-    return race(run(" kite outside.")[0], label, length)
+    return race(run(RED)[0], dotted, len(load().tokenizer.encode(RED).ids))
 
 
 def make_roofline() -> Motion:

@@ -95,5 +95,7 @@ def test_every_story_has_room(page: str) -> None:
 
 
 def test_a_page_without_bugs() -> None:
-    with pytest.raises(ValueError, match=r"no bugs for page '02': choose one of \['01'"):
+    with pytest.raises(
+        ValueError, match=r"no bugs for page '02': choose one of \['01'"
+    ):
         bug_laboratory("02")

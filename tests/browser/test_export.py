@@ -15,7 +15,16 @@ OFFLINE = {"mathjax_url": "", "require_js_url": ""}
 NAMES = [
     p.stem for p in sorted([*PAGES.glob("[0-9]*_*.ipynb"), *PAGES.glob("app*.ipynb")])
 ]
-WIDGETS = ("02_rope", "05_checkpoint", "06_kv_cache", "07_sampler", "10_engine")
+WIDGETS = {
+    "01_attention": 1,
+    "02_rope": 1,
+    "03_layers": 1,
+    "04_qwen3": 1,
+    "05_checkpoint": 1,
+    "06_kv_cache": 2,
+    "07_sampler": 1,
+    "10_engine": 1,
+}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -87,5 +96,6 @@ def test_a_page_stands_alone(window: Any, tmp_path: Path, name: str) -> None:
 def test_a_widget_has_left_its_picture(name: str) -> None:
     notebook = nbformat.read(PAGES / f"{name}.ipynb", as_version=4)
     cells = [c for c in notebook.cells if "folo_lib.course.widgets import" in c.source]
-    [cell] = [c for c in cells if c.cell_type == "code"]
-    assert "image/png" in cell.outputs[-1].data
+    code = [c for c in cells if c.cell_type == "code"]
+    assert len(code) == WIDGETS[name]
+    assert all("image/png" in cell.outputs[-1].data for cell in code)
