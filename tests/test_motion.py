@@ -89,7 +89,7 @@ def test_the_picture_for_where_html_is_not_shown(motion: Motion) -> None:
     assert not plt.get_fignums()
     assert set(bundle) == {"text/html", "image/png", "text/plain"}
     width, height = struct.unpack(">II", bundle["image/png"][16:24])
-    assert 500 < width < 1000 and height > 150
+    assert 500 < width <= 880 and height > 150
     expected = f"{motion.name}: a figure to be moved by hand in JupyterLab"
     assert bundle["text/plain"] == expected
 

@@ -127,7 +127,7 @@ def paint(canvases: Sequence[Canvas]) -> bytes:
     width = sum(canvas.width for canvas in canvases) + gap * (len(canvases) - 1)
     height = max(canvas.height for canvas in canvases)
     wide = max(width, 500)
-    inches = wide / 75  # letters are as large as in other figures
+    inches = min(8.0, wide / 75)  # letters are as large as in other figures
     left, target = 0.0, io.BytesIO()
     with mpl.rc_context({"figure.constrained_layout.use": False}):
         size = inches, inches * height / wide
