@@ -99,3 +99,16 @@ def test_a_page_without_bugs() -> None:
         ValueError, match=r"no bugs for page '02': choose one of \['01'"
     ):
         bug_laboratory("02")
+
+
+def test_what_the_pages_say_of_the_story() -> None:
+    """Four of five on page 01, four of six on 03, all but bug 3 on 04, the last on 06."""
+    same = {
+        page: [
+            number
+            for number in range(1, len(bugs) + 1)
+            if find_difference(*(x.ids for x in examine_bug(page, number))) is None
+        ]
+        for page, bugs in BUGS.items()
+    }
+    assert same == {"01": [1], "03": [4, 6], "04": [3], "06": [5]}
