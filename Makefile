@@ -13,6 +13,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest
+GRADERS := .venv-graders
 PAGES := $(wildcard notebooks/[0-9][0-9]_*.ipynb) $(wildcard notebooks/appendix_*.ipynb)
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -26,14 +27,14 @@ help:
 	@echo "make test       linters, types, export check, unit tests, outputs of every page"
 	@echo "make test-more  what is slow, and Qwen3's own tokenizer, which npm fetches"
 	@echo "make docs       build the documentation site in build/docs"
-	@echo "make student    copies of the pages with the taught functions left to write"
+	@echo "make student    copies of the pages with functions left to write, and files for graders"
 	@echo "make test-browser  use the widgets in a real browser (Chromium)"
 	@echo "make test-batch    run the batch inference example on a local Ray"
 	@echo "make test-oldest   unit tests on the lowest versions of constraints-oldest.txt"
 	@echo "make export     write the modules of folo_lib from the pages"
 	@echo "make notebooks  execute the pages and save their outputs in place"
 	@echo "make evaluate   measure the bundled model"
-	@echo "make clean      remove build/ and caches; .venv and .venv-oldest stay"
+	@echo "make clean      remove build/ and caches; what begins with .venv stays"
 
 run: $(READY)
 	@$(PY) tools/hello.py
@@ -51,6 +52,8 @@ test: $(READY)
 
 test-more: $(READY)
 	$(PY) -m pytest -m more -n $(JOBS) --dist loadfile
+	@$(MAKE) --no-print-directory $(GRADERS)/.ready || echo "nbgrader and otter are not tried."
+	[ ! -e $(GRADERS)/.ready ] || $(GRADERS)/bin/python -m pytest tests/test_graders.py -m more
 
 test-oldest: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest -m "not more" -n $(JOBS) --dist loadfile
@@ -99,6 +102,14 @@ $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt | $(PY)
 	$(OLDEST)/bin/python -m pip install -c constraints-oldest.txt \
 	  $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(OLDEST)/bin/python -m pip install -c constraints-oldest.txt -e ".[pages,test]"
+	@touch $@
+
+# In an environment of their own, which sees .venv: nbgrader and otter put extensions into JupyterLab.
+SITE := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+$(GRADERS)/.ready: $(READY)
+	$(PY) -m venv --clear $(GRADERS)
+	$(PY) $(SITE) > "$$($(GRADERS)/bin/python $(SITE))/course.pth"
+	$(GRADERS)/bin/python -m pip install -c constraints.txt -e ".[graders]"
 	@touch $@
 
 # What only one command needs is installed when it is first asked for.

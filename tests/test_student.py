@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -24,6 +26,8 @@ PAGES = sorted(ROOT.glob("notebooks/*.ipynb"))
 
 sys.path.insert(0, str(ROOT / "tools"))
 import student  # noqa: E402  tools/ is not a package
+
+from folo_lib.course.written import taught_functions  # noqa: E402
 
 TAUGHT = [
     page
@@ -65,7 +69,7 @@ def attempt(original: Path, folder: Path) -> Attempt:
         name: at
         for at, cell in enumerate(bodies)
         if student.is_taught(cell)
-        for name in student.taught_functions(cell.source)
+        for name in taught_functions(cell.source)
     }
     made = Attempt()
     states: dict[int, Tensor] = {}
@@ -75,6 +79,9 @@ def attempt(original: Path, folder: Path) -> Attempt:
         result = shell.run_cell(cells[at].source)
         error = result.error_before_exec or result.error_in_exec
         if error is None:
+            if unfair := refuse(shell, bodies[at], original, made.written, called):
+                made.problem = unfair
+                return made
             at += 1
             continue
         # Swallowed calls count only where nothing else explains the failure.
@@ -98,6 +105,30 @@ def attempt(original: Path, folder: Path) -> Attempt:
     return made
 
 
+def refuse(
+    shell: Any,
+    body: student.Notebook,
+    page: Path,
+    written: list[str],
+    called: list[str],
+) -> str | None:
+    """What the check after a cell says of it, if it is complete and does not pass.
+
+    It may call stubs of other cells, and says so then.
+    """
+    if not student.is_taught(body) or set(taught_functions(body.source)) - set(written):
+        return None
+    num_called = len(called)
+    result = shell.run_cell(
+        "from folo_lib.course.written import stop_unless_written\n"
+        + student.make_check(body, student.topic_of(page.name)).source
+    )
+    del called[num_called:]
+    error = result.error_in_exec
+    calls_a_stub = error is not None and "is still the stub" in str(error)
+    return None if error is None or calls_a_stub else f"{body.id}: {error}"
+
+
 def make_shell(folder: Path) -> Any:
     """What runs cells like a kernel, in this process, without a word and without drawing."""
     import matplotlib
@@ -118,15 +149,26 @@ def make_shell(folder: Path) -> Any:
 
 
 def code_cells(page: Path) -> list[student.Notebook]:
+    """Without those that the edition adds: the page itself must notice what is missing."""
     cells = nbformat.read(page, as_version=4).cells
-    return [cell for cell in cells if cell.cell_type == "code"]
+    return [cell for cell in cells if cell.cell_type == "code" and not is_added(cell)]
+
+
+def is_added(cell: student.Notebook) -> bool:
+    return student.is_check(cell) or cell.id in (
+        "student-edition",
+        "student-start",
+        "student-end",
+    )
 
 
 @pytest.fixture(scope="module")
 def edition(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("student")
     tool = ROOT / "tools" / "student.py"
-    subprocess.run([sys.executable, tool, "--output", folder], check=True)
+    graders = folder / "graders"
+    command = [sys.executable, tool, "--output", folder, "--graders", graders]
+    subprocess.run(command, check=True)
     return folder
 
 
@@ -167,22 +209,56 @@ def test_every_page_with_a_module_has_something_to_write() -> None:
 
 class TestEdition:
     @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-    def test_differs_from_the_page_in_stubs_outputs_and_a_note(
+    def test_differs_from_the_page_in_stubs_outputs_links_and_what_is_added(
         self, page: Path, edition: Path
     ) -> None:
         original = nbformat.read(page, as_version=4)
         copy = nbformat.read(edition / page.name, as_version=4)
         nbformat.validate(copy)
         if page in TAUGHT:
-            note = copy.cells.pop(1)
-            assert note.source.startswith("**Student edition.**")
-            assert f"`notebooks/{page.name}`" in note.source
+            assert copy.cells[1].source.startswith("**Student edition.**")
+            assert f"/notebooks/{page.name})" in copy.cells[1].source
         assert copy.metadata == original.metadata
-        for cell, written in zip(copy.cells, original.cells, strict=True):
+        kept = [cell for cell in copy.cells if not is_added(cell)]
+        for cell, written in zip(kept, original.cells, strict=True):
             assert (cell.id, cell.metadata) == (written.id, written.metadata)
-            assert student.is_taught(cell) == (cell.source != written.source)
+            if cell.cell_type == "code":
+                assert student.is_taught(cell) == (cell.source != written.source)
             assert not cell.get("outputs")
             assert not cell.get("execution_count")
+
+    @pytest.mark.parametrize("page", TAUGHT, ids=lambda page: page.stem)
+    def test_a_check_comes_after_each_stub_and_the_line_that_counts_before_all(
+        self, page: Path, edition: Path
+    ) -> None:
+        cells = nbformat.read(edition / page.name, as_version=4).cells
+        start = next(i for i, cell in enumerate(cells) if cell.id == "student-start")
+        assert cells[start - 1].id == "install"
+        names = []
+        for i, cell in enumerate(cells):
+            assert student.is_check(cell) == (i > 0 and student.is_taught(cells[i - 1]))
+            if student.is_check(cell):
+                assert i > start
+                call = ast.parse(cell.source).body[0].value
+                assert call.func.id == "stop_unless_written"
+                topic, *objects = call.args
+                assert topic.value == student.topic_of(page.name)
+                names += [one.id for one in objects]
+                assert max(map(len, cell.source.split("\n"))) <= 88
+        listed = ast.parse(cells[start].source).body[-1].value.args[0]
+        assert ast.literal_eval(listed) == names
+
+    @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+    def test_links_lead_neither_to_a_dead_file_nor_to_a_solved_page_to_run(
+        self, page: Path, edition: Path
+    ) -> None:
+        cells = nbformat.read(edition / page.name, as_version=4).cells
+        text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+        assert "colab.research" not in text and "mybinder" not in text
+        assert "docs/solutions" not in text
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            beside = (edition / link.partition("#")[0]).exists()
+            assert link.startswith(("http", "#", "…")) or beside, link
 
     @pytest.mark.parametrize("page", TAUGHT, ids=lambda page: page.stem)
     def test_note_names_what_is_to_write_and_each_name_once(
@@ -202,6 +278,7 @@ class TestEdition:
     def test_has_beside_it_what_pages_need(self, edition: Path) -> None:
         assert (edition / "folo.mplstyle").is_file()
         assert (edition / "tiny_model" / "corpus.py").is_file()
+        assert "do not solve" in (edition / "AGENTS.md").read_text(encoding="utf-8")
         assert {path.name for path in (edition / "data").iterdir()} == {
             path.name for path in (ROOT / "notebooks" / "data").iterdir()
         }
@@ -217,7 +294,8 @@ class TestEdition:
         target = tmp_path / page.name
 
         def write(*flags: str) -> str:
-            command = ["student.py", *flags, "--output", str(tmp_path), str(page)]
+            where = ["--output", str(tmp_path), "--graders", str(tmp_path / "graders")]
+            command = ["student.py", *flags, *where, str(page)]
             monkeypatch.setattr(sys, "argv", command)
             student.main()
             return capsys.readouterr().out
@@ -332,7 +410,7 @@ STUBBED = textwrap.dedent(
 
 class TestStub:
     def test_keeps_all_but_the_bodies(self) -> None:
-        assert list(student.taught_functions(SOURCE)) == ["double", "Shape.area"]
+        assert list(taught_functions(SOURCE)) == ["double", "Shape.area"]
         assert student.stub(SOURCE) == STUBBED
 
     def test_leaves_what_is_written(self) -> None:
@@ -342,7 +420,7 @@ class TestStub:
         assert "return self.side**2" in half
 
     def test_is_its_own_stub(self) -> None:
-        assert student.taught_functions(STUBBED) == {}
+        assert taught_functions(STUBBED) == {}
         assert student.stub(STUBBED) == STUBBED
 
 

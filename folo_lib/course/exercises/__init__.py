@@ -3,7 +3,7 @@
     from folo_lib.course.exercises.sampler import check_apply_top_n_sigma
 
     check_apply_top_n_sigma(my_function)    # shows "Passed: ..." or "Not yet: ..."
-    assert check_apply_top_n_sigma(my_function)     # in a teacher's own tests
+    grade(check_apply_top_n_sigma, my_function)     # silent, or raises: for a grader
 
 One module for each page, one check for each exercise, named after the function that it checks.
 """
@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
+import logging
 import signal
 import textwrap
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["NotYet", "Verdict", "exercise", "require"]
+__all__ = ["NotYet", "Verdict", "exercise", "grade", "is_stub", "quiet", "require"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,14 @@ class Verdict:
 
     def __bool__(self) -> bool:
         return self.passed
+
+    def grade(self) -> None:
+        """Raises `NotYet` with the message unless the solution passed.
+
+        A grader counts a cell as passed when nothing is raised in it.
+        """
+        if not self.passed:
+            raise NotYet(self.message)
 
     def __repr__(self) -> str:
         # JupyterLab would break lines in the middle of a word.
@@ -46,6 +57,10 @@ MAX_SECONDS = 10.0
 
 class NotYet(Exception):
     """What is still wrong with a solution, in words for the learner."""
+
+    def _render_traceback_(self) -> list[str]:
+        # What IPython shows in place of a traceback, of which no line is the learner's.
+        return repr(Verdict(False, str(self))).split("\n")
 
 
 def require(condition: Any, message: str) -> None:
@@ -84,7 +99,8 @@ def exercise(check: Callable[[Any], None]) -> Callable[[Any], Verdict]:
     """Makes a check that returns a `Verdict` of one that raises `NotYet`.
 
     A stub that raises NotImplementedError, and any other error in the learner's code, is a
-    verdict too, and so is a loop without an end: a page with unsolved exercises runs to its end.
+    verdict too, and so is a loop without an end, or an exit: a page with unsolved exercises runs
+    to its end. Where a page is to stop, or a grader to see it: `grade(check, solution)`.
     """
 
     @functools.wraps(check)
@@ -95,19 +111,54 @@ def exercise(check: Callable[[Any], None]) -> Callable[[Any], Verdict]:
                 check(solution)
         except NotYet as reason:
             return Verdict(False, f"Not yet: {name}: {reason}")
-        except Exception as error:
-            # One with a message comes from somewhere else, torch for instance.
-            if isinstance(error, NotImplementedError) and not error.args:
-                return Verdict(False, f"Not yet: {name} is still the stub.")
+        except (Exception, SystemExit) as error:
+            if is_stub(error):
+                part = str(error).removeprefix("write ") or name
+                return Verdict(False, f"Not yet: {part} is still the stub.")
             where = _line_of(error, solution)
             kind = type(error).__name__
-            return Verdict(False, f"Not yet: {name}: {kind}{where}: {error}")
+            notes = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
+            return Verdict(False, f"Not yet: {name}: {kind}{where}: {error}{notes}")
         return Verdict(True, f"Passed: {name}")
 
     return judge
 
 
-def _line_of(error: Exception, solution: Any) -> str:
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing printed, logged or warned of comes out.
+
+    nbgrader gives a cell with anything on its standard error no points.
+    """
+    nowhere, level = io.StringIO(), logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(nowhere),
+            contextlib.redirect_stderr(nowhere),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def grade(check: Callable[[Any], Verdict], solution: Any) -> None:
+    """Raises `NotYet` unless a solution passes its check, and is silent otherwise."""
+    with quiet():
+        verdict = check(solution)
+    verdict.grade()
+
+
+def is_stub(error: BaseException) -> bool:
+    """Whether an error is a stub's; one with other words is from elsewhere, torch perhaps."""
+    if not isinstance(error, NotImplementedError):
+        return False
+    return not error.args or str(error.args[0]).startswith("write ")
+
+
+def _line_of(error: BaseException, solution: Any) -> str:
     """Such as " in line 3" of the learner's cell or file; empty if the error is from elsewhere."""
     module = getattr(solution, "__module__", None)
     lines = [

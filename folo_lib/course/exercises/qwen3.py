@@ -184,14 +184,6 @@ def _streams(
     return pairs
 
 
-def logit_lens(model: Qwen3ForCausalLM, input_ids: Tensor) -> Tensor:
-    """What exercise 3 asks for, by calling the layers one by one. Page 05 uses it."""
-    streams = [
-        x if stream is None else x + stream for x, stream in _streams(model, input_ids)
-    ]
-    return torch.stack([model.compute_logits(model.model.norm(x)) for x in streams])
-
-
 def _mistakes(
     model: Qwen3ForCausalLM, added: Tensor, before: Tensor | None
 ) -> dict[str, Tensor]:
