@@ -251,10 +251,10 @@ PAGE = """\
 </svg>
 <p class="says" aria-live="polite">{first}</p>
 <p class="knobs" hidden>
-<button type="button" class="back">Back</button>
-<button type="button" class="play">Play</button>
-<button type="button" class="next">Next</button>
-<input type="range" min="0" max="{last}" value="0" aria-label="state">
+<button type="button" class="back" data-lm-suppress-shortcuts="true">Back</button>
+<button type="button" class="play" data-lm-suppress-shortcuts="true">Play</button>
+<button type="button" class="next" data-lm-suppress-shortcuts="true">Next</button>
+<input type="range" min="0" max="{last}" value="0" aria-label="state" data-lm-suppress-shortcuts="true">
 </p>
 <script>
 (() => {{

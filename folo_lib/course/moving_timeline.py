@@ -268,8 +268,8 @@ PAGE = """\
 </svg>
 <p class="says" aria-live="polite">{first}</p>
 <p class="knobs" hidden>
-<button type="button" class="back">Back</button>
-<button type="button" class="next">Next</button>
+<button type="button" class="back" data-lm-suppress-shortcuts="true">Back</button>
+<button type="button" class="next" data-lm-suppress-shortcuts="true">Next</button>
 {switches}
 <label><input type="checkbox" value="zoom"/> as wide as possible</label></p>
 <script>

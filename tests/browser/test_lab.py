@@ -18,7 +18,11 @@ expect.set_options(timeout=60_000)
 
 SLOW = 180_000  # milliseconds: a page runs in under 25 s on an idle machine
 # What to turn, and which way there is room.
+BUGS = {"Bug": "ArrowRight", "Its name": "ArrowRight"}
 PAGES = {
+    "01_attention": BUGS,
+    "03_layers": BUGS,
+    "04_qwen3": BUGS,
     "02_rope": {"Position": "ArrowRight", "Frequency pair": "ArrowLeft"},
     "05_checkpoint": {"Layer": "ArrowLeft", "Head": "ArrowLeft"},
     "06_kv_cache": {
@@ -26,6 +30,7 @@ PAGES = {
         "Context, tokens": "ArrowRight",
         "dtype": "ArrowLeft",
         "Batch, requests": "ArrowLeft",
+        **BUGS,
     },
     "07_sampler": {"Temperature": "ArrowRight", "Top-p (1: off)": "ArrowLeft"},
 }
@@ -101,23 +106,26 @@ def test_a_failing_cell_is_noticed(window: Any, lab: Lab) -> None:
 @pytest.mark.parametrize("name", PAGES)
 def test_the_arrow_keys_turn_the_knobs(window: Any, lab: Lab, name: str) -> None:
     assert run_page(window, lab, name) == "ran", trouble_in(window)
-    widget = window.locator(".jp-OutputArea-output:has(img.widget-image)")
-    expect(widget).to_have_count(1)
-    image = widget.locator("img.widget-image")
-    first = wait_for_picture(image, bool)
-    sentence = widget.get_by_role("status")
     for label, there in PAGES[name].items():
+        widget = window.locator(
+            ".jp-OutputArea-output:has(img.widget-image)"
+            f':has(.widget-slider label:text-is("{label}"))'
+        )
+        expect(widget).to_have_count(1)
+        image = widget.locator("img.widget-image")
+        first = wait_for_picture(image, bool)
+        sentence = widget.get_by_role("status")
         knob = widget.locator(f'.widget-slider:has(label:text-is("{label}"))')
         handle = knob.get_by_role("slider")
         value, words = handle.get_attribute("aria-valuetext"), sentence.inner_text()
         handle.focus()
         window.keyboard.press(there)
-        wait_for_picture(image, lambda picture: picture != first)
+        wait_for_picture(image, lambda picture, first=first: picture != first)
         assert handle.get_attribute("aria-valuetext") != value
         expect(sentence).not_to_have_text(words)
         back = "ArrowLeft" if there == "ArrowRight" else "ArrowRight"
         window.keyboard.press(back)
-        wait_for_picture(image, lambda picture: picture == first)
+        wait_for_picture(image, lambda picture, first=first: picture == first)
         expect(sentence).to_have_text(words)
         assert handle.get_attribute("aria-valuetext") == value
         expect(handle).to_be_focused()
@@ -155,3 +163,34 @@ def test_generate_and_stop(window: Any, lab: Lab) -> None:
     stop.click()
     expect(status).to_contain_text("abort")
     assert not window.locator(".jupyter-widgets-error-widget").count()
+
+
+def test_a_figure_is_moved_by_keyboard_without_leaving_it(
+    window: Any, lab: Lab
+) -> None:
+    """JupyterLab takes arrows and letters for itself unless it is told not to."""
+    source = (
+        "from folo_lib.course.motion.attention import slide_mask\n"
+        "slide_mask('She had a red kite'.split())"
+    )
+    cell = nbformat.v4.new_code_cell
+    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    cells = [cell(source), cell("'the next'")]
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata=metadata)
+    nbformat.write(notebook, lab.folder / "moving.ipynb")
+    assert run_page(window, lab, "moving") == "ran", trouble_in(window)
+    figure = window.locator(".folo-moving")
+    expect(figure).to_have_count(1)
+    figure.locator(".guess").first.focus()
+    window.keyboard.press("Enter")
+    slider = figure.locator("[data-knob=T]")
+    expect(slider).to_be_visible()
+    slider.focus()
+    before = figure.locator(".says").inner_text()
+    window.keyboard.press("ArrowRight")
+    expect(figure.locator(".says")).not_to_have_text(before)
+    expect(slider).to_be_focused()
+    window.keyboard.press("ArrowLeft")
+    expect(figure.locator(".says")).to_have_text(before)
+    expect(slider).to_be_focused()
+    assert window.locator(".jp-Notebook .jp-Cell").count() == 2

@@ -1,4 +1,4 @@
-"""Widgets of the pages: attention, RoPE, cache memory, sampling and a generation to watch.
+"""Widgets of the pages: attention, RoPE, cache memory, sampling, planted bugs, a generation.
 
     from folo_lib.course.widgets import rope_explorer
 
@@ -24,6 +24,7 @@ from folo_lib.course.widgets.attention import (
     copying_scores,
 )
 from folo_lib.course.widgets.base import CourseWidget, Explorer
+from folo_lib.course.widgets.bugs import BUGS, bug_laboratory
 from folo_lib.course.widgets.generation import LiveGeneration, live_generation
 from folo_lib.course.widgets.memory import (
     MODEL_SHAPES,
@@ -37,6 +38,7 @@ from folo_lib.course.widgets.sampling import (
 )
 
 __all__ = [
+    "BUGS",
     "MODEL_SHAPES",
     "CourseWidget",
     "Explorer",
@@ -44,6 +46,7 @@ __all__ = [
     "ModelShape",
     "attention_explorer",
     "attention_weights",
+    "bug_laboratory",
     "copying_scores",
     "kv_memory_calculator",
     "live_generation",
