@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from folo_lib.rope import RotaryEmbedding as RotaryEmbedding
     from folo_lib.sampler import Sampler as Sampler
     from folo_lib.sampling_params import SamplingParams as SamplingParams
+    from folo_lib.serving import AsyncLLMEngine as AsyncLLMEngine
 
 __version__ = "0.2.0"
 
@@ -56,6 +57,7 @@ _MODULE_OF = {
     "RequestStatus": "request",
     "EngineStats": "engine",
     "LLMEngine": "engine",
+    "AsyncLLMEngine": "serving",
 }
 
 __all__ = ["__version__", "bundled_model_path", *_MODULE_OF]

@@ -28,6 +28,7 @@ from folo_lib.benchmark import (
 from folo_lib.benchmark_batch import run_batch
 from folo_lib.benchmark_bench import Bench
 from folo_lib.benchmark_latency import run_latency
+from folo_lib.benchmark_serving import run_serving
 from folo_lib.benchmark_throughput import run_throughput
 from folo_lib.benchmark_timeline import run_timeline
 from folo_lib.benchmark_tpot import run_tpot
@@ -232,4 +233,5 @@ SECTIONS: Mapping[str, Callable[[Bench], Result]] = {
     "timeline": run_timeline,
     "latency": run_latency,
     "tpot": run_tpot,
+    "serving": run_serving,
 }

@@ -123,7 +123,9 @@ def test_oldest_constraints_are_the_lower_bounds() -> None:
 
 def test_a_notebook_server_comes_with_notebooks_alone() -> None:
     """Colab and Kaggle have one, and install `pages`."""
-    assert set(parse(extra("pages"))) == {"matplotlib", "ipywidgets"}
+    serve = {"fastapi", "uvicorn", "prometheus-client"}
+    assert set(parse(extra("serve"))) == serve
+    assert set(parse(extra("pages"))) == {"matplotlib", "ipywidgets", *serve}
     assert set(parse(extra("notebooks"))) > {"jupyterlab", *parse(extra("pages"))}
     assert "jupyterlab" not in parse(PROJECT["dependencies"] + extra("pages"))
 

@@ -48,6 +48,10 @@ TABLE = (
     "fused_attention",
     "fused_checks",
     "fused_decode",
+    "serving",
+    "server_protocol",
+    "server_metrics",
+    "server",
     "benchmark",
     "benchmark_workloads",
     "benchmark_systems",
@@ -60,6 +64,8 @@ TABLE = (
     "benchmark_latency",
     "benchmark_floor",
     "benchmark_tpot",
+    "benchmark_clients",
+    "benchmark_serving",
     "benchmark_sections",
     "benchmark_records",
     "benchmark_vllm",
@@ -90,7 +96,6 @@ COURSE = (
 )
 TO_BE_WRITTEN = {
     "tensor_parallel",
-    "serving",
 }
 
 FORBIDDEN = (
@@ -100,6 +105,8 @@ FORBIDDEN = (
     "IPython",
     "ipywidgets",
     "matplotlib",
+    "fastapi",
+    "uvicorn",
     "nbdev",
     "fastcore",
 )

@@ -228,9 +228,10 @@ class TestPages:
 def stub_name(source: str) -> str:
     """The name of the one function or class in an exercise's cell; its body must be a stub."""
     (top,) = ast.parse(source).body
-    assert isinstance(top, ast.FunctionDef | ast.ClassDef), source
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef
+    assert isinstance(top, kinds | ast.ClassDef), source
     assert ast.get_docstring(top), source
-    functions = [node for node in ast.walk(top) if isinstance(node, ast.FunctionDef)]
+    functions = [node for node in ast.walk(top) if isinstance(node, kinds)]
     assert functions
     for function in functions:
         assert ast.unparse(function.body[-1]) == "raise NotImplementedError", source

@@ -47,7 +47,7 @@ def stubs(page: Path) -> dict[str, str]:
 
 def _name_of(source: str) -> str:
     (top,) = ast.parse(source).body
-    assert isinstance(top, ast.FunctionDef | ast.ClassDef)
+    assert isinstance(top, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
     return top.name
 
 

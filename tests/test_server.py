@@ -1,0 +1,670 @@
+"""server.py through its real clients: OpenAI's, sync and async, and bare HTTP, on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+import folo_lib
+from folo_lib import LLMEngine, SamplingParams, bundled_model_path
+from folo_lib.request import Request
+from folo_lib.server import Server, create_app, main, make_parser, merge
+from folo_lib.server_protocol import UNSUPPORTED
+from folo_lib.serving import AsyncLLMEngine
+
+MODEL, KEY = "tiny-qwen3", "secret"
+MESSAGES: Any = [{"role": "user", "content": "Tell me a story about a fox."}]
+PROMPT = "Once upon a time there was"
+LONG: dict[str, Any] = {"max_tokens": 400, "extra_body": {"ignore_eos": True}}
+
+
+@dataclass
+class Running:
+    """A server, and the engine behind it."""
+
+    engine: LLMEngine
+    served: AsyncLLMEngine
+    url: str
+
+    def wait_until_idle(self, seconds: float = 5.0) -> None:
+        end = time.monotonic() + seconds
+        while self.served.owner.streams or self.engine._table.unfinished:
+            assert time.monotonic() < end, "requests are left"
+            time.sleep(0.01)
+        assert self.engine.stats().num_used_blocks == 0
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    engine = LLMEngine(
+        bundled_model_path(),
+        device="cpu",
+        use_tqdm=False,
+        kv_cache_memory_bytes=2**26,
+    )
+    served = AsyncLLMEngine(engine, max_waiting=40)
+    app = create_app(served, MODEL, KEY, max_body_bytes=100_000)
+    listening = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5)
+    running = uvicorn.Server(config)
+    thread = threading.Thread(target=running.run, args=([listening],))
+    thread.start()
+    yield Running(engine, served, f"http://127.0.0.1:{listening.getsockname()[1]}")
+    running.should_exit = True
+    thread.join(20)
+    assert not thread.is_alive() and not served.owner.thread.is_alive()
+
+
+@pytest.fixture
+def client(server: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(
+        base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=30
+    ) as client:
+        yield client
+    server.wait_until_idle()
+
+
+@pytest.fixture
+def http(server: Running) -> Iterator[httpx.Client]:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with httpx.Client(base_url=server.url, headers=headers, timeout=30) as client:
+        yield client
+    server.wait_until_idle()
+
+
+class TestAnswers:
+    def test_chat_is_that_of_the_engine(
+        self, server: Running, client: openai.OpenAI
+    ) -> None:
+        params = SamplingParams(temperature=0.8, top_k=20, seed=7, max_tokens=20)
+        [expected] = server.engine.chat(MESSAGES, params, use_tqdm=False)
+        got = client.chat.completions.create(
+            model=MODEL,
+            messages=MESSAGES,
+            temperature=0.8,
+            top_p=1,
+            seed=7,
+            max_completion_tokens=20,
+            extra_body={"top_k": 20, "min_p": 0, "repetition_penalty": 1},
+        )
+        [choice] = got.choices
+        assert choice.message.content == expected.outputs[0].text
+        assert choice.message.role == "assistant"
+        assert choice.finish_reason == expected.outputs[0].finish_reason
+        assert got.usage is not None and got.usage.prompt_tokens_details is not None
+        assert got.usage.prompt_tokens == len(expected.prompt_token_ids)
+        assert got.usage.completion_tokens == len(expected.outputs[0].token_ids)
+        cached = got.usage.prompt_tokens_details.cached_tokens
+        assert cached == (len(expected.prompt_token_ids) - 1) // 16 * 16
+
+    def test_what_is_not_said_is_taken_from_the_checkpoint(
+        self, server: Running, client: openai.OpenAI
+    ) -> None:
+        defaults = server.engine.processor.default_params
+        params = replace(defaults, seed=3, max_tokens=12)
+        [expected] = server.engine.chat(MESSAGES, params, use_tqdm=False)
+        got = client.chat.completions.create(
+            model=MODEL, messages=MESSAGES, seed=3, max_tokens=12
+        )
+        assert got.choices[0].message.content == expected.outputs[0].text
+
+    def test_completion_of_text_and_of_ids(
+        self, server: Running, client: openai.OpenAI
+    ) -> None:
+        params = SamplingParams(temperature=0, max_tokens=16)
+        ids = server.engine.processor.encode(PROMPT)
+        [expected] = server.engine.generate([PROMPT], params, use_tqdm=False)
+        for prompt in (PROMPT, ids):
+            got = client.completions.create(model=MODEL, prompt=prompt, temperature=0)
+            assert got.choices[0].text == expected.outputs[0].text
+            assert got.choices[0].finish_reason == "length"
+
+    def test_several_prompts_and_samples(
+        self, server: Running, client: openai.OpenAI
+    ) -> None:
+        params = SamplingParams(n=2, seed=5, max_tokens=6)
+        prompts = [PROMPT, "The red kite"]
+        expected = [
+            sample.text
+            for output in server.engine.generate(prompts, params, use_tqdm=False)
+            for sample in output.outputs
+        ]
+        asked: dict[str, Any] = {"model": MODEL, "prompt": prompts, "n": 2, "seed": 5}
+        asked |= {"temperature": 1, "top_p": 1, "max_tokens": 6}
+        asked["extra_body"] = {"top_k": 0}
+        got = client.completions.create(**asked)
+        assert [choice.index for choice in got.choices] == [0, 1, 2, 3]
+        assert [choice.text for choice in got.choices] == expected
+        assert got.usage is not None and got.usage.completion_tokens == 24
+        texts = [""] * 4
+        for chunk in client.completions.create(**asked, stream=True):
+            for choice in chunk.choices:
+                texts[choice.index] += choice.text
+        assert texts == expected
+
+    def test_stop_and_logit_bias(self, server: Running, client: openai.OpenAI) -> None:
+        whole = client.completions.create(
+            model=MODEL, prompt=PROMPT, temperature=0, max_tokens=20
+        )
+        word = whole.choices[0].text.split()[3]
+        got = client.completions.create(
+            model=MODEL, prompt=PROMPT, temperature=0, max_tokens=20, stop=[word]
+        )
+        assert got.choices[0].finish_reason == "stop"
+        assert got.choices[0].text == whole.choices[0].text.split(word)[0]
+        ids = server.engine.processor.encode(" fox")
+        got = client.completions.create(
+            model=MODEL,
+            prompt=PROMPT,
+            temperature=0,
+            max_tokens=3,
+            logit_bias={str(ids[0]): 100},
+        )
+        assert got.choices[0].text == " fox fox fox"
+
+    def test_logprobs_of_a_chat(self, server: Running, client: openai.OpenAI) -> None:
+        asked: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "max_tokens": 6}
+        asked |= {"temperature": 0, "logprobs": True, "top_logprobs": 3}
+        [choice] = client.chat.completions.create(**asked).choices
+        assert choice.logprobs is not None and choice.logprobs.content is not None
+        content = choice.logprobs.content
+        assert "".join(one.token for one in content) == choice.message.content
+        for one in content:
+            assert one.bytes == list(one.token.encode())
+            assert one.top_logprobs[0].token == one.token
+            values = [top.logprob for top in one.top_logprobs]
+            assert len(values) == 3 and values == sorted(values, reverse=True)
+        streamed: list[Any] = []
+        for chunk in client.chat.completions.create(**asked, stream=True):
+            if chunk.choices[0].logprobs is not None:
+                streamed += chunk.choices[0].logprobs.content or []
+        assert streamed == content
+
+    def test_logprobs_of_a_completion(self, client: openai.OpenAI) -> None:
+        asked: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 5}
+        asked |= {"temperature": 0, "logprobs": 2}
+        [choice] = client.completions.create(**asked).choices
+        scores = choice.logprobs
+        assert scores is not None and scores.tokens is not None
+        assert "".join(scores.tokens) == choice.text
+        assert scores.text_offset is not None and scores.top_logprobs is not None
+        assert scores.text_offset[:2] == [0, len(scores.tokens[0])]
+        assert [len(top) for top in scores.top_logprobs] == [2] * 5
+        offsets: list[int] = []
+        for chunk in client.completions.create(**asked, stream=True):
+            if chunk.choices[0].logprobs is not None:
+                offsets += chunk.choices[0].logprobs.text_offset or []
+        assert offsets == scores.text_offset
+
+    def test_forbidden_tokens_have_a_number(self, client: openai.OpenAI) -> None:
+        """-inf is no JSON."""
+        got = client.completions.create(
+            model=MODEL,
+            prompt=PROMPT,
+            max_tokens=1,
+            logprobs=20,
+            extra_body={"allowed_token_ids": [5]},
+        )
+        assert got.choices[0].logprobs is not None
+
+    def test_parts_and_answers_of_earlier_turns(self, client: openai.OpenAI) -> None:
+        first = client.chat.completions.create(
+            model=MODEL, messages=MESSAGES, max_tokens=4
+        )
+        turns = [
+            {"role": "developer", "content": "Be short."},
+            {"role": "user", "content": [{"type": "text", "text": "Hello"}]},
+            first.choices[0].message.model_dump(),  # with all its nulls
+            {"role": "user", "content": "Go on"},
+        ]
+        got = client.chat.completions.create(
+            model=MODEL,
+            messages=turns,  # type: ignore[arg-type]
+            max_tokens=4,
+            user="mira",
+        )
+        assert got.choices[0].finish_reason in ("length", "stop")
+
+    def test_models(self, client: openai.OpenAI) -> None:
+        assert [model.id for model in client.models.list()] == [MODEL]
+        assert client.models.retrieve(MODEL).owned_by == "folo_lib"
+
+
+class TestStreams:
+    def test_chunks_add_up(self, server: Running, client: openai.OpenAI) -> None:
+        asked: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "seed": 1}
+        asked |= {"max_tokens": 20}
+        whole = client.chat.completions.create(**asked)
+        chunks = list(
+            client.chat.completions.create(
+                **asked, stream=True, stream_options={"include_usage": True}
+            )
+        )
+        assert chunks[0].choices[0].delta.role == "assistant"
+        *most, end, usage = chunks
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in most)
+        assert text == whole.choices[0].message.content
+        assert end.choices[0].finish_reason == whole.choices[0].finish_reason
+        assert usage.choices == [] and usage.usage is not None and whole.usage
+        assert usage.usage.completion_tokens == whole.usage.completion_tokens
+        assert {chunk.id for chunk in chunks} == {chunks[0].id}
+
+    def test_the_helper_of_the_client(self, client: openai.OpenAI) -> None:
+        with client.chat.completions.stream(
+            model=MODEL, messages=MESSAGES, temperature=0, **LONG | {"extra_body": {}}
+        ) as stream:
+            for _ in stream:
+                pass
+            assert stream.get_final_completion().choices[0].message.content
+
+    def test_thirty_at_a_time(self, server: Running) -> None:
+        params = SamplingParams(temperature=0, max_tokens=12)
+        prompts = [f"{PROMPT} a fox, number {i}" for i in range(30)]
+        expected = server.engine.generate(prompts, params, use_tqdm=False)
+
+        async def main() -> list[str]:
+            async with openai.AsyncOpenAI(
+                base_url=f"{server.url}/v1", api_key=KEY, max_retries=0
+            ) as client:
+
+                async def one(prompt: str) -> str:
+                    stream = await client.completions.create(
+                        model=MODEL,
+                        prompt=prompt,
+                        temperature=0,
+                        max_tokens=12,
+                        stream=True,
+                    )
+                    return "".join([c.choices[0].text async for c in stream])
+
+                return await asyncio.gather(*map(one, prompts))
+
+        texts = asyncio.run(main())
+        assert texts == [output.outputs[0].text for output in expected]
+
+    def test_what_is_on_the_wire(self, http: httpx.Client) -> None:
+        body = {"model": MODEL, "prompt": PROMPT, "stream": True, "max_tokens": 3}
+        with http.stream("POST", "/v1/completions", json=body) as response:
+            assert response.headers["content-type"].startswith("text/event-stream")
+            events = "".join(response.iter_text()).split("\n\n")
+        assert events[-1] == "" and events[-2] == "data: [DONE]"
+        for event in events[:-2]:
+            assert json.loads(event.removeprefix("data: "))["object"]
+
+    def test_an_error_after_the_first_token(
+        self,
+        server: Running,
+        client: openai.OpenAI,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        append = Request.append_token
+
+        def broken(self: Request, *args: Any) -> None:
+            if len(self.output_token_ids) == 3:
+                raise ZeroDivisionError("on purpose")
+            append(self, *args)
+
+        monkeypatch.setattr(Request, "append_token", broken)
+        with pytest.raises(openai.InternalServerError, match="on purpose"):
+            client.completions.create(model=MODEL, prompt=PROMPT)
+        with pytest.raises(openai.APIError, match="on purpose"):
+            list(client.completions.create(model=MODEL, prompt=PROMPT, stream=True))
+
+
+class TestHangingUp:
+    def count_steps(
+        self, server: Running, monkeypatch: pytest.MonkeyPatch
+    ) -> list[int]:
+        counts: list[int] = []
+        schedule = server.engine.scheduler.schedule
+
+        def noted() -> Any:
+            plan = schedule()
+            if plan.scheduled:
+                counts.append(len(plan.scheduled))
+            return plan
+
+        monkeypatch.setattr(server.engine.scheduler, "schedule", noted)
+        return counts
+
+    def test_in_the_middle_of_a_stream(
+        self,
+        server: Running,
+        client: openai.OpenAI,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        counts = self.count_steps(server, monkeypatch)
+        stream = client.completions.create(
+            model=MODEL, prompt=PROMPT, stream=True, **LONG
+        )
+        next(stream)
+        stream.close()
+        server.wait_until_idle()
+        assert len(counts) < 200, "it went on to the end"
+
+    def test_before_an_answer_that_is_not_streamed(
+        self, server: Running, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        counts = self.count_steps(server, monkeypatch)
+        with pytest.raises(openai.APITimeoutError):
+            client.completions.create(model=MODEL, prompt=PROMPT, timeout=0.1, **LONG)
+        server.wait_until_idle()
+        assert 0 < len(counts) < 200, "it went on to the end"
+
+    def test_a_reader_that_never_reads_and_leaves(self, server: Running) -> None:
+        body = {"model": MODEL, "prompt": [PROMPT] * 4, "stream": True, "n": 8}
+        body |= {"max_tokens": 100, "ignore_eos": True, "logprobs": 20}
+        text = json.dumps(body)
+        address = ("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
+        with socket.create_connection(address) as plug:
+            plug.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            plug.sendall(
+                (
+                    "POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+                    f"Authorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+                    f"Content-Length: {len(text)}\r\n\r\n{text}"
+                ).encode()
+            )
+            time.sleep(0.3)
+            answer = httpx.get(f"{server.url}/health")  # others are served meanwhile
+            assert answer.status_code == 200
+        server.wait_until_idle(20)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("change", "param", "said"),
+        [
+            ({"max_tokens": 0}, "max_tokens", "must be at least 1"),
+            ({"temperature": 3}, "temperature", "at most 2"),
+            ({"top_p": "1"}, "top_p", "valid number"),
+            ({"n": 0}, "n", "greater than or equal to 1"),
+            ({"n": 2, "temperature": 0}, "n", "temperature=0"),
+            ({"seed": 2**70}, "seed", "64 bits"),
+            ({"logprobs": 99}, "logprobs", "less than or equal to 20"),
+            ({"stop": [""]}, "stop", "empty string"),
+            ({"prompt": None}, "prompt", "valid string"),
+            ({"prompt": []}, None, "empty"),
+            ({"prompt": [[]]}, None, "empty"),
+            ({"prompt": [10**9]}, None, "token id 1000000000"),
+            ({"prompt": "\ud800"}, None, "surrogate"),
+            ({"prompt": "fox " * 5000}, None, "leave room for an answer"),
+            ({"prompt": ["fox", ""]}, None, "empty"),
+            ({"temprature": 1}, "temprature", "Unrecognized request argument"),
+            ({"logit_bias": {"fox": 1}}, "logit_bias", "fox"),
+            ({"stream_options": {}}, "stream_options", "only allowed with stream"),
+            ({"best_of": 3}, "best_of", "set n"),
+            ({"suffix": "!"}, "suffix", "only goes on"),
+            ({"echo": True}, "echo", "put prompt and text together"),
+        ],
+    )
+    def test_of_a_completion(
+        self,
+        http: httpx.Client,
+        change: dict[str, Any],
+        param: str | None,
+        said: str,
+    ) -> None:
+        body = {"model": MODEL, "prompt": PROMPT} | change
+        answer = http.post("/v1/completions", content=json.dumps(body), headers=JSON)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["type"]) == (400, "invalid_request_error")
+        assert said in error["message"], error
+        assert error["param"] == param, error
+
+    @pytest.mark.parametrize("name", sorted(UNSUPPORTED))
+    def test_fields_that_are_not_supported_are_named(
+        self, http: httpx.Client, name: str
+    ) -> None:
+        body = {"model": MODEL, "messages": MESSAGES, name: {"some": "thing"}}
+        error = http.post("/v1/chat/completions", json=body).json()["error"]
+        assert error["param"] == name and error["code"] == "unsupported_field"
+        assert name in error["message"] and "not supported" in error["message"]
+
+    def test_neutral_values_are_accepted(self, client: openai.OpenAI) -> None:
+        client.chat.completions.create(
+            model=MODEL,
+            messages=MESSAGES,
+            max_tokens=1,
+            tools=[],
+            response_format={"type": "text"},
+            store=False,
+            service_tier="auto",
+            prediction=None,
+        )
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"messages": []}, "at least 1"),
+            ({"messages": "Hello"}, "valid list"),
+            ({"messages": [{"role": "user"}]}, "messages[0].content"),
+            ({"messages": [{"content": "Hi"}]}, "messages[0].role"),
+            (
+                {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+                "content[0].type: Input should be 'text'",
+            ),
+            ({"top_logprobs": 2}, "logprobs=true"),
+            ({"max_tokens": 1, "max_completion_tokens": 2}, "leave one out"),
+            ({"max_completion_tokens": 0}, "max_tokens=0"),
+            (
+                {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
+                "runs its own alone",
+            ),
+            ({"chat_template_kwargs": {"colour": "red"}}, "colour"),
+        ],
+    )
+    def test_of_a_chat(
+        self, http: httpx.Client, change: dict[str, Any], said: str
+    ) -> None:
+        body = {"model": MODEL, "messages": MESSAGES} | change
+        answer = http.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 400
+        assert said in answer.json()["error"]["message"]
+
+    @pytest.mark.parametrize(
+        "content",
+        ["", "{", "null", "[1]", "[" * 50_000, '{"model": 1' + "0" * 5000 + "}"],
+        ids=["empty", "half", "null", "list", "deep", "digits"],
+    )
+    def test_what_is_no_request(self, http: httpx.Client, content: str) -> None:
+        answer = http.post("/v1/completions", content=content, headers=JSON)
+        assert answer.status_code == 400 and answer.json()["error"]["message"]
+
+    def test_unknown_model_and_key(
+        self, server: Running, client: openai.OpenAI
+    ) -> None:
+        with pytest.raises(openai.NotFoundError) as caught:
+            client.completions.create(model="gpt", prompt=PROMPT)
+        assert caught.value.code == "model_not_found"
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve("gpt")
+        with pytest.raises(openai.AuthenticationError) as refused:
+            client.with_options(api_key="wrong").models.list()
+        assert refused.value.code == "invalid_api_key"
+        assert httpx.get(f"{server.url}/v1/models").status_code == 401
+
+    def test_half_a_surrogate_pair_in_a_message_of_ours(
+        self, http: httpx.Client
+    ) -> None:
+        body = json.dumps({"model": "gpt\ud800", "prompt": PROMPT, "x\ud800": 1})
+        answer = http.post("/v1/completions", content=body, headers=JSON)
+        assert answer.status_code == 400
+        body = json.dumps({"model": "gpt\ud800", "prompt": PROMPT})
+        answer = http.post("/v1/completions", content=body, headers=JSON)
+        assert answer.status_code == 404
+
+    def test_unknown_urls(self, http: httpx.Client) -> None:
+        for answer, status in ((http.get("/v1/what"), 404), (http.put("/health"), 405)):
+            assert answer.status_code == status
+            assert "Unknown request URL" in answer.json()["error"]["message"]
+
+    def test_a_large_body_declared_or_not(self, http: httpx.Client) -> None:
+        def pieces() -> Iterator[bytes]:
+            for _ in range(200):
+                yield b" " * 1000
+
+        for content in (b" " * 200_000, pieces()):
+            answer = http.post("/v1/completions", content=content, headers=JSON)
+            assert answer.status_code == 413
+            assert "larger than 100,000 bytes" in answer.json()["error"]["message"]
+
+    def test_too_many_at_a_time(self, server: Running, client: openai.OpenAI) -> None:
+        """The client waits a second, and tries again by itself."""
+        with pytest.raises(openai.InternalServerError, match="requests wait already"):
+            client.completions.create(model=MODEL, prompt=[PROMPT] * 41, max_tokens=1)
+        server.wait_until_idle()
+        raw = httpx.post(
+            f"{server.url}/v1/completions",
+            json={"model": MODEL, "prompt": [PROMPT] * 41},
+            headers={"Authorization": f"Bearer {KEY}"},
+        )
+        assert (raw.status_code, raw.headers["retry-after"]) == (503, "1")
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+class TestBeside:
+    def test_metrics(self, http: httpx.Client) -> None:
+        body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 3, "ignore_eos": True}
+        before = read_metrics(http)
+        http.post("/v1/completions", json=body)
+        after = read_metrics(http)
+        new = {name: after[name] - before.get(name, 0) for name in after}
+        assert new["folo_generated_tokens_total"] == 3
+        assert new["folo_time_to_first_token_seconds_count"] == 1
+        assert 0 <= new["folo_inter_token_latency_seconds_count"] <= 2
+        assert new['folo_requests_ended_total{reason="length"}'] == 1
+        assert new["folo_prefix_tokens_total"] > 0
+        assert after["folo_requests_running"] == 0
+        assert after["folo_kv_cache_usage_ratio"] == 0
+
+    def test_health_and_the_chat_page_need_no_key(self, server: Running) -> None:
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        page = httpx.get(f"{server.url}/")
+        assert page.headers["content-type"].startswith("text/html")
+        assert "http://" not in page.text.replace("http://www.w3.org", "")
+
+    def test_an_engine_without_tokenizer(self, server: Running) -> None:
+        folder = bundled_model_path()
+        model = folo_lib.load_model(folder, device="cpu", use_tqdm=False)
+        engine = LLMEngine(model, kv_cache_memory_bytes=2**24)
+        served = AsyncLLMEngine(engine)
+        with pytest.raises(ValueError, match="needs a tokenizer"):
+            create_app(served, MODEL)
+        asyncio.run(served.shutdown())
+
+    def test_options_are_those_of_the_engine(self) -> None:
+        options = ["--max-num-seqs", "8", "--no-enable-prefix-caching"]
+        args = vars(make_parser("x").parse_args(options))
+        assert args["max_num_seqs"] == 8 and args["enable_prefix_caching"] is False
+        assert args["host"] == "127.0.0.1" and "block_size" not in args
+
+    def test_merge_passes_an_error_on(self) -> None:
+        async def good() -> Any:
+            yield 1
+            await asyncio.sleep(10)
+
+        async def bad() -> Any:
+            yield 2
+            raise ZeroDivisionError
+
+        async def main() -> list[Any]:
+            got = []
+            with pytest.raises(ZeroDivisionError):
+                async for pair in merge([good(), bad()]):
+                    got.append(pair)
+            return got
+
+        assert sorted(asyncio.run(main())) == [(0, 1), (1, 2)]
+
+
+def read_metrics(http: httpx.Client) -> dict[str, float]:
+    lines = http.get("/metrics").text.splitlines()
+    pairs = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
+    return {name: float(value) for name, value in pairs}
+
+
+class TestCommand:
+    def test_the_signal_to_end_ends_streams_with_an_error(self) -> None:
+        engine = LLMEngine(
+            bundled_model_path(),
+            device="cpu",
+            use_tqdm=False,
+            kv_cache_memory_bytes=2**26,
+        )
+        served = AsyncLLMEngine(engine)
+        listening = socket.create_server(("127.0.0.1", 0))
+        config = uvicorn.Config(create_app(served, MODEL), log_level="error")
+        server = Server(config, served, grace=0.1)
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        client = openai.OpenAI(base_url=url, api_key="x", max_retries=0)
+        stream = client.completions.create(
+            model=MODEL, prompt=[PROMPT] * 4, stream=True, **LONG
+        )
+        next(stream)
+        server.handle_exit(signal.SIGTERM, None)
+        with pytest.raises(openai.APIError, match="shut down before the end"):
+            list(stream)
+        thread.join(10)
+        assert not thread.is_alive() and engine.stats().num_used_blocks == 0
+
+    @pytest.mark.more
+    def test_sigterm_under_load(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        env = os.environ | {"PYTHONPATH": str(Path(folo_lib.__file__).parents[1])}
+        command = [sys.executable, "-m", "folo_lib.server", "--port", str(port)]
+        command += ["--device", "cpu", "--shutdown-timeout", "0.5"]
+        process = subprocess.Popen([*command, "--log-level", "warning"], env=env)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            wait_for(url)
+            client = openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)
+            stream = client.completions.create(
+                model=MODEL, prompt=[PROMPT] * 30, stream=True, n=4, **LONG
+            )
+            next(stream)
+            begin = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            with pytest.raises(openai.APIError, match="shut down before the end"):
+                list(stream)
+            process.wait(10)
+            assert time.monotonic() - begin < 10
+        finally:
+            process.kill()
+            process.wait()
+
+    def test_a_mistake_is_said_in_one_line(self) -> None:
+        with pytest.raises(SystemExit, match=r"^folo serve: error: max_num_seqs=0"):
+            main(["--max-num-seqs", "0"], prog="folo serve")
+
+
+def wait_for(url: str) -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        try:
+            if httpx.get(f"{url}/health").status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.1)
+    raise TimeoutError(url)
