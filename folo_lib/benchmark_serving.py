@@ -156,7 +156,9 @@ def run_streams(bench: Bench, engine: LLMEngine, sizes: ServingSizes) -> Result:
     rows = {name: summarize(values[1:]) for name, values in speeds.items()}
     for name in ("async", "http"):
         pairs = zip(speeds[name][1:], speeds["generate"][1:], strict=True)
-        rows[name]["of_generate"] = statistics.median(ours / all_ for ours, all_ in pairs)
+        rows[name]["of_generate"] = statistics.median(
+            ours / all_ for ours, all_ in pairs
+        )
         print(f"{name}: {rows[name]['of_generate']:.0%} of generate", flush=True)
     medians = {name: statistics.median(values[4:]) for name, values in ttft.items()}
     print(f"one client's first token: {medians}", flush=True)

@@ -53,7 +53,9 @@ def test_a_chat(server: tuple[str, AsyncLLMEngine, Any], window: Any) -> None:
     window.press("#text", "Enter")
     first = window.locator("article.assistant .note").first
     first.wait_for()
-    assert re.search(r"\d+ tokens read, 0 of them found in the cache", first.inner_text())
+    assert re.search(
+        r"\d+ tokens read, 0 of them found in the cache", first.inner_text()
+    )
     tokens = window.locator("article.assistant").first.locator(".token")
     assert tokens.count() >= 5
     tokens.first.hover()

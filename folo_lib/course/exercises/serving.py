@@ -53,7 +53,9 @@ class PuppetEngine:
                 self.num_written += 1
                 text, finished = "".join(self.words[: i + 1]), i + 1 == len(self.words)
                 sample = SimpleNamespace(text=text, token_ids=list(range(i + 1)))
-                yield SimpleNamespace(outputs=[sample], finished=finished, prompt=prompt)
+                yield SimpleNamespace(
+                    outputs=[sample], finished=finished, prompt=prompt
+                )
         finally:
             self.inside[client] -= 1
             self.num_left += not finished
@@ -105,7 +107,9 @@ def check_count_places(count_places: Callable[[float, int, float], int]) -> None
         got = count_places(*case)
         require(
             got == wanted,
-            "with {:g} requests per second of {} tokens and {:g} s per step ".format(*case)
+            "with {:g} requests per second of {} tokens and {:g} s per step ".format(
+                *case
+            )
             + f"it is {got!r}, and {wanted} places are wanted.",
         )
     require(
@@ -129,7 +133,8 @@ def check_generate_within(
         got = await call(puppet, 2.0)
         whole = "".join(puppet.words)
         require(
-            got == whole, f"with time enough the text is {got!r}, and {whole!r} is wanted."
+            got == whole,
+            f"with time enough the text is {got!r}, and {whole!r} is wanted.",
         )
 
         puppet = PuppetEngine(num_words=100)
@@ -181,7 +186,8 @@ async def visit_turnstile(make: Callable[..., Any]) -> None:
     )
     require(inside.get("tom") == 1, "tom must not wait for the places of mira.")
     require(
-        gate.num_clients == 2, f"num_clients is {gate.num_clients}, and two have requests."
+        gate.num_clients == 2,
+        f"num_clients is {gate.num_clients}, and two have requests.",
     )
     outputs = await asyncio.gather(*tasks)
     for prompt, output in zip(prompts, outputs, strict=True):
@@ -205,7 +211,8 @@ async def leave_turnstile(make: Callable[..., Any]) -> None:
     puppet = PuppetEngine(num_words=20)
     gate = make(puppet, 1)
     running, waiting, last = (
-        asyncio.ensure_future(gate.answer("mira", f"mira {i}", PARAMS)) for i in range(3)
+        asyncio.ensure_future(gate.answer("mira", f"mira {i}", PARAMS))
+        for i in range(3)
     )
     await asyncio.sleep(0.03)
     for task, what in ((waiting, "waits"), (running, "runs")):
@@ -227,5 +234,7 @@ async def leave_turnstile(make: Callable[..., Any]) -> None:
     with suppress(asyncio.CancelledError):
         await last
     await asyncio.sleep(0.01)
-    require(not puppet.inside["mira"], "a request runs on for a client who was cancelled.")
+    require(
+        not puppet.inside["mira"], "a request runs on for a client who was cancelled."
+    )
     require(gate.num_clients == 0, f"all have left: num_clients is {gate.num_clients}.")
