@@ -35,7 +35,7 @@ class ServingSizes:
         stream_tokens: of each of them.
         num_runs: of each way to serve, in turns.
         places: `max_num_seqs` under load.
-        num_requests: of each load.
+        num_requests: of each load; half as many find out the capacity before it.
         shortest, longest: tokens of a prompt, and of an answer, under load.
         loads: arrivals per second in the open loop, as shares of the capacity.
         max_ttft, max_gap: the promise; a request keeps it if its first token comes within the
@@ -46,7 +46,7 @@ class ServingSizes:
     stream_tokens: int = 100
     num_runs: int = 7
     places: int = 16
-    num_requests: int = 300
+    num_requests: int = 200
     shortest: int = 16
     longest: int = 64
     loads: Sequence[float] = (0.5, 0.8, 0.95, 1.1)
@@ -262,25 +262,24 @@ def describe_visits(
 
 
 def run_loads(bench: Bench, engine: LLMEngine, sizes: ServingSizes) -> Result:
-    """A closed loop, whose rate is the capacity, and open loops at shares of it."""
+    """Open loops at shares of the capacity, which is the rate of a closed one before each."""
     served = AsyncLLMEngine(engine, max_waiting=sizes.num_requests)
-    load = make_load(bench, sizes)
+    load, clients, rows = make_load(bench, sizes), sizes.places, []
+    half = load[: len(load) // 2]
     try:
-        clients = sizes.places
-        asyncio.run(run_closed(served, load[: 4 * clients], clients))  # warms up
-        visits, seconds = asyncio.run(run_closed(served, load, clients))
-        closed = describe_visits(visits, seconds, sizes) | {"clients": clients}
-        print(f"closed: {json.dumps(closed)}", flush=True)
-        rows = []
+        asyncio.run(run_closed(served, half, clients))  # warms up
         for share in sizes.loads:
+            visits, seconds = asyncio.run(run_closed(served, half, clients))
+            closed = describe_visits(visits, seconds, sizes)
             rate = share * closed["rate"]
             visits, seconds = asyncio.run(run_open(served, load, rate))
-            row = {"load": share} | describe_visits(visits, seconds, sizes)
+            row: Result = {"load": share, "arrivals": rate, "closed": closed}
+            row |= describe_visits(visits, seconds, sizes)
             print(f"open: {json.dumps(row)}", flush=True)
             rows.append(row)
     finally:
         asyncio.run(served.shutdown())
-    return {"capacity": closed["rate"], "closed": closed, "loads": rows}
+    return {"clients": clients, "loads": rows}
 
 
 def run_serving(bench: Bench, sizes: ServingSizes | None = None) -> Result:

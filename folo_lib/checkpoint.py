@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "PICKLES",
     "FLOAT_DTYPES",
     "DTYPES",
     "logger",
@@ -12,7 +11,6 @@ __all__ = [
     "read_config",
     "find_weight_files",
     "read_weights",
-    "resolve_device",
     "resolve_dtype",
     "resolve_attention_backend",
     "load_model",
@@ -34,16 +32,19 @@ from torch import Tensor
 from folo_lib.checkpoint_checks import (
     build_config,
     check_config_fields,
+    check_weight_files,
     explain_hub_error,
     name_other_format,
     naming,
     naming_tokenizer_file,
     open_tokenizer,
+    read_index,
     read_json,
     refuse_file,
     warn_of_non_finite,
 )
 
+from .platform import resolve_device as resolve_device
 from .qwen3 import Qwen3ForCausalLM, get_attention_backend
 from .rope import ROPE_FIELDS
 
@@ -113,9 +114,6 @@ def read_config(folder: Path) -> "Qwen2Config | Qwen3Config":
 
 
 # %% ../notebooks/05_checkpoint.ipynb #find-weight-files
-PICKLES = (".bin", ".pt", ".pth", ".pkl")
-
-
 def find_weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, in order.
 
@@ -124,31 +122,17 @@ def find_weight_files(folder: Path) -> list[Path]:
         ValueError: if the index is damaged, or the weights have another format.
     """
     single, index = (folder / f"model.safetensors{end}" for end in ("", ".index.json"))
-    if index.is_file():
-        names = read_json(index).get("weight_map")
-        names = list(names.values()) if isinstance(names, dict) else []
-        wanted = r"[^/]{1,200}[.]safetensors"  # files beside the index
-        if not names or not all(re.fullmatch(wanted, str(name)) for name in names):
-            raise ValueError(f"{index} is damaged (weight_map): fetch it again.")
-        files = sorted({folder / name for name in names})
-        lacking = [path.name for path in files if not path.is_file()]
-        if lacking:
-            raise FileNotFoundError(
-                f"{folder} lacks {', '.join(lacking[:5])}, named in {index.name}: "
-                "the download is not complete."
-            )
+    if not index.is_file():
+        files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+        check_weight_files(folder, files)
         return files
-    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    no_model = all(path.name.startswith("adapter_") for path in files)
-    if no_model and (other_format := name_other_format(folder)):
-        raise ValueError(other_format)
-    if not files and any(path.suffix in PICKLES for path in folder.iterdir()):
-        raise ValueError(
-            f"{folder} has pickled weights only, and loading a pickle can run any "
-            "code. Convert them: model.save_pretrained(folder) in transformers."
+    files = [folder / name for name in read_index(index)]
+    lacking = [path.name for path in files if not path.is_file()]
+    if lacking:
+        raise FileNotFoundError(
+            f"{folder} lacks {', '.join(lacking[:5])}, named in {index.name}: "
+            "the download is not complete."
         )
-    if not files:
-        raise FileNotFoundError(f"{folder} has no weights (*.safetensors).")
     return files
 
 
@@ -190,35 +174,6 @@ def read_weights(
             raise ValueError(
                 f"{path} is damaged or cut short ({error}): fetch it again."
             ) from error
-
-
-# %% ../notebooks/05_checkpoint.ipynb #resolve-device
-def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """`"auto"` is CUDA if there is one, else the CPU.
-
-    Raises:
-        ValueError: if the device has no such name, or is not there.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except (RuntimeError, TypeError):
-        resolved = torch.device("meta")
-    here = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count(),
-        "mps": int(torch.backends.mps.is_available()),
-    }
-    if resolved.type not in here:
-        raise ValueError(
-            f"unknown device {device!r}: use 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."
-        )
-    if not 0 <= (resolved.index or 0) < here[resolved.type]:
-        raise ValueError(
-            f"device {device!r} is not on this machine, which has {here}: use 'auto'."
-        )
-    return resolved
 
 
 # %% ../notebooks/05_checkpoint.ipynb #resolve-dtype

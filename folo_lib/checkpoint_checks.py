@@ -7,6 +7,7 @@ one `ValueError`, `TypeError` or `OSError` that names the file, the field and th
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 Fields = Mapping[str, Any]
 FETCH_AGAIN = "fetch it again, or copy it from the model it belongs to"
 MOST_POSITIONS = 2**24
+PICKLES = (".bin", ".pt", ".pth", ".pkl")
 
 # What a number must be: its type, and the least and largest value.
 CONFIG_NUMBERS: dict[str, tuple[type, float, float]] = {
@@ -273,6 +275,43 @@ def read_json(path: Path) -> dict[str, Any]:
     return fields
 
 
+def read_index(path: Path) -> list[str]:
+    """The files that an index names, each once, in order.
+
+    Raises:
+        ValueError: if the index is damaged, or names a file that is not beside it.
+    """
+    names = read_json(path).get("weight_map")
+    names = list(names.values()) if isinstance(names, dict) else []
+    wanted = r"[^/]{1,200}[.]safetensors"  # files beside the index
+    if not names or not all(re.fullmatch(wanted, str(name)) for name in names):
+        raise ValueError(f"{path} is damaged (weight_map): fetch it again.")
+    return sorted(set(names))
+
+
+def check_weight_files(folder: Path, files: Sequence[Path]) -> None:
+    """Refuses a folder whose weights have another format, or that has none.
+
+    Args:
+        folder: without an index.
+        files: the safetensors files found in it.
+
+    Raises:
+        FileNotFoundError: if there are none.
+        ValueError: if they are an adapter's, or there are other formats only.
+    """
+    no_model = all(path.name.startswith("adapter_") for path in files)
+    if no_model and (other_format := name_other_format(folder)):
+        raise ValueError(other_format)
+    if not files and any(path.suffix in PICKLES for path in folder.iterdir()):
+        raise ValueError(
+            f"{folder} has pickled weights only, and loading a pickle can run any "
+            "code. Convert them: model.save_pretrained(folder) in transformers."
+        )
+    if not files:
+        raise FileNotFoundError(f"{folder} has no weights (*.safetensors).")
+
+
 def name_other_format(folder: Path) -> str | None:
     """What a folder without a config or without weights of its own is, and the cure."""
     if (folder / "adapter_config.json").is_file():
@@ -321,6 +360,50 @@ def refuse_file(path: Path) -> None:
     else:
         cure = f"pass its folder, {str(path.parent)!r}"
     raise NotADirectoryError(f"{str(path)!r} is a file and no folder: {cure}.")
+
+
+def check_config(config: Qwen2Config | Qwen3Config) -> None:
+    """Refuses what this model does not compute.
+
+    Raises:
+        ValueError: naming the field, its value and what is supported.
+    """
+    model_type = getattr(config, "model_type", None)
+    if model_type not in ("qwen2", "qwen3"):
+        raise ValueError(
+            f"config.model_type is {model_type!r}; supported: 'qwen2', 'qwen3'."
+        )
+    check_numbers(vars(config), CONFIG_NUMBERS, "config.{}")
+    heads = config.num_attention_heads
+    kv_heads = config.num_key_value_heads or heads
+    supported = {
+        "hidden_act": (config.hidden_act == "silu", "'silu'"),
+        "layer_types": (
+            all(kind == "full_attention" for kind in config.layer_types or ()),
+            "'full_attention' only: no sliding window (set use_sliding_window=false)",
+        ),
+        "num_key_value_heads": (
+            heads % kv_heads == 0,
+            f"a divisor of num_attention_heads={heads}",
+        ),
+        "quantization_config": (
+            getattr(config, "quantization_config", None) is None,
+            "none: take the checkpoint without quantisation",
+        ),
+    }
+    for field, (is_supported, what) in supported.items():
+        if not is_supported:
+            value = getattr(config, field)
+            raise ValueError(f"config.{field} is {value!r}; supported: {what}.")
+
+
+def is_equal(weight: Tensor, stored: Tensor) -> bool:
+    """Whether a stored tensor is this weight, once it has its dtype and device.
+
+    Some thousand rows at a time, so that no second copy of a large matrix is made.
+    """
+    pairs = zip(torch.split(weight, 4096), torch.split(stored, 4096), strict=True)
+    return all(torch.equal(mine, theirs.to(mine)) for mine, theirs in pairs)
 
 
 def summarize_problems(problems: Mapping[str, Sequence[str]]) -> str:

@@ -14,6 +14,7 @@ __all__ = [
     "write_cache",
     "read_cache",
     "find_first_slot",
+    "BlockAllocator",
     "AttentionMetadata",
     "AttentionBackend",
     "PaddedRead",
@@ -24,7 +25,6 @@ __all__ = [
     "PerSequenceBackend",
     "TorchNaiveBackend",
     "TorchSDPABackend",
-    "BlockAllocator",
     "resolve_max_model_len",
 ]
 
@@ -198,6 +198,66 @@ def find_first_slot(blocks: Tensor, num_blocks: int, block_size: int) -> int | N
     ids: list[int] = blocks[:num_blocks].tolist()
     in_a_row = ids == list(range(ids[0], ids[0] + num_blocks))
     return ids[0] * block_size if in_a_row else None
+
+
+# %% ../notebooks/06_kv_cache.ipynb #block-allocator
+class BlockAllocator:
+    """Hands out a cache's blocks, always in a row, and takes them back.
+
+    Args:
+        num_blocks: blocks in the cache.
+        block_size: slots per block.
+
+    Example:
+        >>> from folo_lib import BlockAllocator
+        >>> allocator = BlockAllocator(num_blocks=8, block_size=16)
+        >>> allocator.allocate(40), allocator.num_free_blocks
+        ([0, 1, 2], 5)
+    """
+
+    def __init__(self, num_blocks: int, block_size: int = DEFAULT_BLOCK_SIZE) -> None:
+        if num_blocks < 1 or block_size < 1:
+            sizes = f"num_blocks={num_blocks} and block_size={block_size}"
+            raise ValueError(f"{sizes} must both be at least 1.")
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self._taken = bytearray(num_blocks)  # 0 is free, 1 is taken
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that nobody has, in a row or not."""
+        return self._taken.count(0)
+
+    def _find_run(self, num_tokens: int) -> tuple[int, int]:
+        """The first block of the first free run, or -1, and how many are needed."""
+        if num_tokens < 1:
+            raise ValueError(f"num_tokens={num_tokens} must be at least 1.")
+        needed = -(-num_tokens // self.block_size)  # rounded up
+        run = bytes(min(needed, self.num_blocks + 1))  # bytes(3) is b"\0\0\0"
+        return self._taken.find(run), needed
+
+    def can_allocate(self, num_tokens: int) -> bool:
+        """Whether `allocate` would succeed now."""
+        return self._find_run(num_tokens)[0] >= 0
+
+    def allocate(self, num_tokens: int) -> list[int]:
+        """Blocks for that many tokens; a RuntimeError if no free run is long enough."""
+        first, needed = self._find_run(num_tokens)
+        if first < 0:
+            raise RuntimeError(
+                f"{num_tokens} tokens need {needed} free blocks in a row; of "
+                f"{self.num_blocks} blocks {self.num_free_blocks} are free. Ask "
+                "can_allocate() first, and free() what has finished."
+            )
+        self._taken[first : first + needed] = b"\1" * needed
+        return list(range(first, first + needed))
+
+    def free(self, block_ids: Sequence[int]) -> None:
+        """Takes blocks back; a ValueError, and no change, if one is not handed out."""
+        held = [i for i in set(block_ids) if 0 <= i < self.num_blocks]
+        if sum(self._taken[i] for i in held) < len(block_ids):
+            raise ValueError(f"{block_ids}: some were freed before, or are not ours.")
+        for i in held:
+            self._taken[i] = 0
 
 
 # %% ../notebooks/06_kv_cache.ipynb #attention-metadata
@@ -526,66 +586,6 @@ class TorchSDPABackend(PerSequenceBackend):
             scale=self.scale,
             enable_gqa=query.shape[-3] != key.shape[-3],
         )
-
-
-# %% ../notebooks/06_kv_cache.ipynb #block-allocator
-class BlockAllocator:
-    """Hands out a cache's blocks, always in a row, and takes them back.
-
-    Args:
-        num_blocks: blocks in the cache.
-        block_size: slots per block.
-
-    Example:
-        >>> from folo_lib import BlockAllocator
-        >>> allocator = BlockAllocator(num_blocks=8, block_size=16)
-        >>> allocator.allocate(40), allocator.num_free_blocks
-        ([0, 1, 2], 5)
-    """
-
-    def __init__(self, num_blocks: int, block_size: int = DEFAULT_BLOCK_SIZE) -> None:
-        if num_blocks < 1 or block_size < 1:
-            sizes = f"num_blocks={num_blocks} and block_size={block_size}"
-            raise ValueError(f"{sizes} must both be at least 1.")
-        self.num_blocks, self.block_size = num_blocks, block_size
-        self._taken = bytearray(num_blocks)  # 0 is free, 1 is taken
-
-    @property
-    def num_free_blocks(self) -> int:
-        """Blocks that nobody has, in a row or not."""
-        return self._taken.count(0)
-
-    def _find_run(self, num_tokens: int) -> tuple[int, int]:
-        """The first block of the first free run, or -1, and how many are needed."""
-        if num_tokens < 1:
-            raise ValueError(f"num_tokens={num_tokens} must be at least 1.")
-        needed = -(-num_tokens // self.block_size)  # rounded up
-        run = bytes(min(needed, self.num_blocks + 1))  # bytes(3) is b"\0\0\0"
-        return self._taken.find(run), needed
-
-    def can_allocate(self, num_tokens: int) -> bool:
-        """Whether `allocate` would succeed now."""
-        return self._find_run(num_tokens)[0] >= 0
-
-    def allocate(self, num_tokens: int) -> list[int]:
-        """Blocks for that many tokens; a RuntimeError if no free run is long enough."""
-        first, needed = self._find_run(num_tokens)
-        if first < 0:
-            raise RuntimeError(
-                f"{num_tokens} tokens need {needed} free blocks in a row; of "
-                f"{self.num_blocks} blocks {self.num_free_blocks} are free. Ask "
-                "can_allocate() first, and free() what has finished."
-            )
-        self._taken[first : first + needed] = b"\1" * needed
-        return list(range(first, first + needed))
-
-    def free(self, block_ids: Sequence[int]) -> None:
-        """Takes blocks back; a ValueError, and no change, if one is not handed out."""
-        held = [i for i in set(block_ids) if 0 <= i < self.num_blocks]
-        if sum(self._taken[i] for i in held) < len(block_ids):
-            raise ValueError(f"{block_ids}: some were freed before, or are not ours.")
-        for i in held:
-            self._taken[i] = 0
 
 
 # %% ../notebooks/06_kv_cache.ipynb #resolve-max-model-len

@@ -63,7 +63,7 @@ class RMSNorm(nn.Module):
 
     def normalize(self, x: Tensor) -> Tensor:
         """`x` divided by the root mean square of its last dimension, not yet scaled."""
-        x32 = x.float()  # squares overflow in float16 and lose their tail in bfloat16
+        x32 = x.float()  # squares overflow in float16 and keep 8 bits in bfloat16
         mean_square = (x32 * x32).mean(-1, keepdim=True)  # [..., 1]
         return (x32 * mean_square.add_(self.eps).rsqrt_()).type_as(x)
 

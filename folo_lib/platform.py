@@ -1,4 +1,4 @@
-"""What the machine offers: memory for the cache, compilers, and a lock that threads get in turn."""
+"""What the machine offers: devices, memory for the cache, compilers, a lock taken in turn."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-__all__ = ["FairLock", "can_compile", "get_kv_cache_memory", "get_physical_memory"]
+__all__ = [
+    "FairLock",
+    "can_compile",
+    "get_kv_cache_memory",
+    "get_physical_memory",
+    "resolve_device",
+]
 
 CGROUP_LIMITS = (
     "/sys/fs/cgroup/memory.max",
@@ -71,6 +77,34 @@ def get_kv_cache_memory(
             free = min(free, allowed - taken)
         return int(free * GPU_MEMORY_SHARE)
     return min(get_physical_memory() // 4, MAX_CPU_KV_CACHE)
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """`"auto"` is CUDA if there is one, else the CPU.
+
+    Raises:
+        ValueError: if the device has no such name, or is not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError):
+        resolved = torch.device("meta")
+    here = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }
+    if resolved.type not in here:
+        raise ValueError(
+            f"unknown device {device!r}: use 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."
+        )
+    if not 0 <= (resolved.index or 0) < here[resolved.type]:
+        raise ValueError(
+            f"device {device!r} is not on this machine, which has {here}: use 'auto'."
+        )
+    return resolved
 
 
 def can_compile(weight: Tensor) -> bool:

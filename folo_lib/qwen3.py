@@ -5,7 +5,6 @@
 # %% auto #0
 __all__ = [
     "ATTENTION_BACKENDS",
-    "check_config",
     "get_head_dim",
     "Attention",
     "get_attention_backend",
@@ -17,7 +16,6 @@ __all__ = [
     "split_merged",
     "copy_weights",
     "init_weights",
-    "is_equal",
     "Qwen3ForCausalLM",
 ]
 
@@ -31,8 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from folo_lib.checkpoint_checks import (
-    CONFIG_NUMBERS,
-    check_numbers,
+    check_config,
+    is_equal,
     summarize_problems,
     warn_of_untied_head,
 )
@@ -44,42 +42,6 @@ if TYPE_CHECKING:
     from transformers import Qwen2Config, Qwen3Config
 
     from folo_lib.kv_cache import AttentionBackend, AttentionMetadata
-
-
-# %% ../notebooks/04_qwen3.ipynb #check-config
-def check_config(config: "Qwen2Config | Qwen3Config") -> None:
-    """Refuses what this model does not compute.
-
-    Raises:
-        ValueError: naming the field, its value and what is supported.
-    """
-    model_type = getattr(config, "model_type", None)
-    if model_type not in ("qwen2", "qwen3"):
-        raise ValueError(
-            f"config.model_type is {model_type!r}; supported: 'qwen2', 'qwen3'."
-        )
-    check_numbers(vars(config), CONFIG_NUMBERS, "config.{}")
-    heads = config.num_attention_heads
-    kv_heads = config.num_key_value_heads or heads
-    supported = {
-        "hidden_act": (config.hidden_act == "silu", "'silu'"),
-        "layer_types": (
-            all(kind == "full_attention" for kind in config.layer_types or ()),
-            "'full_attention' only: no sliding window (set use_sliding_window=false)",
-        ),
-        "num_key_value_heads": (
-            heads % kv_heads == 0,
-            f"a divisor of num_attention_heads={heads}",
-        ),
-        "quantization_config": (
-            getattr(config, "quantization_config", None) is None,
-            "none: take the checkpoint without quantisation",
-        ),
-    }
-    for field, (is_supported, what) in supported.items():
-        if not is_supported:
-            value = getattr(config, field)
-            raise ValueError(f"config.{field} is {value!r}; supported: {what}.")
 
 
 # %% ../notebooks/04_qwen3.ipynb #get-head-dim
@@ -383,16 +345,6 @@ def init_weights(model: nn.Module, std: float) -> None:
             nn.init.normal_(weight, std=std)
         elif name.endswith("bias"):
             nn.init.zeros_(weight)
-
-
-# %% ../notebooks/04_qwen3.ipynb #is-equal
-def is_equal(weight: Tensor, stored: Tensor) -> bool:
-    """Whether a stored tensor is this weight, once it has its dtype and device.
-
-    Some thousand rows at a time, so that no second copy of a large matrix is made.
-    """
-    pairs = zip(torch.split(weight, 4096), torch.split(stored, 4096), strict=True)
-    return all(torch.equal(mine, theirs.to(mine)) for mine, theirs in pairs)
 
 
 # %% ../notebooks/04_qwen3.ipynb #qwen3-for-causal-lm

@@ -133,8 +133,10 @@ def read_validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     param = param.removeprefix(".")
     if first["type"] == "extra_forbidden":
         message = f"Unrecognized request argument supplied: {param}"
+    elif not where and first["type"] != "value_error":
+        message = "The body must be a JSON object, sent as Content-Type: application/json."
     elif first["type"] == "missing":
-        message = f"Missing required parameter: {param or 'a JSON object'}."
+        message = f"Missing required parameter: {param}."
     else:
         message = f"{param or 'The body'}: {first['msg']}."
     return ApiError(400, message, param or None)

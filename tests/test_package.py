@@ -103,6 +103,10 @@ TO_BE_WRITTEN = {
     "tensor_parallel",
 }
 
+# The extra `serve`, with what comes with FastAPI.
+OF_THE_SERVER = {"fastapi", "starlette", "pydantic", "pydantic_core"}
+OF_THE_SERVER |= {"uvicorn", "prometheus_client"}
+
 FORBIDDEN = (
     "transformers",
     "huggingface_hub",
@@ -355,7 +359,10 @@ class TestModules:
         above = TABLE[: TABLE.index(path.stem)]
         for name, early in imports_of(path):
             root, _, module = name.partition(".")
-            if root == "folo_lib" and module != "bundled_model_path":
+            if root == "folo_lib" and module not in (
+                "bundled_model_path",
+                "__version__",
+            ):
                 # These two name classes that they look up in a table.
                 only_types = path.stem in ("config", "qwen3") and not early
                 assert only_types or module.split(".")[0] in above, name
@@ -367,12 +374,16 @@ class TestModules:
         with_kernels |= {"fused_attention", "fused_decode", "benchmark_floor"}
         if path.stem in with_kernels:
             allowed = allowed | {"triton"}
+        if path.stem.startswith("server"):
+            allowed = allowed | OF_THE_SERVER
         early = {name.split(".")[0] for name, early in imports_of(path) if early}
         assert early <= allowed
 
     def test_imports_late_only_runtime_dependencies(self, path: Path) -> None:
         runtime = {"torch", "safetensors", "folo_lib", "transformers"}
         runtime |= {"huggingface_hub", "tqdm", "triton", "tokenizers", "jinja2"}
+        if path.stem.startswith("server") or path.stem == "benchmark_serving":
+            runtime |= OF_THE_SERVER
         anywhere = {name.split(".")[0] for name, _ in imports_of(path)}
         assert anywhere <= sys.stdlib_module_names | runtime
 
@@ -416,7 +427,7 @@ class TestPackageData:
 
     def test_no_strangers(self) -> None:
         """What lies in the package is shipped with it."""
-        known = {".py", ".typed", ".json", ".safetensors", ".jinja", ".md"}
+        known = {".py", ".typed", ".json", ".safetensors", ".jinja", ".md", ".html"}
         files = [p for p in (ROOT / "folo_lib").rglob("*") if p.is_file()]
         files = [p for p in files if p.suffix != ".pyc"]
         assert {p.suffix or f".{p.name}" for p in files} <= known

@@ -38,11 +38,11 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from folo_lib.checkpoint_checks import check_config
 from folo_lib.kv_cache import AttentionMetadata, TorchNaiveBackend
 from folo_lib.qwen3 import (
     ATTENTION_BACKENDS,
     Qwen3ForCausalLM,
-    check_config,
     copy_weights,
     get_head_dim,
 )

@@ -487,6 +487,12 @@ class TestBadInput:
         answer = http.post("/v1/completions", content=content, headers=JSON)
         assert answer.status_code == 400 and answer.json()["error"]["message"]
 
+    def test_json_that_is_not_called_so(self, http: httpx.Client) -> None:
+        body = json.dumps({"model": MODEL, "prompt": PROMPT})
+        answer = http.post("/v1/completions", content=body)
+        assert answer.status_code == 400
+        assert "sent as Content-Type" in answer.json()["error"]["message"]
+
     def test_unknown_model_and_key(
         self, server: Running, client: openai.OpenAI
     ) -> None:

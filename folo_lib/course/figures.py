@@ -474,7 +474,7 @@ WAYS: tuple[
     ((34, 53), (42, 53), "ids", (38, 55)),
     ((58, 53), (66, 53), "", (62, 55)),
     ((43.5, 56), (43.5, 60), "", (50, 58)),
-    ((6.5, 61), (6.5, 58), "", (6.5, 59)),
+    ((22, 65.5), (22, 59), "", (22, 62)),
     ((84.5, 64.5), (84.5, 44), "blocks", (71, 66.5)),
     ((97.5, 35), (97.5, 32), "", (91, 33)),
     ((70, 47), (70, 40), "ids, positions", (60.5, 43.5)),
@@ -516,6 +516,7 @@ def draw_map(
     ax.text(49, 36, said, **style)
     ax.plot([20, 25], [5, 5], "k-", lw=1)  # from the sampler, then up
     ax.plot([58, 84.5], [64.5, 64.5], "k-", lw=1)  # from the scheduler, then down
+    ax.plot([13, 22], [65.5, 65.5], "k-", lw=1)  # from the clients, then down
     ax.plot([82, 87], [53, 53], "k-", lw=1)
     if here != "15":  # or else "you are here" stands there
         ax.plot([93, 93], [59, 62], "k-", lw=1)  # from the graphs to their kernels

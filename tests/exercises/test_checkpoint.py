@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +11,56 @@ import torch
 from torch import Tensor
 
 from folo_lib.course.exercises.checkpoint import (
+    check_count_numbers,
     check_merge_lora,
     check_split_into_shards,
 )
 
 Weights = dict[str, Tensor]
 Files = dict[str, Weights]
+
+
+Header = dict[str, dict[str, Any]]
+
+
+def shapes_of(header: Header) -> list[list[int]]:
+    return [entry["shape"] for name, entry in header.items() if name[0] != "_"]
+
+
+def from_bytes(header: Header) -> int:
+    offsets = [e["data_offsets"] for e in header.values() if "data_offsets" in e]
+    return sum(end - start for start, end in offsets) // 2
+
+
+def metadata_taken_out(header: Header) -> int:
+    del header["__metadata__"]
+    return sum(math.prod(shape) for shape in shapes_of(header))
+
+
+@pytest.mark.parametrize(
+    ("attempt", "fragment"),
+    [
+        (lambda h: sum(math.prod(e["shape"]) for e in h.values()), "KeyError"),
+        (lambda h: sum(sum(shape) for shape in shapes_of(h)), "give 7 instead of 12"),
+        (lambda h: sum(s[0] * s[-1] for s in shapes_of(h)), "give 9 instead of 3"),
+        (lambda h: math.prod(shapes_of(h)[0]), "give 12 instead of 17"),
+        (
+            lambda h: sum(math.prod(s) for s in shapes_of(h) if s),
+            "{'scale': []} in BF16 give 0 instead of 1",
+        ),
+        (from_bytes, "{'a': [3]} in F32 give 6 instead of 3"),
+        (metadata_taken_out, "changed the header"),
+        (
+            lambda h: float(sum(math.prod(s) for s in shapes_of(h))),
+            "a float, not an int",
+        ),
+        (lambda h: len(h) - 1, "give 1 instead of 3"),
+    ],
+)
+def test_count_numbers(attempt: Callable[[Header], Any], fragment: str) -> None:
+    verdict = check_count_numbers(attempt)
+    assert not verdict
+    assert fragment in verdict.message.replace("\n", " ")
 
 
 def size_of(tensor: Tensor) -> int:

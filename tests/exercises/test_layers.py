@@ -10,7 +10,63 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from folo_lib.course.exercises.layers import check_clamped_swiglu, check_fold_norm
+from folo_lib.course.exercises.layers import (
+    check_clamped_swiglu,
+    check_fold_norm,
+    check_layer_norm,
+)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    mean: bool = True,
+    dim: int | None = -1,
+    unbiased: bool = False,
+) -> Tensor:
+    """The right one, unless it is told otherwise."""
+    if mean:
+        x = x - (x.mean() if dim is None else x.mean(-1, keepdim=True))
+    square = x.square()
+    if unbiased:
+        size = square.sum(-1, keepdim=True) / (x.shape[-1] - 1)
+    else:
+        size = square.mean() if dim is None else square.mean(-1, keepdim=True)
+    return weight * x / (size + eps).sqrt() + bias
+
+
+@pytest.mark.parametrize(
+    ("attempt", "fragment"),
+    [
+        (
+            lambda x, w, b, eps: layer_norm(x, w, b, eps, mean=False),
+            "the mean taken away: the row [1.0, 7.0] became [0.2, 1.4], "
+            "wanted: [-1.0, 1.0]",
+        ),
+        (
+            lambda x, w, b, eps: layer_norm(x, w, b, eps, unbiased=True),
+            "the mean taken away",
+        ),
+        (lambda x, w, b, eps: layer_norm(x, w * 0 + 1, b, eps), "a weight of [1, 2]"),
+        (lambda x, w, b, eps: layer_norm(x, w, b * 0, eps), "a bias of [5, -5]"),
+        (lambda x, w, b, eps: layer_norm(x, w, b, eps, dim=None), "each row by itself"),
+        (lambda x, w, b, eps: layer_norm(x, w, b, 0), "eps = 16 under the root"),
+        (lambda x, w, b, eps: layer_norm(x, w, b, eps**2), "eps = 16 under the root"),
+        (
+            lambda x, w, b, eps: F.layer_norm(x, x.shape[-1:], w, b, eps),
+            "PyTorch's own",
+        ),
+        (lambda x, w, b, eps: layer_norm(x.sub_(x.mean()), w, b, eps), "changed x"),
+        (lambda x, w, b, eps: x[0], "has the shape [2], and should have [1, 2]"),
+    ],
+)
+def test_layer_norm(attempt: Callable[..., Any], fragment: str) -> None:
+    verdict = check_layer_norm(attempt)
+    assert not verdict
+    assert fragment in verdict.message.replace("\n", " ")
+
 
 Folded = tuple[Tensor, Tensor | None]
 

@@ -9,8 +9,49 @@ import pytest
 import torch
 from torch import Tensor
 
-from folo_lib.course.exercises.qwen3 import check_count_parameters, check_logit_lens
+from folo_lib.course.exercises.qwen3 import (
+    check_count_parameters,
+    check_find_rows,
+    check_logit_lens,
+)
 from folo_lib.qwen3 import Qwen3ForCausalLM, get_head_dim
+
+
+def find_rows(
+    config: Any,
+    gqa: bool = True,
+    divided: bool = False,
+    own: bool = False,
+    length: bool = False,
+) -> tuple[int, int]:
+    """The right rows, unless it is told otherwise."""
+    head_dim = config.hidden_size // config.num_attention_heads
+    if not divided:
+        head_dim = config.head_dim if own else get_head_dim(config)
+    start = config.num_attention_heads * head_dim
+    heads = config.num_key_value_heads if gqa else config.num_attention_heads
+    return start, heads * head_dim + (0 if length else start)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "fragment"),
+    [
+        (lambda c: find_rows(c, length=True), "(32, 32) instead of (32, 64), of 96"),
+        (lambda c: (0, find_rows(c)[1]), "(0, 64) instead of (32, 64)"),
+        (lambda c: find_rows(c, gqa=False), "2 key heads for 4 queries: (32, 64)"),
+        (lambda c: find_rows(c, divided=True), "head_dim 16"),
+        (lambda c: find_rows(c, own=True), "AttributeError"),
+        (lambda c: slice(*find_rows(c)), "not a pair of numbers"),
+    ],
+)
+def test_find_rows(attempt: Callable[[Any], Any], fragment: str) -> None:
+    verdict = check_find_rows(attempt)
+    assert not verdict
+    assert fragment in verdict.message
+
+
+def test_find_rows_accepts_the_right_rows() -> None:
+    assert check_find_rows(find_rows)
 
 
 def count(config: Any, **without: bool) -> int:

@@ -1,8 +1,9 @@
-"""Checks of page 05's exercises: cutting a model into shards, and merging a LoRA adapter."""
+"""Checks of page 05's exercises: a header counted, a model cut into shards, LoRA merged."""
 
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +14,57 @@ from torch import Tensor
 from folo_lib.course.exercises import exercise, require
 from folo_lib.qwen3 import split_merged
 
-__all__ = ["check_merge_lora", "check_split_into_shards"]
+__all__ = ["check_count_numbers", "check_merge_lora", "check_split_into_shards"]
 
 Weights = dict[str, Tensor]
+Header = dict[str, dict[str, Any]]
+Counter = Callable[[Header], int]
 Splitter = Callable[[Weights, int], tuple[dict[str, Weights], dict[str, Any]]]
 Merger = Callable[[Weights, Weights, float], None]
+
+
+def _make_header(shapes: dict[str, list[int]], dtype: str = "BF16") -> Header:
+    """As safetensors writes it, for tensors of these shapes."""
+    header: Header = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * (4 if dtype == "F32" else 2)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    return header
+
+
+def _require_count(
+    solution: Counter, header: Header, wanted: int, shapes: object
+) -> None:
+    before = json.dumps(header)
+    got = solution(header)
+    require(
+        isinstance(got, int),
+        f"it gives a {type(got).__name__}, not an int, for the shapes {shapes}.",
+    )
+    require(json.dumps(header) == before, "it changed the header that it was given.")
+    require(got == wanted, f"the shapes {shapes} give {got} instead of {wanted}.")
+
+
+@exercise
+def check_count_numbers(solution: Counter) -> None:
+    """Headers of a few tensors, one difficulty after the other."""
+    cases: list[dict[str, list[int]]] = [
+        {"a": [3]},
+        {"a": [3, 4]},
+        {"a": [3, 4], "b": [5]},
+        {"a": [2, 3, 4]},
+        {"scale": []},
+        {"empty": [0, 7], "a": [2]},
+    ]
+    for shapes in cases:
+        wanted = sum(math.prod(shape) for shape in shapes.values())
+        for dtype in ("BF16", "F32"):
+            header = _make_header(shapes, dtype)
+            _require_count(solution, header, wanted, f"{shapes} in {dtype}")
+    header = _make_header({"a": [6]})
+    del header["__metadata__"]
+    _require_count(solution, header, 6, "{'a': [6]}, without __metadata__,")
 
 
 def _num_bytes(weights: Weights) -> int:

@@ -1,22 +1,24 @@
-"""Checks of page 03's exercises: a norm folded into a linear layer, and gpt-oss's activation."""
+"""Checks of page 03's exercises: LayerNorm, a norm folded away, gpt-oss's activation."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from folo_lib.course.exercises import exercise, require
+from folo_lib.course.exercises import NotYet, exercise, require
 
-__all__ = ["check_clamped_swiglu", "check_fold_norm"]
+__all__ = ["check_clamped_swiglu", "check_fold_norm", "check_layer_norm"]
 
 FoldNorm = Callable[
     [Tensor, Tensor | None, Tensor, Tensor | None], tuple[Tensor, Tensor | None]
 ]
+LayerNorm = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 ClampedSwiGLU = Callable[[Tensor, float, float], Tensor]
 
 
@@ -34,6 +36,74 @@ def _require_tensor(
     require(
         result.dtype == dtype, f"{what} is {result.dtype}, and should stay {dtype}."
     )
+
+
+def _layer_norm_by_hand(
+    row: list[float], weight: list[float], bias: list[float], eps: float
+) -> list[float]:
+    """The rule for one row, number by number."""
+    mean = sum(row) / len(row)
+    size = math.sqrt(sum((x - mean) ** 2 for x in row) / len(row) + eps)
+    return [
+        w * (x - mean) / size + b for x, w, b in zip(row, weight, bias, strict=True)
+    ]
+
+
+def _require_layer_norm(
+    solution: LayerNorm,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    what: str,
+) -> None:
+    """Row by row against the rule."""
+    before = x.clone()
+    message = "it calls PyTorch's own layer_norm. Write it with the lines of section 2."
+    refused = mock.Mock(side_effect=NotYet(message))
+    with (
+        mock.patch.object(F, "layer_norm", refused),
+        mock.patch.object(torch, "layer_norm", refused),
+    ):
+        result = solution(x, weight, bias, eps)
+    _require_tensor(result, list(x.shape), x.dtype, f"for x {list(x.shape)} the result")
+    require(torch.equal(x, before), "it changed x itself. Return a new tensor.")
+    rows = zip(
+        x.double().reshape(-1, x.shape[-1]).tolist(),
+        result.double().reshape(-1, x.shape[-1]).tolist(),
+        strict=True,
+    )
+    for row, got in rows:
+        wanted = _layer_norm_by_hand(row, weight.tolist(), bias.tolist(), eps)
+        near = all(abs(a - b) < 1e-4 for a, b in zip(got, wanted, strict=True))
+        require(
+            near,
+            f"{what}: the row {[round(x, 3) for x in row[:4]]} became "
+            f"{[round(x, 3) for x in got[:4]]}, wanted: {[round(x, 3) for x in wanted[:4]]}.",
+        )
+
+
+@exercise
+def check_layer_norm(solution: LayerNorm) -> None:
+    """Against the rule for one row, one difficulty after the other."""
+    ones, zeros = torch.ones(2), torch.zeros(2)
+    pair = torch.tensor([[1.0, 7.0]])
+    _require_layer_norm(solution, pair, ones, zeros, 0.0, "the mean taken away")
+    weight, bias = torch.tensor([1.0, 2.0]), torch.tensor([5.0, -5.0])
+    _require_layer_norm(solution, pair, weight, zeros, 0.0, "a weight of [1, 2]")
+    _require_layer_norm(solution, pair, weight, bias, 0.0, "a bias of [5, -5]")
+    rows = torch.tensor([[1.0, 7.0], [30.0, 10.0]])
+    _require_layer_norm(solution, rows, ones, zeros, 0.0, "each row by itself")
+    _require_layer_norm(solution, pair, ones, zeros, 16.0, "eps = 16 under the root")
+    flat = torch.full((1, 2), 3.0)
+    _require_layer_norm(solution, flat, ones, bias, 1e-6, "two equal elements")
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((8,), (3, 5), (2, 3, 64)):
+        x, w, b = (
+            torch.randn(size, generator=generator, device="cpu")
+            for size in (shape, shape[-1:], shape[-1:])
+        )
+        _require_layer_norm(solution, x, w, b, 1e-5, "random numbers")
 
 
 def _folded(

@@ -1,4 +1,4 @@
-"""Checks of page 04's exercises: parameters counted from a config, and a lens on the stream."""
+"""Checks of page 04's exercises: rows found, parameters counted, and a lens on the stream."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from folo_lib.course.exercises import NotYet, exercise, require
 from folo_lib.qwen3 import Qwen3ForCausalLM
 
-__all__ = ["check_count_parameters", "check_logit_lens"]
+__all__ = ["check_count_parameters", "check_find_rows", "check_logit_lens"]
 
+FindRows = Callable[[Any], tuple[int, int]]
 CountParameters = Callable[[Any], int]
 LogitLens = Callable[[Qwen3ForCausalLM, Tensor], Tensor]
 
@@ -36,6 +37,34 @@ def _config(qwen2: bool = False, **changes: Any) -> Any:
     if not qwen2:
         settings["head_dim"] = 8
     return (Qwen2Config if qwen2 else Qwen3Config)(**(settings | changes))
+
+
+def _require_rows(solution: FindRows, config: Any, what: str) -> None:
+    """Against the view that the model has under the keys' name."""
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(config)
+    prefix = "model.layers.0.self_attn."
+    view = model.hf_weights()[f"{prefix}k_proj.weight"]
+    start = view.storage_offset() // config.hidden_size
+    got, wanted = solution(config), (start, start + len(view))
+    require(
+        isinstance(got, tuple) and len(got) == 2,
+        f"it gives {got!r}, not a pair of numbers.",
+    )
+    rows = len(model.get_parameter(f"{prefix}qkv_proj.weight"))
+    require(
+        got == wanted, f"{what}: {got} instead of {wanted}, of {rows} rows in qkv_proj."
+    )
+
+
+@exercise
+def check_find_rows(solution: FindRows) -> None:
+    """Against models on the meta device, one difficulty after the other."""
+    _require_rows(solution, _config(), "4 heads of each kind, 8 wide")
+    _require_rows(solution, _config(num_key_value_heads=2), "2 key heads for 4 queries")
+    wide = _config(num_key_value_heads=1, head_dim=16)
+    _require_rows(solution, wide, "head_dim 16, not hidden_size / heads = 8")
+    _require_rows(solution, _config(qwen2=True), "Qwen2, which has no head_dim")
 
 
 def _group(name: str) -> str:
@@ -156,7 +185,7 @@ def _streams(
 
 
 def logit_lens(model: Qwen3ForCausalLM, input_ids: Tensor) -> Tensor:
-    """What exercise 2 asks for, by calling the layers one by one. Page 05 uses it."""
+    """What exercise 3 asks for, by calling the layers one by one. Page 05 uses it."""
     streams = [
         x if stream is None else x + stream for x, stream in _streams(model, input_ids)
     ]

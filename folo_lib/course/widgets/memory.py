@@ -12,6 +12,7 @@ from matplotlib.patches import Rectangle
 from folo_lib.course.figures import CACHE, US
 from folo_lib.course.widgets.base import Explorer, choice_slider
 from folo_lib.kv_cache import kv_bytes_per_token
+from folo_lib.platform import GPU_MEMORY_SHARE
 
 if TYPE_CHECKING:
     from transformers import Qwen3Config
@@ -80,15 +81,24 @@ CACHE_DTYPES = {
 }
 
 
+def cache_memory(shape: ModelShape, dtype: torch.dtype, memory: int) -> int:
+    """What the engine sets aside for the cache on an empty GPU of `memory` bytes.
+
+    A share of what the weights leave free, see `folo_lib.platform`; negative if they do not fit.
+    """
+    free = memory - shape.weight_bytes(dtype)
+    return int(free * GPU_MEMORY_SHARE) if free >= 0 else -1
+
+
 def count_requests(
     shape: ModelShape, context: int, dtype: torch.dtype, memory: int
 ) -> int:
-    """How many requests of `context` tokens fit beside the weights into `memory` bytes.
+    """How many requests of `context` tokens fit into the cache on a GPU of `memory` bytes.
 
     -1 if not even the weights do.
     """
-    left = memory - shape.weight_bytes(dtype)
-    return left // shape.kv_bytes(context, dtype) if left >= 0 else -1
+    set_aside = cache_memory(shape, dtype, memory)
+    return set_aside // shape.kv_bytes(context, dtype) if set_aside >= 0 else -1
 
 
 def kv_memory_calculator() -> Explorer:
@@ -111,7 +121,7 @@ def memory_figure(
     shape, kind = MODEL_SHAPES[model], CACHE_DTYPES[dtype]
     weights, one = shape.weight_bytes(kind), shape.kv_bytes(context, kind)
     total = weights + batch * one
-    figure = Figure(figsize=(7.6, 3.6))
+    figure = Figure(figsize=(7.6, 3.7))
     ax = figure.subplots()
     parts = US.bar, CACHE.bar  # the weights are what we have loaded
     for place, gigabytes in enumerate(GPU_GIGABYTES):
@@ -120,6 +130,10 @@ def memory_figure(
         ax.barh(place, 1, 0.56, facecolor="white", edgecolor="black")
         ax.barh(place, first, 0.56, **parts[0])
         ax.barh(place, second - first, 0.56, left=first, **parts[1])
+        set_aside = cache_memory(shape, kind, memory)
+        if set_aside >= 0:
+            limit = (weights + set_aside) / memory
+            ax.plot([limit, limit], [place - 0.36, place + 0.36], "k-", linewidth=3)
         fits = count_requests(shape, context, kind, memory)
         note = "1 request fits" if fits == 1 else f"{fits:,} requests fit"
         if fits < 0:
@@ -130,31 +144,38 @@ def memory_figure(
     ax.set_yticks(
         range(len(GPU_GIGABYTES)), [f"{size} GB GPU" for size in GPU_GIGABYTES]
     )
-    ax.set(xlim=(0, 1), xlabel="share of the GPU's memory")
+    ax.set(
+        xlim=(0, 1.005),
+        xlabel="share of the GPU's memory; the bold mark is the cache's limit",
+    )
     ax.invert_yaxis()
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
     handles = [Rectangle((0, 0), 1, 1, **part) for part in parts]
     names = [
-        f"weights {gib(weights)}",
-        f"KV cache {batch} x {gib(one)} = {gib(batch * one)}",
+        f"weights {gb(weights)}",
+        f"KV cache {batch} x {gb(one)} = {gb(batch * one)}",
     ]
     ax.legend(handles, names, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
-    title = f"{model} in {dtype}, {context:,} tokens a request"
+    title = (
+        f"{model} in {dtype}: {batch} x {context:,} tokens take "
+        f"{batch * one / weights:.2g} times the memory of the weights"
+    )
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     sentence = (
-        f"{model} in {dtype}: weights {gib(weights)}; KV cache {gib(one)} for a request of "
-        f"{context:,} tokens, {gib(batch * one)} for {batch}; together {gib(total)}. "
-        "A GB of a GPU is counted as 10^9 bytes; activations come on top."
+        f"{model} in {dtype}: weights {gb(weights)}; KV cache {gb(one)} for a request of "
+        f"{context:,} tokens, {gb(batch * one)} for {batch}; together {gb(total)}. "
+        f"A GB is 10^9 bytes. The cache may have {GPU_MEMORY_SHARE:.0%} of what the weights "
+        "leave free; activations have the rest."
     )
     if context > shape.max_position_embeddings:
         sentence += f" The model itself reaches {shape.max_position_embeddings:,} tokens, not {context:,}."
     return figure, sentence
 
 
-def gib(num_bytes: int) -> str:
-    """Bytes in GiB, to three digits."""
-    size = num_bytes / 2**30
+def gb(num_bytes: int) -> str:
+    """Bytes in GB of 10^9 bytes, to three digits."""
+    size = num_bytes / 10**9
     digits = 3 if size < 0.1 else 2 if size < 10 else 1 if size < 100 else 0
-    return f"{size:,.{digits}f} GiB"
+    return f"{size:,.{digits}f} GB"

@@ -144,7 +144,6 @@ def sampling_figure(
         [i - 0.2 for i in places],
         own,
         color="white",
-        hatch="////",
         label="the model's own",
         **bar,
     )
