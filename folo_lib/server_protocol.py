@@ -134,7 +134,9 @@ def read_validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if first["type"] == "extra_forbidden":
         message = f"Unrecognized request argument supplied: {param}"
     elif not where and first["type"] != "value_error":
-        message = "The body must be a JSON object, sent as Content-Type: application/json."
+        message = (
+            "The body must be a JSON object, sent as Content-Type: application/json."
+        )
     elif first["type"] == "missing":
         message = f"Missing required parameter: {param}."
     else:

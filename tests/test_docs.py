@@ -218,6 +218,12 @@ def test_backticks_of_docstrings() -> None:
 
 def test_indented_code_of_docstrings() -> None:
     convert = extension("course_docstrings").convert_docstring
+    example = ["Of `x`.", "", "Example:", "    >>> a_, *b = `c` | d  # `", "    1_", ""]
+    assert convert([*example, "a_ too"]) == [
+        "Of :py:obj:`x`.",
+        *example[1:],
+        "a\\_ too",
+    ]
     assert convert(["So:", "", "    f(`x`)", "", "And `y`."]) == [
         "So:",
         "",
