@@ -188,6 +188,12 @@ class Service:
         streams: list[RequestStream] = []
         try:
             self.engine.check_open()  # before the work of reading the prompt
+            most = self.engine.max_waiting
+            if isinstance(asked, CompletionRequest) and len(asked.prompts) > most:
+                message = (
+                    f"prompt holds {len(asked.prompts)} prompts: send {most} at most."
+                )
+                raise ApiError(400, message, "prompt")
             groups = await self.make_groups(asked)
             for group in groups:
                 streams.append(self.engine.submit(group))

@@ -133,7 +133,7 @@ def read_validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     param = param.removeprefix(".")
     if first["type"] == "extra_forbidden":
         message = f"Unrecognized request argument supplied: {param}"
-    elif not where and first["type"] != "value_error":
+    elif first["type"] in ("model_attributes_type", "model_type", "dict_type"):
         message = (
             "The body must be a JSON object, sent as Content-Type: application/json."
         )

@@ -392,7 +392,9 @@ class TestNamesOfVllm:
     def test_an_output_looks_short(self, engine: LLMEngine) -> None:
         params = SamplingParams(max_tokens=50, n=2, logprobs=5, seed=1, ignore_eos=True)
         [one, two] = run(engine, ["Once " * 50, [5, 6]], params)
-        assert repr(one).startswith("<RequestOutput of 'Once Once On...ce Once Once ': '")
+        assert repr(one).startswith(
+            "<RequestOutput of 'Once Once On...ce Once Once ': '"
+        )
         assert repr(two).startswith("<RequestOutput of 2 token ids: '")
         for output in (one, two):
             assert repr(output).count("(50 tokens, length)") == 2

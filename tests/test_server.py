@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import signal
 import socket
@@ -23,9 +24,9 @@ import uvicorn
 
 import folo_lib
 from folo_lib import LLMEngine, SamplingParams, bundled_model_path
-from folo_lib.request import Request
-from folo_lib.server import Server, create_app, main, make_parser, merge
-from folo_lib.server_protocol import UNSUPPORTED
+from folo_lib.request import Logprob, Request
+from folo_lib.server import Server, create_app, folo, main, make_parser, merge
+from folo_lib.server_protocol import UNSUPPORTED, clamp
 from folo_lib.serving import AsyncLLMEngine
 
 MODEL, KEY = "tiny-qwen3", "secret"
@@ -212,16 +213,10 @@ class TestAnswers:
                 offsets += chunk.choices[0].logprobs.text_offset or []
         assert offsets == scores.text_offset
 
-    def test_forbidden_tokens_have_a_number(self, client: openai.OpenAI) -> None:
+    def test_a_token_that_cannot_come_has_a_number(self) -> None:
         """-inf is no JSON."""
-        got = client.completions.create(
-            model=MODEL,
-            prompt=PROMPT,
-            max_tokens=1,
-            logprobs=20,
-            extra_body={"allowed_token_ids": [5]},
-        )
-        assert got.choices[0].logprobs is not None
+        assert clamp(Logprob(-math.inf, 9)) == -9999.0
+        assert clamp(Logprob(-0.5, 1)) == -0.5
 
     def test_parts_and_answers_of_earlier_turns(self, client: openai.OpenAI) -> None:
         first = client.chat.completions.create(
@@ -512,9 +507,11 @@ class TestBadInput:
         body = json.dumps({"model": "gpt\ud800", "prompt": PROMPT, "x\ud800": 1})
         answer = http.post("/v1/completions", content=body, headers=JSON)
         assert answer.status_code == 400
-        body = json.dumps({"model": "gpt\ud800", "prompt": PROMPT})
-        answer = http.post("/v1/completions", content=body, headers=JSON)
-        assert answer.status_code == 404
+        options = {"model": MODEL, "chat_template_kwargs": {"a\ud800": 1}}
+        body = json.dumps(options | {"messages": MESSAGES})
+        answer = http.post("/v1/chat/completions", content=body, headers=JSON)
+        assert answer.status_code == 400
+        assert "a\ud800" in answer.json()["error"]["message"]
 
     def test_unknown_urls(self, http: httpx.Client) -> None:
         for answer, status in ((http.get("/v1/what"), 404), (http.put("/health"), 405)):
@@ -531,17 +528,23 @@ class TestBadInput:
             assert answer.status_code == 413
             assert "larger than 100,000 bytes" in answer.json()["error"]["message"]
 
-    def test_too_many_at_a_time(self, server: Running, client: openai.OpenAI) -> None:
-        """The client waits a second, and tries again by itself."""
+    def test_too_many_at_a_time(
+        self,
+        server: Running,
+        client: openai.OpenAI,
+        http: httpx.Client,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The client waits a second, and tries again by itself, unless told otherwise."""
+        monkeypatch.setattr(server.served, "max_waiting", 0)
         with pytest.raises(openai.InternalServerError, match="requests wait already"):
-            client.completions.create(model=MODEL, prompt=[PROMPT] * 41, max_tokens=1)
-        server.wait_until_idle()
-        raw = httpx.post(
-            f"{server.url}/v1/completions",
-            json={"model": MODEL, "prompt": [PROMPT] * 41},
-            headers={"Authorization": f"Bearer {KEY}"},
-        )
+            client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=1)
+        raw = http.post("/v1/completions", json={"model": MODEL, "prompt": PROMPT})
         assert (raw.status_code, raw.headers["retry-after"]) == (503, "1")
+
+    def test_more_prompts_than_may_ever_wait(self, client: openai.OpenAI) -> None:
+        with pytest.raises(openai.BadRequestError, match="41 prompts: send 40 at most"):
+            client.completions.create(model=MODEL, prompt=[PROMPT] * 41)
 
 
 JSON = {"Content-Type": "application/json"}
@@ -663,6 +666,11 @@ class TestCommand:
     def test_a_mistake_is_said_in_one_line(self) -> None:
         with pytest.raises(SystemExit, match=r"^folo serve: error: max_num_seqs=0"):
             main(["--max-num-seqs", "0"], prog="folo serve")
+
+    def test_folo_knows_one_word(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "argv", ["folo", "sing"])
+        with pytest.raises(SystemExit, match="usage: folo serve"):
+            folo()
 
 
 def wait_for(url: str) -> None:

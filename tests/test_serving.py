@@ -307,7 +307,10 @@ class TestLeaving:
         assert sum(output is None for output in outputs) > 50
         assert all(outputs[::2])
 
-    def test_a_loop_that_is_gone(self, engine: LLMEngine) -> None:
+    def test_a_loop_that_is_gone(
+        self, engine: LLMEngine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        counts = count_steps(engine, monkeypatch)
         served = AsyncLLMEngine(engine)
 
         async def leave() -> None:
@@ -319,7 +322,8 @@ class TestLeaving:
         end = time.monotonic() + 10
         while served.owner.streams and time.monotonic() < end:
             time.sleep(0.01)
-        assert not served.owner.streams, "it works on for a loop that is closed"
+        assert not served.owner.streams
+        assert len(counts) < 400, "it works on for a loop that is closed"
         run(served.shutdown())
 
 
@@ -438,6 +442,8 @@ class TestTheEnd:
                 with pytest.raises(TimeoutError):
                     await asyncio.wait_for(served.ask(busy.is_set), 0.02)
                 busy.set()
+                await served.ask(engine.stats)
+                assert served.owner.error is None
                 assert (await served.ask(engine.stats)).num_running == 0
 
         run(main())
