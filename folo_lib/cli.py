@@ -63,6 +63,7 @@ class Printer:
         """Takes more text. On a terminal a word is shown when it is whole."""
         if not self.wraps:
             self.out.write(text)
+            self.column = 1  # a line has begun, however long it is
         else:
             for char in text:
                 self._take(char, look)
@@ -71,7 +72,7 @@ class Printer:
     def close(self) -> None:
         """Shows what waits, and ends the line."""
         self._show_word()
-        if self.column or not self.wraps:
+        if self.column:
             self._newline()
         self.out.flush()
 
@@ -125,6 +126,9 @@ def split_by_news(outputs: Iterator[RequestOutput]) -> Iterator[tuple[str, float
     """What each output of a stream adds, with the probability of the least likely token of it.
 
     Where a token shows nothing, as half of a character does, it counts with the next.
+
+    Raises:
+        ValueError: if the request ends with an error.
     """
     length, num_tokens, chance = 0, 0, 1.0
     for output in outputs:
@@ -137,6 +141,8 @@ def split_by_news(outputs: Iterator[RequestOutput]) -> Iterator[tuple[str, float
         if text := sample.text[length:]:
             yield text, chance
             length, chance = len(sample.text), 1.0
+        if output.error:
+            raise ValueError(output.error)
 
 
 def make_parser(prog: str = "folo") -> argparse.ArgumentParser:
@@ -304,8 +310,6 @@ def tell(
     finally:
         printer.close()
     seconds = time.perf_counter() - start
-    if last[0].error:
-        raise ValueError(last[0].error)
     legend = "Shaded: less than 50 % expected; underlined: less than 10 %. "
     note(legend * printer.shades + describe(last[0], params, seconds), printer)
 

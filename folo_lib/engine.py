@@ -469,7 +469,7 @@ def show_progress(
 
 
 # %% ../notebooks/10_engine.ipynb #llm-engine
-class LLMEngine(VllmNames):
+class LLMEngine(VllmNames):  # adds get_tokenizer(), and how it is printed
     """An engine for one checkpoint. Several threads may use it at the same time.
 
     Args:

@@ -88,12 +88,12 @@ class TestPrinter:
         assert shade(0.09).startswith("4;")  # underlined, for who sees no colour
 
 
-def make_output(text: str, chances: list[float]) -> Any:
+def make_output(text: str, chances: list[float], error: str | None = None) -> Any:
     logprobs = [{i: SimpleNamespace(logprob=c)} for i, c in enumerate(chances)]
     sample = SimpleNamespace(
         text=text, token_ids=list(range(len(chances))), logprobs=logprobs
     )
-    return SimpleNamespace(outputs=[sample])
+    return SimpleNamespace(outputs=[sample], error=error)
 
 
 def test_half_of_a_character_counts_with_the_next() -> None:
@@ -102,6 +102,13 @@ def test_half_of_a_character_counts_with_the_next() -> None:
     [one, two] = split_by_news(iter(outputs))
     assert one == ("a", 1.0)
     assert two[0] == "🙂" and two[1] == pytest.approx(0.0498, abs=1e-4)
+
+
+def test_a_request_that_fails_says_so_after_its_text() -> None:
+    news = split_by_news(iter([make_output("a", [0.0], "the logits are NaN")]))
+    assert next(news) == ("a", 1.0)
+    with pytest.raises(ValueError, match="the logits are NaN"):
+        next(news)
 
 
 @pytest.mark.usefixtures("at_once")
@@ -159,7 +166,7 @@ class TestStory:
         with pytest.raises(SystemExit) as caught:
             main(["Once"])
         assert caught.value.code == 130
-        assert capsys.readouterr().out == "Once\n\n"
+        assert capsys.readouterr().out == "Once\n"
 
 
 @pytest.mark.usefixtures("at_once")
