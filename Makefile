@@ -37,7 +37,7 @@ help:
 	@echo "make clean      remove build/ and caches; what begins with .venv stays"
 
 run: $(READY)
-	@$(PY) tools/hello.py
+	@$(PY) -m folo_lib "Once upon a time" --temperature 0
 	@$(PY) tools/run_pages.py
 
 test test-more test-oldest: export HF_HUB_OFFLINE = 1

@@ -35,10 +35,10 @@ from folo_lib.checkpoint import (
 )
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(prog: str = "python -m folo_lib.benchmark") -> argparse.ArgumentParser:
     """The arguments of `python -m folo_lib.benchmark`."""
     parser = argparse.ArgumentParser(
-        prog="python -m folo_lib.benchmark",
+        prog=prog,
         description="Measure folo_lib beside Hugging Face's generate().",
         epilog="Weights are random ones of Qwen3-0.6B's shape unless --model is given; "
         "--quick on a CPU takes the bundled checkpoint.",
@@ -152,9 +152,11 @@ def run_all(
     return record
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """`python -m folo_lib.benchmark`; see `--help`."""
-    parser = make_parser()
+def main(
+    argv: Sequence[str] | None = None, prog: str = "python -m folo_lib.benchmark"
+) -> None:
+    """`python -m folo_lib.benchmark`, and `folo bench`; see `--help`."""
+    parser = make_parser(prog)
     args = parser.parse_args(argv)
     if args.alone:
         print(json.dumps(parse_alone(args.alone)))

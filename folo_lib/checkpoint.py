@@ -255,6 +255,12 @@ def load_model(
 
     Warns:
         UserWarning: if a weight is NaN or infinite, or a tied config has another head.
+
+    Example:
+        >>> from folo_lib import bundled_model_path, load_model
+        >>> model = load_model(bundled_model_path(), device="cpu", use_tqdm=False)
+        >>> len(model.model.layers)
+        6
     """
     target = resolve_device(device)
     wanted = resolve_dtype(dtype, target, None)  # arguments first, a download later
@@ -289,6 +295,12 @@ def load_tokenizer(model: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
     Raises:
         FileNotFoundError: if the folder has no tokenizer files.
         ValueError: naming the file that is damaged; the chat template counts.
+
+    Example:
+        >>> from folo_lib import bundled_model_path, load_tokenizer
+        >>> tokenizer = load_tokenizer(bundled_model_path())
+        >>> tokenizer.decode(tokenizer("She had a red kite.").input_ids)
+        'She had a red kite.'
     """
     folder = find_checkpoint(model)
     fast, slow = folder / "tokenizer.json", folder / "vocab.json"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
-from numbers import Integral
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +17,7 @@ from folo_lib.checkpoint import (
     resolve_dtype,
 )
 from folo_lib.kv_cache import DEFAULT_BLOCK_SIZE
+from folo_lib.vllm_names import ABSENT_OPTIONS, keep_known
 
 if TYPE_CHECKING:
     from folo_lib.engine import Scheduler
@@ -52,6 +52,9 @@ class EngineConfig:
             model was made for and the memory holds.
         block_size: tokens in a block of the KV cache.
         kv_cache_memory_bytes: set aside for the cache; None: see `get_kv_cache_memory`.
+        gpu_memory_utilization: share of the whole memory of the GPU that the engine may use,
+            weights included, above 0 and at most 1; None: what is free after loading. Where
+            there is no GPU, or `kv_cache_memory_bytes` is given, it changes nothing.
         decode: how steps run, a name in `MODEL_RUNNERS`: `"eager"`, kernel by kernel;
             `"compile"`, layers compiled; `"graph_plain"`, a step replayed as one CUDA graph;
             `"graph"`, both; `"fused"`, the same with fused kernels where the model allows it.
@@ -74,6 +77,14 @@ class EngineConfig:
     Raises:
         ValueError: if a value is unknown, out of its range, or not to be had on this machine.
         TypeError: if it is of the wrong type.
+
+    Example:
+        >>> from folo_lib import EngineConfig
+        >>> EngineConfig(max_num_seqs=8).max_num_batched_tokens
+        2048
+        >>> EngineConfig(max_num_seqs=0)
+        Traceback (most recent call last):
+        ValueError: max_num_seqs=0 must be at least 1, the requests that run at a time.
     """
 
     dtype: str | torch.dtype = "auto"
@@ -82,6 +93,7 @@ class EngineConfig:
     max_model_len: int | None = None
     block_size: int = DEFAULT_BLOCK_SIZE
     kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float | None = None
     decode: str = "auto"
     enforce_eager: bool = False
     scheduler: str | Callable[[EngineConfig, int], Scheduler] = "continuous"
@@ -128,6 +140,7 @@ class EngineConfig:
         for name in ("max_model_len", "kv_cache_memory_bytes"):
             if getattr(self, name) is not None:
                 self._check_int(name, 1, hint="; None leaves it to the engine")
+        self._check_share("gpu_memory_utilization")
         if isinstance(self.scheduler, str):
             _find("scheduler", self.scheduler, SCHEDULERS)
         elif not callable(self.scheduler):
@@ -149,24 +162,29 @@ class EngineConfig:
             raise ValueError(f"{name}={value} must be {limits}{hint}.")
         object.__setattr__(self, name, number)  # the way of a frozen dataclass
 
+    def _check_share(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        limits = "above 0 and at most 1; None leaves it to the engine"
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name}={value!r} must be a number {limits}.")
+        number = float(value)
+        if not 0 < number <= 1:  # NaN neither
+            raise ValueError(f"{name}={value} must be {limits}.")
+        object.__setattr__(self, name, number)
+
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> EngineConfig:
         """The config of an engine's keyword arguments.
 
         Raises:
-            TypeError: naming an option that does not exist, and the nearest that does.
+            TypeError: naming an option that does not exist, and the nearest that does, or
+                what is here in place of an option of vLLM.
         """
         names = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in names:
-                near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-                advice = (
-                    f"did you mean {near[0]!r}?"
-                    if near
-                    else "there are " + ", ".join(names)
-                )
-                raise TypeError(f"the engine has no option {name!r}: {advice}")
-        return cls(**options)
+        what = "the engine has no option"
+        return cls(**keep_known(what, options, names, ABSENT_OPTIONS))
 
     def get_model_runner(self, device: torch.device) -> type[ModelRunner]:
         """The class that `decode` names; `"auto"` is `"fused"` on a GPU, else `"eager"`.

@@ -55,6 +55,7 @@ from .platform import FairLock
 from .qwen3 import Qwen3ForCausalLM
 from .request import Request, RequestOutput, RequestStatus
 from .sampling_params import SamplingParams
+from .vllm_names import VllmNames
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -91,6 +92,12 @@ class EngineStats:
         num_preemptions: how often a request lost its blocks to another.
         num_prefix_tokens, num_prefix_hits: tokens of requests that started, and those
             of them that were found in the cache.
+
+    Example:
+        >>> from folo_lib import LLM
+        >>> stats = LLM(use_tqdm=False).stats()
+        >>> stats.num_running, stats.num_waiting, stats.prefix_hit_rate
+        (0, 0, 0.0)
     """
 
     num_running: int
@@ -409,7 +416,7 @@ def undisturbed(executor: GPUExecutor, table: RequestTable) -> Iterator[None]:
 
 
 # %% ../notebooks/10_engine.ipynb #find-parts
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Mapping[str, Any]
 Prompts = Prompt | Sequence[Prompt]
 Conversation = Sequence[Mapping[str, Any]]
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -428,6 +435,8 @@ def load_parts(
         tokenizer = tokenizer or load_tokenizer(model)
         generation_config = generation_config or inputs.load_generation_config(model)
     executor = GPUExecutor(model, config)
+    if not isinstance(model, Qwen3ForCausalLM):
+        executor.config.name_or_path = str(model)
     processor = inputs.InputProcessor(
         tokenizer,
         executor.config.vocab_size,
@@ -460,7 +469,7 @@ def show_progress(
 
 
 # %% ../notebooks/10_engine.ipynb #llm-engine
-class LLMEngine:
+class LLMEngine(VllmNames):  # adds get_tokenizer(), and how it is printed
     """An engine for one checkpoint. Several threads may use it at the same time.
 
     Args:
@@ -469,6 +478,14 @@ class LLMEngine:
         tokenizer, generation_config: None: the checkpoint's. A loaded model has none;
             without a tokenizer the engine takes and gives token ids only.
         options: the fields of `EngineConfig`.
+
+    Example:
+        >>> from folo_lib import LLMEngine, SamplingParams
+        >>> engine = LLMEngine(use_tqdm=False)
+        >>> params = SamplingParams(temperature=0, max_tokens=6)
+        >>> [output] = engine.generate("Once upon a time", params, use_tqdm=False)
+        >>> output.outputs[0].text
+        ' there was a young deer named'
     """
 
     def __init__(
@@ -529,7 +546,8 @@ class LLMEngine:
         """Runs prompts to their end; the outputs are in the order of the prompts.
 
         Args:
-            prompts: a str, token ids, or a list of either; `[]` gives `[]`.
+            prompts: a str, token ids, a dict with one of them under `"prompt"` or
+                `"prompt_token_ids"`, or a list of those; `[]` gives `[]`.
             sampling_params: one for all or one each; None: the checkpoint's defaults.
             use_tqdm: show a progress bar.
 

@@ -25,6 +25,7 @@ from folo_lib.request import (
     TokenBytes,
 )
 from folo_lib.sampling_params import SamplingParams
+from folo_lib.vllm_names import ABSENT_PROMPT_KEYS, keep_known
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -157,9 +158,8 @@ def to_token_ids(prompt: Any, vocab_size: int) -> list[int]:
 def _cure(prompt: Any) -> str:
     """What to pass in place of a prompt of the wrong kind."""
     if isinstance(prompt, Mapping):
-        for name in ("prompt", "prompt_token_ids", "text"):
-            if name in prompt:
-                return f"pass what its {name!r} holds"
+        if "text" in prompt:
+            return "pass what its 'text' holds, or call it 'prompt'"
         if "role" in prompt:
             return "it is a message of a conversation, so pass the messages to chat()"
         return "of a tokenizer's output take .input_ids"
@@ -170,6 +170,44 @@ def _cure(prompt: Any) -> str:
     if isinstance(prompt, os.PathLike):
         return "read the file and pass its text"
     return "pass list(prompt)" if hasattr(prompt, "__iter__") else "pass one of them"
+
+
+PROMPT_KEYS = ("prompt", "prompt_token_ids")
+"""Of a prompt that is a dict, as vLLM takes it: its text, its ids, or both."""
+
+
+def open_prompt(prompt: Any) -> tuple[Any, str | None]:
+    """What is to be run of a prompt, text or ids, and its text if that is known.
+
+    Args:
+        prompt: as it is, or in a dict under `"prompt"` or `"prompt_token_ids"`; if there are
+            both, the ids are run.
+
+    Raises:
+        TypeError: if a dict has other keys, or text and ids are mixed up.
+    """
+    text: Any
+    if not isinstance(prompt, Mapping) or not any(
+        name in prompt for name in PROMPT_KEYS
+    ):
+        return prompt, prompt if isinstance(prompt, str) else None
+    kept = keep_known("a prompt has no key", prompt, PROMPT_KEYS, ABSENT_PROMPT_KEYS)
+    text, ids = kept.get("prompt"), kept.get("prompt_token_ids")
+    if not isinstance(text, str | None):
+        raise TypeError(
+            f"'prompt' holds a {type(text).__name__}, and text is expected there: token "
+            "ids go under 'prompt_token_ids'."
+        )
+    if isinstance(ids, str):
+        raise TypeError(
+            "'prompt_token_ids' holds a str, and ids are expected there: text goes under "
+            "'prompt'."
+        )
+    if text is None and ids is None:
+        raise TypeError(
+            "the prompt has neither text nor ids: give it 'prompt' or 'prompt_token_ids'."
+        )
+    return text if ids is None else ids, text
 
 
 class InputProcessor:
@@ -228,7 +266,8 @@ class InputProcessor:
         """The requests of one prompt, one for each sample.
 
         Args:
-            prompt: a str, or a sequence, tensor or array of token ids.
+            prompt: a str, or a sequence, tensor or array of token ids, or a dict with
+                either, see `open_prompt`.
             request_id: None makes a UUID.
             arrival_time: of `time.perf_counter()`; None is now.
         """
@@ -246,7 +285,8 @@ class InputProcessor:
         """The requests of each prompt; all prompts are checked before any is made.
 
         Args:
-            prompts: a str, token ids, or a list, array or iterator of either.
+            prompts: a str, token ids, a dict with either, or a list, array or iterator of
+                those.
             params: one for all of them, or one for each; None: the defaults.
         """
         now = time.perf_counter()
@@ -325,11 +365,14 @@ class InputProcessor:
                 "pass one for each, or a single one for all."
             )
         each = [self.default_params if own is None else own for own in params]
+        texts: list[str | None] = []
         token_ids, limits = [], []
         bad_words: list[tuple[tuple[int, ...], ...]] = []
         for position, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
             try:
-                token_ids.append(self.encode(prompt, not is_chat))
+                what, text = open_prompt(prompt)
+                texts.append(text)
+                token_ids.append(self.encode(what, not is_chat))
                 limits.append(self.check_params(own, len(token_ids[-1])))
                 again = position > 0 and own is each[position - 1]
                 bad_words.append(
@@ -347,8 +390,8 @@ class InputProcessor:
                 for own in each
             ]
         groups = []
-        for prompt, ids, own, max_tokens, seed, words in zip(
-            prompts, token_ids, each, limits, seeds, bad_words, strict=True
+        for text, ids, own, max_tokens, seed, words in zip(
+            texts, token_ids, each, limits, seeds, bad_words, strict=True
         ):
             group_id = str(uuid.uuid4()) if request_id is None else request_id
             groups.append(
@@ -356,7 +399,7 @@ class InputProcessor:
                     Request(
                         request_id=group_id,
                         index=index,
-                        prompt=prompt if isinstance(prompt, str) else None,
+                        prompt=text,
                         prompt_token_ids=ids,
                         params=own,
                         seed=seed,

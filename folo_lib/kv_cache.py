@@ -207,6 +207,12 @@ class BlockAllocator:
     Args:
         num_blocks: blocks in the cache.
         block_size: slots per block.
+
+    Example:
+        >>> from folo_lib import BlockAllocator
+        >>> allocator = BlockAllocator(num_blocks=8, block_size=16)
+        >>> allocator.allocate(40), allocator.num_free_blocks
+        ([0, 1, 2], 5)
     """
 
     def __init__(self, num_blocks: int, block_size: int = DEFAULT_BLOCK_SIZE) -> None:
@@ -272,6 +278,21 @@ class AttentionMetadata:
             new ones together.
         query_lens_list, seq_lens_list: how many tokens of each sequence run, and
             `seq_lens`, both known to the host without asking the device.
+
+    Example:
+        >>> import torch
+        >>> from folo_lib import AttentionMetadata
+        >>> metadata = AttentionMetadata(  # 3 tokens of one sequence, 2 of another
+        ...     block_size=16,
+        ...     slot_mapping=torch.tensor([0, 1, 2, 16, 17]),
+        ...     block_table=torch.tensor([[0], [1]]),
+        ...     query_start_loc=torch.tensor([0, 3, 5]),
+        ...     seq_lens=torch.tensor([3, 2]),
+        ...     query_lens_list=[3, 2],
+        ...     seq_lens_list=[3, 2],
+        ... )
+        >>> metadata.max_seq_len
+        3
     """
 
     block_size: int
@@ -308,6 +329,11 @@ class AttentionBackend(ABC):
     Attributes:
         supports_cuda_graph: whether it reads lengths and blocks on the device only, so
             that a recording of its kernels serves other steps; page 14 asks.
+
+    Example:
+        >>> from folo_lib import AttentionBackend, get_attention_backend
+        >>> issubclass(get_attention_backend("torch_sdpa"), AttentionBackend)
+        True
     """
 
     supports_cuda_graph: ClassVar[bool] = False

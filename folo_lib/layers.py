@@ -23,6 +23,12 @@ class RMSNorm(nn.Module):
     Args:
         hidden_size: size of the last dimension; `E`, or `D` for a norm per head.
         eps: added to the mean square, so that a vector of zeros gives zeros.
+
+    Example:
+        >>> import torch
+        >>> from folo_lib import RMSNorm
+        >>> RMSNorm(2)(torch.tensor([3.0, 4.0])).detach()  # both by 3.5355
+        tensor([0.8485, 1.1314])
     """
 
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
@@ -67,6 +73,12 @@ class SiLUAndMul(nn.Module):
     """The activation of SwiGLU, on the output of a merged gate and up projection.
 
     GLU variants: https://arxiv.org/abs/2002.05202.
+
+    Example:
+        >>> import torch
+        >>> from folo_lib import SiLUAndMul
+        >>> SiLUAndMul()(torch.tensor([0.0, 1.0, 2.0, 3.0]))  # gate 0, 1 and up 2, 3
+        tensor([0.0000, 2.1932])
     """
 
     def forward(self, x: Tensor) -> Tensor:

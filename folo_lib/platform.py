@@ -46,15 +46,35 @@ def get_physical_memory() -> int:
     return min(limits)
 
 
-def get_kv_cache_memory(device: torch.device | str) -> int:
+def get_kv_cache_memory(
+    device: torch.device | str, utilization: float | None = None
+) -> int:
     """Bytes to set aside for the KV cache unless told otherwise; ask after loading.
 
     Args:
         device: CUDA: `GPU_MEMORY_SHARE` of what is free now. Otherwise a quarter of the main
             memory, at most `MAX_CPU_KV_CACHE`.
+        utilization: share of the whole GPU memory that this process may use; None: all that
+            is free. What a step computes takes its part of it too, so here as well the cache
+            gets `GPU_MEMORY_SHARE` of what is left.
+
+    Raises:
+        ValueError: if nothing of that share is left.
     """
     if torch.device(device).type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
+        free, total = torch.cuda.mem_get_info(device)
+        if utilization is not None:
+            allowed, taken = (
+                int(total * utilization),
+                torch.cuda.memory_reserved(device),
+            )
+            if allowed <= taken:
+                raise ValueError(
+                    f"gpu_memory_utilization={utilization} of the GPU's {total:,} bytes is "
+                    f"{allowed:,}, and {taken:,} are taken already, by the model among "
+                    "others: raise it, or take a smaller model or dtype."
+                )
+            free = min(free, allowed - taken)
         return int(free * GPU_MEMORY_SHARE)
     return min(get_physical_memory() // 4, MAX_CPU_KV_CACHE)
 

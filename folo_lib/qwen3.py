@@ -133,6 +133,11 @@ def get_attention_backend(name: str = "auto") -> "type[AttentionBackend]":
 
     Raises:
         ValueError: if no backend has that name.
+
+    Example:
+        >>> from folo_lib import get_attention_backend
+        >>> get_attention_backend("torch_naive").__name__
+        'TorchNaiveBackend'
     """
     path = ATTENTION_BACKENDS.get("torch_sdpa" if name == "auto" else name)
     if path is None:
@@ -352,6 +357,14 @@ class Qwen3ForCausalLM(nn.Module):
 
     Raises:
         ValueError: if the config asks for what this model does not compute.
+
+    Example:
+        >>> import torch
+        >>> from folo_lib import Qwen3ForCausalLM, bundled_model_path
+        >>> from folo_lib.checkpoint import read_config
+        >>> model = Qwen3ForCausalLM(read_config(bundled_model_path()))
+        >>> model.compute_logits(model(torch.tensor([[1, 2, 3]]))).shape
+        torch.Size([1, 3, 2048])
     """
 
     def __init__(

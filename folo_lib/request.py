@@ -25,6 +25,7 @@ __all__ = [
 # %% ../notebooks/09_request.ipynb #imports
 import codecs
 import enum
+import reprlib
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -48,6 +49,12 @@ class RequestStatus(enum.Enum):
     Attributes:
         is_finished: whether no token will follow.
         finish_reason: `"stop"`, `"length"`, `"abort"`, `"error"`; None before the end.
+
+    Example:
+        >>> from folo_lib import RequestStatus
+        >>> status = RequestStatus.FINISHED_LENGTH
+        >>> status.is_finished, status.finish_reason
+        (True, 'length')
     """
 
     WAITING = "waiting"
@@ -544,6 +551,15 @@ class CompletionOutput:
         finish_reason: `"stop"`, `"length"`, `"abort"`, `"error"`; None while it runs.
         stop_reason: the id or string that stopped; None for the tokenizer's EOS.
         seed: makes the same text again.
+
+    Example:
+        >>> from folo_lib import LLM, SamplingParams
+        >>> params = SamplingParams(temperature=0, max_tokens=6)
+        >>> llm = LLM(use_tqdm=False)
+        >>> [output] = llm.generate("Once upon a time", params, use_tqdm=False)
+        >>> sample = output.outputs[0]
+        >>> sample.text, len(sample.token_ids), sample.finish_reason
+        (' there was a young deer named', 6, 'length')
     """
 
     index: int
@@ -554,6 +570,12 @@ class CompletionOutput:
     finish_reason: str | None
     stop_reason: int | str | None
     seed: int
+
+    def __str__(self) -> str:
+        """The text cut short, its length, and how it ended."""
+        number, how = len(self.token_ids), self.finish_reason or "not finished"
+        tokens = f"{number} token{'s' * (number != 1)}"
+        return f"{reprlib.repr(self.text)} ({tokens}, {how})"
 
     @classmethod
     def from_request(cls, request: Request) -> Self:
@@ -583,6 +605,13 @@ class RequestOutput:
         error: what went wrong, if anything did.
         prompt_logprobs: for each token of the prompt, None for the first; None unless
             asked for.
+
+    Example:
+        >>> from folo_lib import LLM, SamplingParams
+        >>> llm = LLM(use_tqdm=False)
+        >>> greedy = SamplingParams(temperature=0, max_tokens=1)
+        >>> llm.generate("Once", greedy, use_tqdm=False)
+        [<RequestOutput of 'Once': ' there' (1 token, length)>]
     """
 
     request_id: str
@@ -593,6 +622,12 @@ class RequestOutput:
     metrics: RequestMetrics
     error: str | None = None
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
+    def __repr__(self) -> str:
+        """One line: prompt and texts cut short, and how each of them ended."""
+        number = len(self.prompt_token_ids)
+        prompt = reprlib.repr(self.prompt) if self.prompt else f"{number} token ids"
+        return f"<RequestOutput of {prompt}: {', '.join(map(str, self.outputs))}>"
 
     @property
     def num_cached_tokens(self) -> int:

@@ -259,6 +259,14 @@ class RotaryEmbedding(nn.Module):
     Raises:
         ValueError: where `compute_rope` does, or for a number of positions out of
             range.
+
+    Example:
+        >>> import torch
+        >>> from folo_lib import RotaryEmbedding
+        >>> rope = RotaryEmbedding(4, 16, {"rope_type": "default", "rope_theta": 1e4})
+        >>> cos, sin = rope(torch.tensor([0, 1, 2]))
+        >>> cos.shape
+        torch.Size([3, 1, 4])
     """
 
     cos: Tensor

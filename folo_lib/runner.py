@@ -641,7 +641,8 @@ class GPUWorker:
         loaded = get_model(model, config)
         self.runner = runner_class(loaded, config)
         dtype, block_size = self.runner.dtype, config.block_size
-        memory = config.kv_cache_memory_bytes or get_kv_cache_memory(device)
+        share = config.gpu_memory_utilization
+        memory = config.kv_cache_memory_bytes or get_kv_cache_memory(device, share)
         self.max_model_len = resolve_max_model_len(
             loaded.config, dtype, memory, config.max_model_len, block_size
         )

@@ -795,7 +795,21 @@ def draw_tokens(logits: Tensor, metadata: SamplingMetadata) -> Tensor:
 
 # %% ../notebooks/07_sampler.ipynb #sampler
 class Sampler:
-    """From logits to tokens for a whole batch, and the word on when a text ends."""
+    """From logits to tokens for a whole batch, and the word on when a text ends.
+
+    Example:
+        >>> import torch
+        >>> from folo_lib import Sampler, SamplingParams
+        >>> from folo_lib.sampler import SamplingMetadata
+        >>> greedy = SamplingParams(temperature=0)
+        >>> asked = SamplingMetadata.from_params(
+        ...     [greedy], seeds=[7], sample_indices=[0], num_prompt_tokens=[1],
+        ...     stop_token_ids=[()], vocab_size=3, device="cpu",
+        ... )
+        >>> token_ids, _ = Sampler().sample(torch.tensor([[0.1, 2.0, 0.3]]), asked)
+        >>> token_ids
+        tensor([1])
+    """
 
     check_stop_conditions = staticmethod(check_stop_conditions)
 

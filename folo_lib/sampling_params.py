@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
+from folo_lib.vllm_names import ABSENT_PARAMS, explain_unknown
+
 __all__ = ["SamplingParams"]
 
 logger = logging.getLogger(__name__)
@@ -23,6 +25,7 @@ MAX_LOGIT_BIAS = 100.0
 """Larger biases, up or down, count as this much."""
 
 
+@explain_unknown("SamplingParams has no parameter", ABSENT_PARAMS)
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """Names, defaults and ranges of vLLM's `SamplingParams`.
@@ -65,6 +68,14 @@ class SamplingParams:
     Raises:
         ValueError: if a value is out of range, naming it, the range and a way out.
         TypeError: if a value is of the wrong kind; True is not a number here.
+
+    Example:
+        >>> from folo_lib import SamplingParams
+        >>> SamplingParams(temperature=0.8, stop="\\n").stop
+        ('\\n',)
+        >>> SamplingParams(temperature=5)
+        Traceback (most recent call last):
+        ValueError: temperature=5 must be at least 0 and at most 2; 0 is greedy.
     """
 
     n: int = 1

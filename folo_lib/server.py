@@ -497,6 +497,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         "--seed",
     ):
         group.add_argument(name, type=int, **options)
+    group.add_argument("--gpu-memory-utilization", type=float, **options)
     for name in ("--enable-prefix-caching", "--enforce-eager", "--async-scheduling"):
         group.add_argument(name, action=argparse.BooleanOptionalAction, **options)
     return parser
@@ -541,13 +542,6 @@ def name_model(model: str) -> str:
     """A folder's name, or a hub id."""
     folder = Path(model).expanduser()
     return folder.resolve().name if folder.is_dir() else model
-
-
-def folo() -> None:
-    """The command `folo`, which knows one word: `folo serve`."""
-    if sys.argv[1:2] != ["serve"]:
-        sys.exit("usage: folo serve [options]; `folo serve --help` names them")
-    main(sys.argv[2:], prog="folo serve")
 
 
 if __name__ == "__main__":

@@ -229,6 +229,19 @@ class AsyncLLMEngine:
     Args:
         engine: of page 10. A thread of its own runs its steps from now on.
         max_waiting: requests that may wait for their first token at the same time.
+
+    Example:
+        >>> import asyncio
+        >>> from folo_lib import AsyncLLMEngine, LLMEngine, SamplingParams
+        >>> async def main():
+        ...     engine = AsyncLLMEngine(LLMEngine(use_tqdm=False))
+        ...     params = SamplingParams(temperature=0, max_tokens=6)
+        ...     async for output in engine.generate("Once upon a time", params):
+        ...         text = output.outputs[0].text
+        ...     await engine.shutdown()
+        ...     return text
+        >>> asyncio.run(main())
+        ' there was a young deer named'
     """
 
     def __init__(self, engine: LLMEngine, max_waiting: int = 256) -> None:

@@ -16,7 +16,9 @@ from folo_lib.engine import FCFSScheduler
 from folo_lib.kv_cache import TorchSDPABackend
 from folo_lib.qwen3 import ATTENTION_BACKENDS
 from folo_lib.runner import ModelRunner
+from folo_lib.sampling_params import SamplingParams
 from folo_lib.scheduler import ContinuousScheduler
+from folo_lib.vllm_names import ABSENT_OPTIONS, ABSENT_PARAMS
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -36,6 +38,13 @@ class TestValues:
             ({"scheduler": "lifo"}, "'lifo': choose one of 'continuous', 'fcfs'"),
             ({"max_model_len": 0}, "max_model_len=0 must be at least 1; None"),
             ({"kv_cache_memory_bytes": 0}, "kv_cache_memory_bytes=0 must be at least"),
+            *[
+                (
+                    {"gpu_memory_utilization": share},
+                    f"gpu_memory_utilization={share} must be above 0 and at most 1",
+                )
+                for share in (0, 0.0, -0.5, 1.01, 90, float("nan"))
+            ],
             ({"block_size": 0}, "block_size=0 must be at least 1"),
             (
                 {"max_num_seqs": 0},
@@ -71,6 +80,8 @@ class TestValues:
             {"max_model_len": True},
             {"block_size": None},
             {"kv_cache_memory_bytes": 1e9},
+            {"gpu_memory_utilization": "0.9"},
+            {"gpu_memory_utilization": True},
             {"max_num_seqs": None},
             {"max_num_seqs": 8.0},
             {"max_num_batched_tokens": "2048"},
@@ -140,6 +151,60 @@ class TestOptions:
     def test_nothing_like_it(self) -> None:
         with pytest.raises(TypeError, match="no option 'xyz': there are dtype, device"):
             EngineConfig.from_options({"xyz": 1})
+
+
+class TestOptionsOfVllm:
+    """What `vllm.LLM` takes and this engine has not."""
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("quantization", "awq"),
+            ("tensor_parallel_size", 2),
+            ("speculative_config", {"method": "ngram"}),
+            ("enable_lora", True),
+            ("guided_decoding", {"regex": "a"}),
+            ("guided_decoding_backend", "xgrammar"),
+            ("trust_remote_code", True),
+            ("kv_cache_dtype", "fp8"),
+            ("max_loras", 1),
+        ],
+    )
+    def test_is_an_error_that_says_where_to_read_on(
+        self, name: str, value: Any
+    ) -> None:
+        with pytest.raises(TypeError) as caught:
+            LLMEngine("nobody/nothing", **{name: value})  # nothing is looked for
+        said = str(caught.value)
+        assert said.startswith(f"the engine has no option {name!r}: ")
+        assert said.endswith("/docs/outgrow.md")
+        assert len(said) < 260
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("quantization", None),
+            ("tensor_parallel_size", 1),
+            ("enable_lora", False),
+            ("trust_remote_code", False),
+            ("enable_chunked_prefill", True),
+            ("disable_log_stats", True),
+        ],
+    )
+    def test_one_that_asks_for_nothing_is_let_through(
+        self, name: str, value: Any
+    ) -> None:
+        assert EngineConfig.from_options({name: value, "seed": 3}).seed == 3
+
+    def test_none_of_them_is_here(self) -> None:
+        ours = {field.name for field in dataclasses.fields(EngineConfig)}
+        assert not ours & {*ABSENT_OPTIONS}
+        params = {field.name for field in dataclasses.fields(SamplingParams)}
+        assert not params & {*ABSENT_PARAMS}
+
+    def test_a_value_that_compares_oddly(self) -> None:
+        with pytest.raises(TypeError, match="'quantization'"):
+            EngineConfig.from_options({"quantization": torch.tensor([1, 2])})
 
 
 class Faulty(TorchSDPABackend):

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from folo_lib import LLMEngine, SamplingParams, bundled_model_path, load_model
+from folo_lib import LLM, LLMEngine, SamplingParams, bundled_model_path, load_model
 from folo_lib.config import EngineConfig
 from folo_lib.engine import FCFSScheduler, Inbox, RequestTable, describe_request
 from folo_lib.inputs import get_eos_token_ids, load_generation_config
@@ -327,6 +327,78 @@ class TestGenerate:
         with pytest.raises(ValueError, match=r"40.*39"):
             run(engine, [[7] * 40], params)
         assert_idle(engine)
+
+
+class TestNamesOfVllm:
+    """What somebody types who knows vLLM."""
+
+    def test_the_class_and_its_tokenizer(self, engine: LLMEngine) -> None:
+        assert LLM is LLMEngine
+        tokenizer = engine.get_tokenizer()
+        assert tokenizer is engine.tokenizer and tokenizer is not None
+        assert make(gpu_memory_utilization=0.5).executor.num_blocks > 0
+
+    def test_prompts_that_are_dicts(self, engine: LLMEngine) -> None:
+        text = "Once upon a time"
+        [wanted] = run(engine, text, GREEDY)
+        ids = wanted.prompt_token_ids
+        texts, tokens = {"prompt": text}, {"prompt_token_ids": ids}
+        outputs = run(engine, [texts, tokens, text], GREEDY)
+        outputs += [*run(engine, texts, GREEDY), *run(engine, tokens, GREEDY)]
+        for prompt in (texts, tokens):
+            *_, last = engine.stream(prompt, GREEDY)
+            outputs.append(last)
+            request_id = engine.add_request(prompt, GREEDY)
+            while engine.has_unfinished_requests():
+                outputs += [one for one in engine.step() if one.finished]
+            assert outputs[-1].request_id == request_id
+        assert len(outputs) == 9
+        for output in outputs:
+            assert output.prompt_token_ids == ids
+            assert output.outputs[0].token_ids == wanted.outputs[0].token_ids
+        assert [one.prompt for one in outputs[:3]] == [text, None, text]
+
+    def test_a_share_of_the_gpu_reaches_the_worker(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[float | None] = []
+
+        def get_memory(device: object, utilization: float | None = None) -> int:
+            asked.append(utilization)
+            return 2**24
+
+        monkeypatch.setattr("folo_lib.runner.get_kv_cache_memory", get_memory)
+        few = make(gpu_memory_utilization=0.5).executor.num_blocks
+        assert make().executor.num_blocks == few
+        more = make(gpu_memory_utilization=0.5, kv_cache_memory_bytes=2**25)
+        assert more.executor.num_blocks > few  # the bytes count
+        assert asked == [0.5, None]
+
+    def test_looks(self, engine: LLMEngine) -> None:
+        first = repr(engine)
+        assert first.startswith("<LLMEngine tiny-qwen3: float32 on cpu, max_model_len=")
+        assert first.endswith(", 0 running, 0 waiting>")
+        engine.add_request("One", GREEDY, "a")
+        engine.step()
+        engine.add_request("Two", GREEDY)
+        assert repr(engine).endswith(" blocks used, 1 running, 1 waiting>")
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                assert len(repr(output)) < 120
+                assert "not finished" in repr(output) or output.finished
+        model = load_model(FOLDER, device="cpu", use_tqdm=False)
+        assert repr(LLMEngine(model)).startswith("<LLMEngine a loaded model: float32")
+
+    def test_an_output_looks_short(self, engine: LLMEngine) -> None:
+        params = SamplingParams(max_tokens=50, n=2, logprobs=5, seed=1, ignore_eos=True)
+        [one, two] = run(engine, ["Once " * 50, [5, 6]], params)
+        assert repr(one).startswith(
+            "<RequestOutput of 'Once Once On...ce Once Once ': '"
+        )
+        assert repr(two).startswith("<RequestOutput of 2 token ids: '")
+        for output in (one, two):
+            assert repr(output).count("(50 tokens, length)") == 2
+            assert len(repr(output)) < 180
 
 
 class TestChat:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -141,3 +142,24 @@ def test_what_make_test_leaves_out_is_run_by_make_test_more_and_ci() -> None:
 
 def test_version_is_the_same_in_package_and_project() -> None:
     assert folo_lib.__version__ == PROJECT["version"]
+
+
+def test_workflows_run_what_there_is() -> None:
+    """They cannot be run here; what they call is there at least."""
+    targets = set(
+        re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    )
+    targets |= {"test-more"}  # which shares its settings with others
+    found = []
+    for path in sorted((ROOT / ".github" / "workflows").glob("*.yml")):
+        for job in yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"].values():
+            found += [step["run"] for step in job["steps"] if "run" in step]
+    made = [line.split()[1] for line in found if line.startswith("make ")]
+    assert {"run", "test", "test-more", "docs"} == {*made} <= targets
+    for line in found:
+        for word in line.split():
+            if word.endswith(".py") or word == "constraints.txt":
+                assert (ROOT / word).is_file(), line
+    extras = {name for line in found for name in re.findall(r"\[([\w,]+)\]", line)}
+    for name in ",".join(extras).split(","):
+        assert name in PROJECT["optional-dependencies"]

@@ -351,6 +351,33 @@ class TestShapesOfPrompts:
         assert [group[0].prompt for group in groups] == ["a", "bc"]
 
     @pytest.mark.parametrize(
+        ("prompt", "ids", "text"),
+        [
+            ({"prompt": "hi"}, encode("hi"), "hi"),
+            ({"prompt_token_ids": [5, 6]}, [5, 6], None),
+            ({"prompt_token_ids": torch.tensor([5, 6])}, [5, 6], None),
+            ({"prompt": "hi", "prompt_token_ids": [5, 6]}, [5, 6], "hi"),
+            ({"prompt": "hi", "prompt_token_ids": None}, encode("hi"), "hi"),
+            ({"prompt": "hi", "multi_modal_data": None}, encode("hi"), "hi"),
+        ],
+    )
+    def test_the_dicts_of_vllm(
+        self, prompt: dict[str, Any], ids: list[int], text: str | None
+    ) -> None:
+        [one] = processor().process_request(prompt)
+        [[two]] = processor().process_requests(prompt)
+        [[_], [three]] = processor().process_requests(["other", prompt])
+        for request in (one, two, three):
+            assert (request.prompt_token_ids, request.prompt) == (ids, text)
+
+    def test_what_a_dict_holds_is_judged_like_a_prompt(self) -> None:
+        for held in ({"prompt": ""}, {"prompt_token_ids": []}):
+            with pytest.raises(ValueError, match="the prompt is empty"):
+                processor().process_request(held)
+        with pytest.raises(ValueError, match=r"prompts\[1\]: .*id 2048 at position 0"):
+            processor().process_requests(["a", {"prompt_token_ids": [V]}])
+
+    @pytest.mark.parametrize(
         "prompt", [np.array([5, 6]), (i for i in [5, 6]), deque([5, 6]), range(5, 7)]
     )
     def test_one_prompt_of_ids(self, prompt: Any) -> None:
@@ -360,12 +387,21 @@ class TestShapesOfPrompts:
     @pytest.mark.parametrize(
         ("prompts", "message"),
         [
-            ({"prompt": "hi"}, r"is a dict.*pass what its 'prompt' holds"),
-            ({"prompt_token_ids": [5]}, r"is a dict.*'prompt_token_ids'"),
+            ({"text": "hi"}, r"is a dict.*pass what its 'text' holds"),
             ({"input_ids": [5]}, r"is a dict.*\.input_ids"),
             (HELLO, r"is a dict.*chat\(\)"),
             ([HELLO], r"is a dict.*chat\(\)"),
-            ([{"prompt": "a"}, {"prompt": "b"}], r"prompts\[0\]: .*'prompt' holds"),
+            ([{"prompt": "a"}, {"prompt": 5}], r"prompts\[1\]: 'prompt' holds a int"),
+            ({"prompt": [5, 6]}, r"'prompt' holds a list.*under 'prompt_token_ids'"),
+            ({"prompt_token_ids": "hi"}, r"'prompt_token_ids' holds a str.*'prompt'"),
+            ({"prompt_token_ids": 5}, r"is a int"),
+            ({"prompt": None}, r"neither text nor ids"),
+            ({"prompt": "a", "promt": 1}, r"no key 'promt': did you mean 'prompt'\?"),
+            ({"prompt": "a", "id": 7}, r"no key 'id': there are prompt, prompt_tok"),
+            (
+                {"prompt": "a", "multi_modal_data": {"image": 1}},
+                r"no key 'multi_modal_data': .*reads text.*docs/outgrow\.md",
+            ),
             ({"a", "b"}, r"is a set.*no order.*list"),
             (b"hi", r"is a bytes.*Decode"),
             ([b"hi", b"ho"], r"prompts\[0\]: .*is a bytes"),

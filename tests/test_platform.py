@@ -86,6 +86,31 @@ class TestMemory:
         assert get_kv_cache_memory("cuda:1") == 8 * 2**30
         assert asked == ["cuda:1"]
 
+    @pytest.mark.parametrize(
+        ("share", "gib"),
+        [
+            (1.0, 8),  # as much as without: 10 GiB are free
+            (0.5, 8),  # 40 of 80 allowed, 20 taken: 10 are free
+            (0.3, 3.2),  # 24 allowed, 20 taken, 4 left
+            (0.25, None),  # nothing left
+        ],
+    )
+    def test_a_share_of_a_gpu(
+        self, monkeypatch: pytest.MonkeyPatch, share: float, gib: float | None
+    ) -> None:
+        """80 GiB, of which this process has 20, and others 50."""
+        info = 10 * 2**30, 80 * 2**30
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: info)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20 * 2**30)
+        if gib is None:
+            with pytest.raises(ValueError, match=r"gpu_memory_utilization=0\.25 of .*"):
+                get_kv_cache_memory("cuda", share)
+        else:
+            assert get_kv_cache_memory("cuda", share) == int(gib * 2**30)
+
+    def test_a_share_says_nothing_without_a_gpu(self) -> None:
+        assert get_kv_cache_memory("cpu", 0.01) == get_kv_cache_memory("cpu")
+
     def test_here(self) -> None:
         assert 2**26 < get_kv_cache_memory("cpu") <= MAX_CPU_KV_CACHE
         assert get_physical_memory() > 2**28

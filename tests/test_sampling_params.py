@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import logging
 import math
 import pickle
@@ -416,3 +417,41 @@ def test_imports_next_to_nothing() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert out.stdout.strip() == "[]"
+
+
+class TestParametersOfVllm:
+    """Names that vLLM's class has and ours has not, and names that nobody has."""
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("guided_decoding", {"regex": "a"}),
+            ("structured_outputs", {"choice": ["a"]}),
+            ("best_of", 4),
+            ("logits_processors", [print]),
+            ("use_beam_search", True),
+        ],
+    )
+    def test_is_an_error_that_says_where_to_read_on(
+        self, name: str, value: Any
+    ) -> None:
+        with pytest.raises(TypeError) as caught:
+            SamplingParams(**{name: value})
+        assert f"SamplingParams has no parameter {name!r}: " in str(caught.value)
+        assert str(caught.value).endswith("/docs/outgrow.md")
+
+    def test_one_that_asks_for_nothing_is_let_through(self) -> None:
+        off: dict[str, Any] = {"guided_decoding": None, "use_beam_search": False}
+        assert SamplingParams(**off, seed=3) == SamplingParams(seed=3)
+
+    def test_a_slip(self) -> None:
+        wrong: dict[str, Any] = {"max_token": 3}
+        with pytest.raises(TypeError, match="'max_token': did you mean 'max_tokens'"):
+            SamplingParams(**wrong)
+
+    def test_the_signature_is_as_before(self) -> None:
+        names = [*inspect.signature(SamplingParams).parameters]
+        assert names == [field.name for field in dataclasses.fields(SamplingParams)]
+        params = SamplingParams(seed=3, stop=["a"])
+        assert pickle.loads(pickle.dumps(params)) == copy.deepcopy(params) == params
+        assert dataclasses.replace(params, seed=4).seed == 4

@@ -10,6 +10,7 @@ from sphinx.application import Sphinx
 
 CODE = re.compile(r"(\w?)(?<!`)`([^`]+)`(?!`)(\w?)")
 IDENTIFIER = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
+EXAMPLE = re.compile(r"(^ *>>> .*(?:\n.*\S.*)*)", re.MULTILINE)
 SPECIAL = re.compile(r"(?<=\w)_(?!\w)|(?<=\S)\*(?=\S)|\|")
 
 
@@ -20,7 +21,15 @@ def mark_code(found: re.Match[str]) -> str:
 
 
 def convert(text: str) -> str:
-    """Single backticks become references or code, and nothing else is markup."""
+    """Single backticks become references or code, and nothing else is markup.
+
+    Examples, from a `>>>` to the next blank line, stay as they are.
+    """
+    kept = EXAMPLE.split(text)
+    return "".join(part if i % 2 else mark(part) for i, part in enumerate(kept))
+
+
+def mark(text: str) -> str:
     parts, at = [], 0
     for found in CODE.finditer(text):
         parts += [SPECIAL.sub(r"\\\g<0>", text[at : found.start()]), mark_code(found)]
