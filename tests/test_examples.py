@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -309,10 +310,7 @@ def test_names_of_the_field_are_names_here() -> None:
     assert len(here) > 50
     names |= {f"folo_lib.{name}" for name in here}
     for name in names:
-        parts = name.split(".")
-        found: Any = importlib.import_module(".".join(parts[:2]))
-        for part in parts[2:]:
-            found = getattr(found, part)
+        pkgutil.resolve_name(name)  # raises if there is no such thing
 
 
 # Messages quoted in the troubleshooting page

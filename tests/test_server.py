@@ -25,7 +25,7 @@ import uvicorn
 import folo_lib
 from folo_lib import LLMEngine, SamplingParams, bundled_model_path
 from folo_lib.request import Logprob, Request
-from folo_lib.server import Server, create_app, folo, main, make_parser, merge
+from folo_lib.server import Server, create_app, main, make_parser, merge
 from folo_lib.server_protocol import UNSUPPORTED, clamp
 from folo_lib.serving import AsyncLLMEngine
 
@@ -666,11 +666,6 @@ class TestCommand:
     def test_a_mistake_is_said_in_one_line(self) -> None:
         with pytest.raises(SystemExit, match=r"^folo serve: error: max_num_seqs=0"):
             main(["--max-num-seqs", "0"], prog="folo serve")
-
-    def test_folo_knows_one_word(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(sys, "argv", ["folo", "sing"])
-        with pytest.raises(SystemExit, match="usage: folo serve"):
-            folo()
 
 
 def wait_for(url: str) -> None:
