@@ -399,3 +399,27 @@ def test_the_prose_says_who_is_how_near() -> None:
     assert abs(short - 2) < 0.1 and 1.4 < long < 1.5
     [most] = [row for row in rows if row["requests"] == 16]
     assert 2.1 < most["floors"] / most["least_floors"] < 2.4
+    by_context = {row["prompt_tokens"]: row for row in rows if row["requests"] == 1}
+    near, far = by_context[128], by_context[8192]
+    rises = [far[name] - near[name] for name in ("floors", "least_floors")]
+    assert abs(rises[0] / rises[1] - 1.5) < 0.15  # "one and a half times"
+
+
+def test_the_prose_says_how_far_to_trust_vllm() -> None:
+    """Of page 18: its weights are its own, and its time does not follow the floor."""
+    record = shown.read_recording(RECORD)
+    starts, few = record["sections"]["vllm"], shown.latest(record, "tpot")
+    assert {start["options"]["load_format"] for start in starts} == {"dummy"}
+    for key, largest in (("requests", 16), ("prompt_tokens", 32_768)):
+        [end] = [row for row in few["rows"] if row[key] == largest]
+        ours = few["rows"][0]
+        growth = [
+            shown.best_tpot(starts, end)["tpot_ms"]
+            / shown.best_tpot(starts, ours)["tpot_ms"],
+            end["least_floors"] / ours["least_floors"],
+        ]
+        assert growth[0] < 0.9 * growth[1]
+    assert few["starts"]["spread"] < 0.05  # "much closer together"
+    speed = few["floor"]["bytes"] / few["floor"]["ms"] * 1e3
+    made = shown.latest(record, "throughput")
+    assert abs(speed / made["bandwidth"]["median"] - 1) < 0.06  # "a few per cent"
