@@ -846,7 +846,11 @@ class TestLatency:
         class Engine:
             def step(self) -> list[Any]:
                 ids = next(steps)
-                return [SimpleNamespace(request_id=i, finished=False) for i in ids]
+                one = [SimpleNamespace(token_ids=[7])]
+                return [
+                    SimpleNamespace(request_id=i, finished=False, outputs=one)
+                    for i in ids
+                ]
 
         engine: Any = Engine()
         gaps = latency.Gaps(engine, ["a", "b"])
@@ -870,6 +874,20 @@ class TestLatency:
         assert made["ttft"] >= 0.1
         stats = engine.stats()
         assert stats.num_running == stats.num_waiting == stats.num_used_blocks == 0
+
+    def test_the_first_token_comes_after_all_chunks(self, bench: Bench) -> None:
+        """Each step is made a long one: four of them read the prompt of 40 tokens."""
+        options = {"max_num_batched_tokens": 12, "enable_prefix_caching": False}
+        engine = LLMEngine(bench.model, max_model_len=70, **options)
+        launch = engine.executor.launch
+
+        def slow(plan: Any) -> Any:
+            time.sleep(0.05)
+            return launch(plan)
+
+        engine.executor.launch = slow  # type: ignore[method-assign]
+        made = latency.measure_gaps(bench, engine, SIZES.latency)
+        assert made["ttft"] >= 4 * 0.05
 
     def test_a_request_that_fails_ends_the_measurement(self, bench: Bench) -> None:
         engine = LLMEngine(bench.model, max_model_len=70)

@@ -65,7 +65,7 @@ def _find_tasks(page: Notebook, topic: str) -> Iterator[Task]:
 def name_of(source: str) -> str:
     """The one function or class of an exercise's stub."""
     (top,) = ast.parse(source).body
-    assert isinstance(top, ast.FunctionDef | ast.ClassDef)
+    assert isinstance(top, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
     return top.name
 
 
@@ -76,7 +76,7 @@ def read_solutions(stem: str) -> dict[str, str]:
     for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         before += block
         for node in ast.parse(block).body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 found[node.name] = before.strip()
     return found
 

@@ -173,7 +173,13 @@ def _parts(source: str) -> list[str]:
         body = ast.parse(source).body
     except SyntaxError:
         return []
-    kinds = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef
+    kinds = (
+        ast.Import
+        | ast.ImportFrom
+        | ast.FunctionDef
+        | ast.AsyncFunctionDef
+        | ast.ClassDef
+    )
     return [ast.unparse(node) for node in body if isinstance(node, kinds)]
 
 
