@@ -107,3 +107,15 @@ def test_page_08_takes_the_card_from_the_recordings(
         assert f" {count_operations(n) / 1e9:,.1f} " in output.text
     assert f"some {round(edge, -1)} tokens fit" in read_prose("11_scheduler")
     assert round(edge, -1) == 230
+
+
+def test_page_17_says_what_its_recording_holds() -> None:
+    record = json.loads((NOTEBOOKS / "data/serving_cpu.json").read_text("utf-8"))
+    loads = {row["load"]: row for row in record["sections"]["serving"][-1]["loads"]}
+    assert 0.02 < max(row["closed"]["ttft"]["p50"] for row in loads.values()) < 0.025
+    assert 0.049 < loads[0.95]["ttft"]["p50"] < 0.0515
+    assert abs(loads[0.95]["ttft"]["p99"] - 1 / 3) < 0.01
+    kept = {load: row["goodput"] / row["rate"] for load, row in loads.items()}
+    words = "{:.0%} at half the capacity, {:.0%} at 95 % of it, and {:.0%} beyond"
+    said = words.format(kept[0.5], kept[0.95], kept[1.1]).replace("%", " %")
+    assert said.replace("95  %", "95 %") in read_prose("17_serving")
