@@ -1,4 +1,4 @@
-"""Numbers in the prose of pages 03 to 07 are those of an output on the same page."""
+"""Numbers in the prose of pages 00 to 07 are those of an output on the same page."""
 
 from __future__ import annotations
 
@@ -12,6 +12,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Page, what the prose says, the cell that says it, what the output says, and its cell.
 CLAIMS = (
+    ("00_tour", "to read all 512", "00-23", "in which 512 tokens were read", "00-22"),
+    ("00_tour", "65 blocks are in use", "00-53", "65 for all", "00-52"),
+    ("00_tour", "312 tokens in all", "00-71", "312 tokens were read", "00-70"),
+    ("01_attention", "` kite` with 60 %", "01-110", "kite  60.0%", "01-111"),
+    ("01_attention", "` red` with 39 %", "01-110", "red  39.1%", "01-111"),
+    ("01_attention", "takes 79 % of", "01-15", "winner 79 %", "01-13"),
+    ("01_attention", "stuck at 256", "01-24", "bfloat16: 256.0", "01-116"),
+    ("02_rope", "23 pairs against 2", "02-22", "1,000,000: 23 of 64", "02-21"),
+    ("02_rope", "loss is 0.9, and not 2.3", "02-108", "1.1 0.9 0.9 ", "02-106"),
+    ("02_rope", "loss is 0.9, and not 2.3", "02-108", "1.2 2.0 2.3 ", "02-106"),
+    ("02_rope", "Alone it costs nothing", "02-108", "sharper 0.4 0.4", "02-106"),
+    ("02_rope", "and ends at 0.7", "02-108", "0.5 0.5 0.7 0.7 ", "02-106"),
     ("03_layers", "from 0.15 to more than a billion", "03-73", "'1.2e+09'", "03-72"),
     ("03_layers", "some billions", "03-09", "'4.34e+09', '7.87'", "03-07"),
     ("03_layers", "become 0.2 and 1.4", "03-12a", "[0.2000, 1.4000]", "03-75"),

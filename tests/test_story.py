@@ -147,30 +147,3 @@ def test_page_00_shows_the_same_code() -> None:
     assert {name: shown[name] for name in names} == {name: ours[name] for name in names}
     lines = sum(len(shown[name].split("\n")) for name in names)
     assert 45 <= lines <= 65, "the page says sixty"
-
-
-# Page, cell of the prose, what it says, cell of the output, what that printed.
-CLAIMS = (
-    ("00_tour", "00-23", "to read all 512", "00-22", "in which 512 tokens were read"),
-    ("00_tour", "00-53", "65 blocks are in use", "00-52", "65 for all"),
-    ("00_tour", "00-71", "312 tokens in all", "00-70", "312 tokens were read"),
-    ("01_attention", "01-110", "` kite` with 60 %", "01-111", "kite  60.0%"),
-    ("01_attention", "01-110", "` red` with 39 %", "01-111", "red  39.1%"),
-    ("01_attention", "01-15", "takes 79 % of", "01-13", "winner 79 %"),
-    ("01_attention", "01-24", "stuck at 256", "01-116", "bfloat16: 256.0"),
-    ("02_rope", "02-22", "23 pairs against 2", "02-21", "1,000,000: 23 of 64"),
-    ("02_rope", "02-108", "loss is 0.9, and not 2.3", "02-106", "1.1 0.9 0.9\n"),
-    ("02_rope", "02-108", "loss is 0.9, and not 2.3", "02-106", "1.2 2.0 2.3\n"),
-    ("02_rope", "02-108", "Alone it costs nothing", "02-106", "sharper 0.4 0.4"),
-    ("02_rope", "02-108", "and ends at 0.7", "02-106", "0.5 0.5 0.7 0.7\n"),
-)
-
-
-@pytest.mark.parametrize(("page", "prose", "said", "cell", "printed"), CLAIMS)
-def test_prose_says_what_an_output_says(
-    page: str, prose: str, said: str, cell: str, printed: str
-) -> None:
-    cells = nbformat.read(ROOT / f"notebooks/{page}.ipynb", as_version=4).cells
-    by_id = {each.id: each for each in cells}
-    assert said in by_id[prose].source
-    assert printed in "".join(output.get("text", "") for output in by_id[cell].outputs)
