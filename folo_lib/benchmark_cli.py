@@ -33,6 +33,7 @@ from folo_lib.checkpoint import (
     resolve_device,
     resolve_dtype,
 )
+from folo_lib.vllm_names import name_model
 
 
 def make_parser(prog: str = "python -m folo_lib.benchmark") -> argparse.ArgumentParser:
@@ -64,17 +65,11 @@ def make_parser(prog: str = "python -m folo_lib.benchmark") -> argparse.Argument
     return parser
 
 
-def describe_model(model: str) -> str:
-    """A folder's name, or a hub id."""
-    folder = Path(model).expanduser()
-    return folder.resolve().name if folder.is_dir() else model
-
-
 def describe_command(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
     """The command with those arguments, and no folder in it."""
     shown = dict(vars(args))
     shown["out"] = args.out and args.out.name
-    shown["model"] = args.model and describe_model(args.model)
+    shown["model"] = args.model and name_model(args.model)
     words = ["python", "-m", "folo_lib.benchmark"]
     for name, value in shown.items():
         if value != parser.get_default(name):
@@ -89,7 +84,7 @@ def choose_weights(
 ) -> tuple[Path, str]:
     """A checkpoint's folder, and what its weights are, in words."""
     if args.model is not None:
-        return find_checkpoint(args.model), describe_model(args.model)
+        return find_checkpoint(args.model), name_model(args.model)
     if args.quick and device.type == "cpu":
         return bundled_model_path(), "the bundled checkpoint"
     print("writing random weights", flush=True)

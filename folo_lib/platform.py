@@ -64,10 +64,8 @@ def get_kv_cache_memory(
     if torch.device(device).type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         if utilization is not None:
-            allowed, taken = (
-                int(total * utilization),
-                torch.cuda.memory_reserved(device),
-            )
+            allowed = int(total * utilization)
+            taken = torch.cuda.memory_reserved(device)
             if allowed <= taken:
                 raise ValueError(
                     f"gpu_memory_utilization={utilization} of the GPU's {total:,} bytes is "

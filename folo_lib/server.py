@@ -20,7 +20,6 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from importlib import resources
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -49,6 +48,7 @@ from folo_lib.serving import (
     EngineOverloadedError,
     RequestStream,
 )
+from folo_lib.vllm_names import name_model
 
 __all__ = ["create_app", "main"]
 
@@ -536,12 +536,6 @@ def main(argv: Sequence[str] | None = None, prog: str = "folo_lib.server") -> No
         timeout_graceful_shutdown=math.ceil(args["shutdown_timeout"]) + 3,
     )
     Server(config, engine, args["shutdown_timeout"]).run()
-
-
-def name_model(model: str) -> str:
-    """A folder's name, or a hub id."""
-    folder = Path(model).expanduser()
-    return folder.resolve().name if folder.is_dir() else model
 
 
 if __name__ == "__main__":

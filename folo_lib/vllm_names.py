@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -21,6 +20,7 @@ __all__ = [
     "VllmNames",
     "explain_unknown",
     "keep_known",
+    "name_model",
 ]
 
 READ_ON = "https://github.com/folovllm/FoloVLLM/blob/main/docs/outgrow.md"
@@ -168,6 +168,12 @@ def explain_unknown(what: str, absent: Absent) -> Callable[[type[Class]], type[C
     return explain
 
 
+def name_model(model: str) -> str:
+    """What a folder is called, without the path to it; or a hub id as it is."""
+    folder = Path(model).expanduser()
+    return folder.resolve().name if folder.is_dir() else model
+
+
 class VllmNames:
     """What an engine answers by the names of vLLM's `LLM`, and how it looks when printed."""
 
@@ -181,9 +187,8 @@ class VllmNames:
         """One line: which model, where it runs, and how busy it is."""
         engine: Any = self  # what it is made of, an engine says
         executor, stats = engine.executor, engine.scheduler.get_stats()
-        name = getattr(executor.config, "name_or_path", "") or "a loaded model"
-        if os.path.isdir(name):
-            name = Path(name).resolve().name
+        path = getattr(executor.config, "name_or_path", "")
+        name = name_model(path) if path else "a loaded model"
         dtype = str(executor.dtype).removeprefix("torch.")
         return (
             f"<{type(self).__name__} {name}: {dtype} on "

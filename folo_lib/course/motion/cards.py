@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -87,6 +87,12 @@ LEFT, TOP, RIGHT, BOTTOM = 52, 30, 328, 226
 XS, YS = (0.3, 3000.0), (0.1, 2000.0)  # FLOP per byte, TFLOP/s
 BATCHES = [2**i for i in range(11)]
 CONTEXTS = [2**i for i in range(7, 16)]
+
+
+def pick(key: str, label: str, values: Sequence[float], value: float) -> str:
+    """A slider over the places of a list."""
+    last, place = len(values) - 1, values.index(value)
+    return slider(key, label, 0, last, place, f"{value:,}")
 
 
 def spot(intensity: float, speed: float) -> tuple[float, float]:
@@ -173,22 +179,8 @@ def move_roofline(
         describe_step(batch, context, read, work, chosen, reading, working),
         [
             select("card", "card", [*cards], [*cards].index(chosen)),
-            slider(
-                "batch",
-                "requests",
-                0,
-                len(BATCHES) - 1,
-                BATCHES.index(batch),
-                f"{batch:,}",
-            ),
-            slider(
-                "context",
-                "tokens of each",
-                0,
-                len(CONTEXTS) - 1,
-                CONTEXTS.index(context),
-                f"{context:,}",
-            ),
+            pick("batch", "requests", BATCHES, batch),
+            pick("context", "tokens of each", CONTEXTS, context),
         ],
         ROOF_SCRIPT,
         {
@@ -355,30 +347,9 @@ def choose_gpu(
         [
             select("model", "model", [*shapes], [*shapes].index(model)),
             select("dtype", "dtype", [*DTYPES]),
-            slider(
-                "users",
-                "answers at once",
-                0,
-                len(USERS) - 1,
-                USERS.index(users),
-                f"{users}",
-            ),
-            slider(
-                "context",
-                "tokens of each",
-                0,
-                len(CONTEXTS) - 1,
-                CONTEXTS.index(context),
-                f"{context:,}",
-            ),
-            slider(
-                "speed",
-                "tokens/s for each",
-                0,
-                len(SPEEDS) - 1,
-                SPEEDS.index(speed),
-                f"{speed}",
-            ),
+            pick("users", "answers at once", USERS, users),
+            pick("context", "tokens of each", CONTEXTS, context),
+            pick("speed", "tokens/s for each", SPEEDS, speed),
             slider(
                 "factor",
                 "a step takes, times the least",
