@@ -19,7 +19,7 @@ PAGES := $(wildcard notebooks/[0-9][0-9]_*.ipynb) $(wildcard notebooks/appendix_
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: help run test test-more test-oldest test-browser test-batch lab export notebooks evaluate
-.PHONY: student docs clean
+.PHONY: student docs clean api
 
 help:
 	@echo "make run        hear the bundled model speak, then execute every page"
@@ -31,6 +31,7 @@ help:
 	@echo "make test-browser  use the widgets in a real browser (Chromium)"
 	@echo "make test-batch    run the batch inference example on a local Ray"
 	@echo "make test-oldest   unit tests on the lowest versions of constraints-oldest.txt"
+	@echo "make api        accept a change of the public API into tests/api.txt"
 	@echo "make export     write the modules of folo_lib from the pages"
 	@echo "make notebooks  execute the pages and save their outputs in place"
 	@echo "make evaluate   measure the bundled model"
@@ -63,6 +64,9 @@ lab: $(READY)
 
 export: $(READY)
 	$(PY) tools/export.py
+
+api: $(READY)
+	$(PY) tools/api_snapshot.py --write
 
 notebooks: $(READY)
 	$(PY) tools/run_pages.py --save
