@@ -3,8 +3,9 @@
 `tools/export.py --check` compares the modules with the exported cells as text. It cannot see that a
 later cell has put another function under the same name, or that a name means one thing on the page
 and another in the module. So `notebooks/conftest.py` has each page's kernel look at what it holds
-after the last cell, when `pytest --nbval` runs the pages: functions by their bytecode and by what
-the global names in it stand for, classes by their members, constants by their values.
+after the last cell, when `pytest --nbval` runs the pages: functions by the code that they were made
+from and by what the global names in it stand for, classes by their members, constants by their
+values. What is the same in all of these gives the same outputs.
 """
 
 from __future__ import annotations
@@ -16,13 +17,11 @@ import importlib
 import inspect
 import json
 import re
+import textwrap
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-FIELDS = ("argcount", "posonlyargcount", "kwonlyargcount", "flags", "code", "varnames")
-FIELDS += ("freevars", "cellvars")
 
 
 def read_exports(page: Path) -> tuple[str, list[str]]:
@@ -90,7 +89,7 @@ class Comparison:
         if ours is theirs:
             return
         ours, theirs = unwrap(ours), unwrap(theirs)
-        if type(ours) is not type(theirs) and not isinstance(ours, type):
+        if self.describe(type(ours)) != self.describe(type(theirs)):
             yield f": a {type(ours).__name__} here, a {type(theirs).__name__} there"
         elif isinstance(ours, types.FunctionType):
             yield from self.compare_functions(ours, theirs)
@@ -102,7 +101,8 @@ class Comparison:
     def compare_functions(
         self, ours: types.FunctionType, theirs: types.FunctionType
     ) -> Iterator[str]:
-        yield from self.compare_code(ours.__code__, theirs.__code__)
+        if read_source(ours) != read_source(theirs):
+            yield ": other code"
         for part in ("__defaults__", "__kwdefaults__", "__annotations__"):
             pair = getattr(ours, part), getattr(theirs, part)
             if self.describe(pair[0]) != self.describe(pair[1]):
@@ -112,24 +112,6 @@ class Comparison:
                 pair = find_value(name, ours), find_value(name, theirs)
                 if self.describe(pair[0]) != self.describe(pair[1]):
                     yield f": {name} is something else there"
-
-    def compare_code(
-        self, ours: types.CodeType, theirs: types.CodeType
-    ) -> Iterator[str]:
-        for part in FIELDS:
-            if getattr(ours, f"co_{part}") != getattr(theirs, f"co_{part}"):
-                yield f": another {part}"
-        yield from (
-            ": other names" for _ in "1" if read_names(ours) != read_names(theirs)
-        )
-        if len(ours.co_consts) != len(theirs.co_consts):
-            yield ": other constants"
-            return
-        for one, other in zip(ours.co_consts, theirs.co_consts, strict=True):
-            if isinstance(one, types.CodeType) and isinstance(other, types.CodeType):
-                yield from self.compare_code(one, other)
-            elif clean(one) != clean(other):
-                yield f": {one!r} here, {other!r} there"
 
     def compare_classes(self, ours: type, theirs: type) -> Iterator[str]:
         if self.describe(ours.__mro__) != self.describe(theirs.__mro__):
@@ -164,14 +146,20 @@ def find_value(name: str, function: types.FunctionType) -> Any:
     return function.__globals__.get(name, missing)
 
 
-def read_names(code: types.CodeType) -> list[str]:
-    """Global names and attributes; an import inside a function may be written relative."""
-    return [name.removeprefix("folo_lib.") for name in code.co_names]
+def read_source(function: types.FunctionType) -> str:
+    """The code that a function was made from, without what formatting may change.
 
-
-def clean(constant: Any) -> Any:
-    """A constant; of a docstring the indentation does not count."""
-    return inspect.cleandoc(constant) if isinstance(constant, str) else constant
+    Not its bytecode: that depends on whether the cell itself imports what the function uses.
+    """
+    if function.__code__.co_filename == "<string>":
+        return ""  # a dataclass wrote it, from its fields
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            node.value = inspect.cleandoc(node.value)  # docstrings are indented anew
+        elif isinstance(node, ast.ImportFrom):  # nbdev writes some of them relative
+            node.level, node.module = 0, (node.module or "").removeprefix("folo_lib.")
+    return ast.dump(tree)
 
 
 # What the interpreter writes into a class; `__init__` and the like count, as members.
