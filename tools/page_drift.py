@@ -165,7 +165,12 @@ def read_source(function: types.FunctionType) -> str:
 # What the interpreter writes into a class; `__init__` and the like count, as members.
 INTERNAL = {"__dict__", "__weakref__", "__module__", "__abstractmethods__"}
 INTERNAL |= {"_abc_impl", "__dataclass_params__", "__firstlineno__", "__hash__"}
-INTERNAL |= {"__static_attributes__", "__parameters__", "__subclasshook__"}
+INTERNAL |= {
+    "__static_attributes__",
+    "__slotnames__",
+    "__parameters__",
+    "__subclasshook__",
+}
 
 
 def read_members(owner: type) -> dict[str, Any]:
