@@ -52,7 +52,7 @@ test: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) tools/export.py --check
-	$(PY) -m pytest -m "not more" -n $(JOBS) --dist loadfile
+	$(PY) -m pytest -m "not more" -n $(JOBS) --dist loadfile --durations=20
 	$(PY) -m pytest -n $(JOBS) --dist loadfile --nbval $(PAGES)
 
 test-more: $(READY)
