@@ -29,7 +29,7 @@ help:
 	@echo "make test       linters, types, export check, unit tests, outputs of every page"
 	@echo "make test-more  what is slow, and Qwen3's own tokenizer, which npm fetches"
 	@echo "make coverage   how many lines and branches of the engine the unit tests run"
-	@echo "make soak       MINUTES=10 minutes of traffic: right answers, and memory that stays flat"
+	@echo "make soak       MINUTES=10 minutes of traffic in flat memory, then a fault at every call"
 	@echo "make docs       build the documentation site in build/docs"
 	@echo "make student    copies of the pages with functions left to write, and files for graders"
 	@echo "make test-browser  use the widgets in a real browser (Chromium)"
@@ -71,8 +71,9 @@ coverage: $(READY)
 
 soak: export FOLO_SOAK_MINUTES = $(MINUTES)
 soak: export OMP_NUM_THREADS = 1
+soak: export HF_HUB_OFFLINE = 1
 soak: $(READY)
-	$(PY) -m pytest tests/test_soak.py -m more -n 2 --dist load -s
+	$(PY) -m pytest tests/test_soak.py tests/test_faults.py -m more -n 2 --dist load
 
 test-oldest: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest -m "not more" -n $(JOBS) --dist loadfile

@@ -94,7 +94,7 @@ def test_minutes_of_traffic(run_ahead: bool) -> None:
         max_num_seqs=8,
         async_scheduling=run_ahead,
     )
-    traffic, end = Traffic(engine, seed=run_ahead), time.monotonic() + 30 * MINUTES
+    traffic, end = Traffic(engine, seed=run_ahead), time.monotonic() + 60 * MINUTES
     base: tuple[int, int, int] | None = None
     for number in count():
         traffic.step()
