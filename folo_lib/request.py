@@ -28,7 +28,6 @@ import enum
 import reprlib
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -533,9 +532,10 @@ class Request(RequestProgress):
         self.status, self.error = status, error
         self.metrics.finished_time = time.perf_counter() if now is None else now
         if self.detokenizer is not None:
-            failed = (Exception,) if status is RequestStatus.FINISHED_ERROR else ()
-            with suppress(*failed):  # the detokenizer may be what failed
+            try:
                 self.detokenizer.flush()
+            except Exception as broken:  # it may be what failed before
+                self.error = self.error or f"{type(broken).__name__}: {broken}"
 
 
 # %% ../notebooks/09_request.ipynb #completion-output

@@ -244,7 +244,7 @@ class EngineMachine(RuleBasedStateMachine):
 
 TestCallsInAnyOrder = EngineMachine.TestCase
 TestCallsInAnyOrder.settings = settings(
-    max_examples=12, stateful_step_count=25, derandomize=True, deadline=None
+    max_examples=12, stateful_step_count=25, deadline=None
 )
 
 

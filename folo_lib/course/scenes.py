@@ -612,10 +612,10 @@ def engine(m: ModuleType) -> None:
             m.run_step(Broken(error), table)
         with (
             contextlib.suppress(KeyboardInterrupt),
-            m.undisturbed(Broken(error), table),
+            m.undisturbed(Broken(error), table, BaseException, []),
         ):
             raise KeyboardInterrupt
-        with m.undisturbed(Broken(error), table):
+        with m.undisturbed(Broken(error), table, BaseException, []):
             pass
 
 
