@@ -42,7 +42,6 @@ from folo_lib.runner import (
     InFlightStep,
     NewRequest,
     ScheduledRequest,
-    Source,
     StepOutput,
     StepPlan,
 )
@@ -51,6 +50,7 @@ from . import bundled_model_path, inputs
 from .checkpoint import load_tokenizer
 from .config import EngineConfig
 from .kv_cache import BlockAllocator
+from .model_source import Source
 from .platform import FairLock
 from .qwen3 import Qwen3ForCausalLM
 from .request import Request, RequestOutput, RequestStatus
