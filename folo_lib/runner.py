@@ -46,7 +46,6 @@ from folo_lib.sampler import (
     Sampler,
     SamplingMetadata,
     SamplingRows,
-    move,
 )
 
 from .checkpoint import resolve_device
@@ -55,6 +54,7 @@ from .model_source import Source, get_model
 from .platform import get_kv_cache_memory
 from .qwen3 import Qwen3ForCausalLM
 from .sampling_params import SamplingParams
+from .sampling_rows import move
 from .token_logprobs import TokenLogprobs, score_tokens, to_entries
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from folo_lib.qwen3 import Qwen3ForCausalLM
-from folo_lib.sampler import LogprobsTensors, gather_logprobs, move
+from folo_lib.sampler import LogprobsTensors, gather_logprobs
+from folo_lib.sampling_rows import move
 
 __all__ = ["TokenLogprobs", "score_tokens", "to_entries"]
 

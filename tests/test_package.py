@@ -40,6 +40,7 @@ TABLE = (
     "kv_cache",
     "config",
     "model_source",
+    "sampling_rows",
     "sampler",
     "token_logprobs",
     "runner",
