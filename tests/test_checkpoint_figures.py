@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import matplotlib.pyplot as plt
 from matplotlib.colors import to_rgba
 from matplotlib.patches import Rectangle
@@ -29,6 +31,11 @@ def test_tensors_stand_where_they_are_in_the_file() -> None:
         names = [name for name in weights.keys() if "q_proj" in name]  # noqa: SIM118
         sizes = [2 * weights.get_tensor(name).numel() for name in names]
     assert [box.get_width() for box in queries] == sizes
+    with path.open("rb") as file:
+        file.seek(8)
+        places = json.loads(file.read(header))
+    begins = [8 + header + places[name]["data_offsets"][0] for name in names]
+    assert [box.get_x() for box in queries] == sorted(begins)
     last = max(box.get_x() + box.get_width() for box in boxes)
     assert last <= path.stat().st_size
     plt.close("all")
