@@ -28,10 +28,8 @@ if TYPE_CHECKING:
         load_tokenizer as load_tokenizer,
     )
     from folo_lib.config import EngineConfig as EngineConfig
-    from folo_lib.engine import (
-        EngineStats as EngineStats,
-        LLMEngine as LLMEngine,
-    )
+    from folo_lib.engine import LLMEngine as LLMEngine
+    from folo_lib.engine_stats import EngineStats as EngineStats
     from folo_lib.kv_cache import (
         AttentionBackend as AttentionBackend,
         AttentionMetadata as AttentionMetadata,
@@ -73,7 +71,7 @@ _MODULE_OF = {
     "CompletionOutput": "request",
     "RequestOutput": "request",
     "RequestStatus": "request",
-    "EngineStats": "engine",
+    "EngineStats": "engine_stats",
     "LLM": "engine",
     "LLMEngine": "engine",
     "AsyncLLMEngine": "serving",

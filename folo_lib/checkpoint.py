@@ -6,19 +6,16 @@
 __all__ = [
     "FLOAT_DTYPES",
     "DTYPES",
-    "logger",
     "find_checkpoint",
     "read_config",
     "find_weight_files",
     "read_weights",
     "resolve_dtype",
-    "resolve_attention_backend",
     "load_model",
     "load_tokenizer",
 ]
 
 # %% ../notebooks/05_checkpoint.ipynb #imports
-import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -29,6 +26,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from folo_lib.backend_choice import (
+    resolve_attention_backend as resolve_attention_backend,
+)
 from folo_lib.checkpoint_checks import (
     build_config,
     check_config_fields,
@@ -45,7 +45,7 @@ from folo_lib.checkpoint_checks import (
 )
 
 from .platform import resolve_device as resolve_device
-from .qwen3 import Qwen3ForCausalLM, get_attention_backend
+from .qwen3 import Qwen3ForCausalLM
 from .rope import ROPE_FIELDS
 
 if TYPE_CHECKING:
@@ -198,32 +198,6 @@ def resolve_dtype(
     if resolved is None or resolved not in DTYPES.values():
         raise ValueError(f"unknown dtype {dtype!r}: use 'auto', {', '.join(DTYPES)}.")
     return resolved
-
-
-# %% ../notebooks/05_checkpoint.ipynb #resolve-backend
-logger = logging.getLogger(__name__)
-
-
-def resolve_attention_backend(
-    name: str, device: torch.device, dtype: torch.dtype
-) -> str:
-    """`"auto"` is `"triton"` on a GPU that can run it, `"torch_sdpa"` elsewhere.
-
-    Raises:
-        ValueError: if there is no such backend, or it cannot run there.
-    """
-    if name == "auto" and device.type != "cuda":
-        return "torch_sdpa"
-    wanted = "triton" if name == "auto" else name
-    try:
-        if fault := get_attention_backend(wanted).find_fault(device, dtype):
-            raise ValueError(fault)
-    except ValueError as error:  # a fault, or Triton is not installed
-        if name != "auto":
-            raise
-        logger.warning("Attention runs on 'torch_sdpa'. %s", error)
-        return "torch_sdpa"
-    return wanted
 
 
 # %% ../notebooks/05_checkpoint.ipynb #load-model

@@ -47,18 +47,13 @@ from folo_lib.runner import (
     lay_end_to_end,
     make_input_batch,
 )
-from folo_lib.sampler import (
-    SamplingMetadata,
-    apply_filters,
-    gumbel_noise,
-    make_jumps,
-    move,
-)
+from folo_lib.sampler import SamplingMetadata, apply_filters, gumbel_noise, make_jumps
 
 from .config import EngineConfig
 from .kv_cache import AttentionMetadata
 from .platform import can_compile
 from .qwen3 import Attention, Qwen3DecoderLayer, Qwen3ForCausalLM
+from .sampling_rows import move
 
 # %% ../notebooks/14_cuda_graph.ipynb #graph-size
 logger = logging.getLogger(__name__)

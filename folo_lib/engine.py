@@ -13,7 +13,6 @@ __all__ = [
     "Conversation",
     "Params",
     "describe_request",
-    "EngineStats",
     "Scheduler",
     "FCFSScheduler",
     "fail",
@@ -23,7 +22,6 @@ __all__ = [
     "run_step",
     "undisturbed",
     "load_parts",
-    "show_progress",
     "LLMEngine",
 ]
 
@@ -32,7 +30,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -42,7 +40,6 @@ from folo_lib.runner import (
     InFlightStep,
     NewRequest,
     ScheduledRequest,
-    Source,
     StepOutput,
     StepPlan,
 )
@@ -50,8 +47,11 @@ from folo_lib.runner import (
 from . import bundled_model_path, inputs
 from .checkpoint import load_tokenizer
 from .config import EngineConfig
+from .engine_stats import EngineStats as EngineStats
 from .kv_cache import BlockAllocator
+from .model_source import Source
 from .platform import FairLock
+from .progress import show_progress
 from .qwen3 import Qwen3ForCausalLM
 from .request import Request, RequestOutput, RequestStatus
 from .sampling_params import SamplingParams
@@ -80,42 +80,7 @@ def describe_request(request: Request) -> NewRequest:
     )
 
 
-# %% ../notebooks/10_engine.ipynb #engine-stats
-@dataclass(frozen=True, kw_only=True)
-class EngineStats:
-    """How full an engine is at this moment, and what it has done so far.
-
-    Attributes:
-        num_running, num_waiting: requests.
-        num_blocks, num_used_blocks: of the cache, and those that requests have.
-        num_cached_blocks: blocks that nobody has, and whose contents may serve again.
-        num_preemptions: how often a request lost its blocks to another.
-        num_prefix_tokens, num_prefix_hits: tokens of requests that started, and those
-            of them that were found in the cache.
-
-    Example:
-        >>> from folo_lib import LLM
-        >>> stats = LLM(use_tqdm=False).stats()
-        >>> stats.num_running, stats.num_waiting, stats.prefix_hit_rate
-        (0, 0, 0.0)
-    """
-
-    num_running: int
-    num_waiting: int
-    num_blocks: int
-    num_used_blocks: int
-    num_cached_blocks: int = 0
-    num_preemptions: int = 0
-    num_prefix_tokens: int = 0
-    num_prefix_hits: int = 0
-
-    @property
-    def prefix_hit_rate(self) -> float:
-        """Hits by tokens, from 0 to 1; 0 before the first request."""
-        return self.num_prefix_hits / max(1, self.num_prefix_tokens)
-
-
-# %% ../notebooks/10_engine.ipynb #scheduler
+# %% ../notebooks/10_engine.ipynb #fcfs-scheduler
 class Scheduler(Protocol):
     """Decides which requests run in a step, and owns the cache's blocks."""
 
@@ -141,7 +106,6 @@ class Scheduler(Protocol):
         ...
 
 
-# %% ../notebooks/10_engine.ipynb #fcfs-scheduler
 class FCFSScheduler:
     """First come, first served, one request at a time.
 
@@ -224,7 +188,7 @@ def fail(request: Request, error: Exception) -> None:
     request.finish(RequestStatus.FINISHED_ERROR, message)
 
 
-# %% ../notebooks/10_engine.ipynb #inbox
+# %% ../notebooks/10_engine.ipynb #request-table
 @dataclass
 class Inbox:
     """Where one caller finds its prompts that have news.
@@ -238,7 +202,6 @@ class Inbox:
     updated: dict[str, list[Request]] = field(default_factory=dict)
 
 
-# %% ../notebooks/10_engine.ipynb #request-table
 class RequestTable:
     """The requests of an engine, and the inbox in which each caller finds its own.
 
@@ -458,26 +421,6 @@ def load_parts(
         config.seed,
     )
     return executor, config.make_scheduler(executor.num_blocks), processor
-
-
-# %% ../notebooks/10_engine.ipynb #show-progress
-def show_progress(
-    outputs: Iterable[RequestOutput], total: int, use_tqdm: bool
-) -> Iterator[RequestOutput]:
-    """Passes outputs on, and counts them in a bar with tokens per second in and out."""
-    from tqdm.auto import tqdm
-
-    start, num_read, num_written = time.perf_counter(), 0, 0
-    with tqdm(desc="Processed prompts", total=total, disable=not use_tqdm) as bar:
-        for output in outputs:
-            num_read += len(output.prompt_token_ids)
-            num_written += output.metrics.num_output_tokens
-            seconds = time.perf_counter() - start
-            rates = num_read / seconds, num_written / seconds
-            text = "in {:.0f} tokens/s, out {:.0f} tokens/s".format(*rates)
-            bar.set_postfix_str(text, refresh=False)
-            bar.update()
-            yield output
 
 
 # %% ../notebooks/10_engine.ipynb #llm-engine

@@ -75,8 +75,8 @@ from .kv_cache import AttentionMetadata
 from .paged_attention import paged_attention
 from .qwen3 import Attention, Qwen3DecoderLayer, Qwen3ForCausalLM
 from .runner import RequestRows
-from .sampler import FILTERS
 from .sampling_kernels import TritonDraw
+from .sampling_rows import FILTERS
 
 
 # %% ../notebooks/15_fused_decode.ipynb #prepare-kernel

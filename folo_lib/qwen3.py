@@ -15,27 +15,21 @@ __all__ = [
     "Qwen3Model",
     "split_merged",
     "copy_weights",
-    "init_weights",
     "Qwen3ForCausalLM",
 ]
 
 # %% ../notebooks/04_qwen3.ipynb #imports
 import pkgutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from folo_lib.checkpoint_checks import (
-    check_config,
-    is_equal,
-    summarize_problems,
-    warn_of_untied_head,
-)
-
+from .checkpoint_checks import check_config, summarize_problems
 from .layers import RMSNorm, SiLUAndMul
+from .model_weights import init_weights, tie_head
 from .rope import RotaryEmbedding, apply_rotary_emb
 
 if TYPE_CHECKING:
@@ -221,7 +215,7 @@ class Qwen3DecoderLayer(nn.Module):
         return self.mlp(hidden_states), new_residual
 
 
-# %% ../notebooks/04_qwen3.ipynb #default-positions
+# %% ../notebooks/04_qwen3.ipynb #qwen3-model
 def default_positions(input_ids: Tensor, limit: int) -> Tensor:
     """0 to `S - 1` for `input_ids` `[..., S]`; a ValueError above `limit` tokens."""
     length = input_ids.shape[-1]
@@ -233,7 +227,6 @@ def default_positions(input_ids: Tensor, limit: int) -> Tensor:
     return torch.arange(length, device=input_ids.device)
 
 
-# %% ../notebooks/04_qwen3.ipynb #qwen3-model
 class Qwen3Model(nn.Module):
     """Token ids to final hidden states."""
 
@@ -337,16 +330,6 @@ def copy_weights(
         raise ValueError(summarize_problems(problems | {"mis-shaped": mis_shaped}))
 
 
-# %% ../notebooks/04_qwen3.ipynb #init-weights
-def init_weights(model: nn.Module, std: float) -> None:
-    """Matrices normal, biases zero; norms keep their ones."""
-    for name, weight in model.named_parameters():
-        if weight.dim() == 2:
-            nn.init.normal_(weight, std=std)
-        elif name.endswith("bias"):
-            nn.init.zeros_(weight)
-
-
 # %% ../notebooks/04_qwen3.ipynb #qwen3-for-causal-lm
 class Qwen3ForCausalLM(nn.Module):
     """Qwen3 or Qwen2 (2.5) with a language model head; random until weights are loaded.
@@ -411,35 +394,11 @@ class Qwen3ForCausalLM(nn.Module):
             self.lm_head = None
             shape = self.model.embed_tokens.weight.shape
             head = {"lm_head.weight": torch.empty(shape, device="meta")}
-            copy_weights(self.hf_weights() | head, self.tie_head(weights))
+            matrix = self.model.embed_tokens.weight.detach()
+            tied = tie_head(matrix, weights, self.set_head)
+            copy_weights(self.hf_weights() | head, tied)
         else:
             copy_weights(self.hf_weights(), weights)
-
-    def tie_head(
-        self, weights: Iterable[tuple[str, Tensor]]
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Passes weights on; a head that differs from the embedding is kept.
-
-        Whichever of the two comes first fills the memory of the embedding, and the
-        second is compared with it. If only one is in the file, it serves as both.
-        """
-        matrix = self.model.embed_tokens.weight.detach()
-        seen: set[bool] = set()  # False: the embedding, True: the head
-        for name, tensor in weights:
-            is_head = name == "lm_head.weight"
-            if is_head or name.endswith("embed_tokens.weight"):
-                if tensor.shape == matrix.shape and not matrix.is_meta:
-                    if is_head and not seen:
-                        matrix.copy_(tensor)
-                    elif {not is_head} == seen and not is_equal(matrix, tensor):
-                        self.set_head(tensor if is_head else matrix)
-                        warn_of_untied_head()
-                seen.add(is_head)
-            yield name, tensor
-        if True not in seen:
-            yield "lm_head.weight", matrix.to("meta")
-        elif False not in seen:
-            yield "model.embed_tokens.weight", matrix
 
     def set_head(self, weight: Tensor) -> None:
         """Gives the model a head of its own, `[V, E]`, a copy of `weight`."""

@@ -33,9 +33,10 @@ from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Self
 
-from .runner import SampledToken, TokenLogprobs
+from .runner import SampledToken
 from .sampler import Sampler
 from .sampling_params import SamplingParams
+from .token_logprobs import TokenLogprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

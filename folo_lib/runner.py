@@ -4,8 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "TokenLogprobs",
-    "Source",
     "NewRequest",
     "ScheduledRequest",
     "StepPlan",
@@ -19,25 +17,20 @@ __all__ = [
     "InputBatch",
     "to_device",
     "make_input_batch",
-    "to_entries",
     "get_copy_stream",
     "to_host",
     "InFlightStep",
-    "score_prompt",
     "ModelRunner",
-    "get_model",
     "GPUWorker",
     "GPUExecutor",
 ]
 
 # %% ../notebooks/08_runner.ipynb #imports
-import sys
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import accumulate, chain
-from os import PathLike
 
 import torch
 from torch import Tensor
@@ -54,15 +47,16 @@ from folo_lib.sampler import (
     Sampler,
     SamplingMetadata,
     SamplingRows,
-    gather_logprobs,
-    move,
 )
 
-from .checkpoint import find_checkpoint, load_model, read_config, resolve_device
+from .checkpoint import resolve_device
 from .config import EngineConfig
+from .model_source import Source as Source, get_model
 from .platform import get_kv_cache_memory
 from .qwen3 import Qwen3ForCausalLM
 from .sampling_params import SamplingParams
+from .sampling_rows import move
+from .token_logprobs import TokenLogprobs, score_tokens, to_entries
 
 
 # %% ../notebooks/08_runner.ipynb #plan
@@ -127,10 +121,6 @@ class StepPlan:
 
 
 # %% ../notebooks/08_runner.ipynb #step-output
-TokenLogprobs = list[tuple[int, float, int]]
-"""Of one place: `(token id, log-probability, rank)`, first the token that is there."""
-
-
 @dataclass(frozen=True)
 class SampledToken:
     """The token that a request drew in a step.
@@ -158,7 +148,7 @@ class StepOutput:
     prompt_logprobs: dict[str, tuple[int, list[TokenLogprobs]]]
 
 
-# %% ../notebooks/08_runner.ipynb #request-row
+# %% ../notebooks/08_runner.ipynb #request-rows
 @dataclass
 class RequestRow:
     """What the host remembers of a request that runs.
@@ -176,7 +166,6 @@ class RequestRow:
     num_computed_tokens: int
 
 
-# %% ../notebooks/08_runner.ipynb #request-rows
 class RequestRows:
     """The requests that run, one row each, which stays while others come and go.
 
@@ -258,7 +247,7 @@ class RequestRows:
         self.free_rows.pop()
 
 
-# %% ../notebooks/08_runner.ipynb #step-layout
+# %% ../notebooks/08_runner.ipynb #lay-end-to-end
 @dataclass(frozen=True)
 class PromptChunk:
     """Prompt tokens that a step predicts, and that a request wants to be told of.
@@ -305,7 +294,6 @@ class StepLayout:
     scoring: list[PromptChunk] = field(default_factory=list)
 
 
-# %% ../notebooks/08_runner.ipynb #lay-end-to-end
 def lay_end_to_end(rows: RequestRows, plan: StepPlan, block_size: int) -> StepLayout:
     """Lays the tokens of a step in one line; each request moves on by its tokens."""
     step = StepLayout()
@@ -407,30 +395,6 @@ def make_input_batch(
     )
 
 
-# %% ../notebooks/08_runner.ipynb #to-entries
-def to_entries(
-    logprobs: LogprobsTensors, wanted: Sequence[int | None]
-) -> list[TokenLogprobs | None]:
-    """Log-probabilities as plain data, of each row as many as it asked for.
-
-    Args:
-        logprobs: of `B` rows.
-        wanted: `B` numbers of likeliest tokens beside the row's own; -1 is all, None no
-            entry at all.
-    """
-    entries: list[TokenLogprobs | None] = []
-    ranks = logprobs.ranks.tolist()
-    columns = logprobs.token_ids.tolist(), logprobs.logprobs.tolist(), ranks, wanted
-    for ids, values, rank, count in zip(*columns, strict=True):
-        if count is None:
-            entries.append(None)
-            continue
-        size = len(ids) if count == -1 else min(1 + count, len(ids))
-        places = [rank, *range(1, size)]
-        entries.append(list(zip(ids[:size], values[:size], places, strict=True)))
-    return entries
-
-
 # %% ../notebooks/08_runner.ipynb #in-flight-step
 @cache
 def get_copy_stream(device: torch.device) -> torch.cuda.Stream:
@@ -502,35 +466,6 @@ class InFlightStep:
         return StepOutput(tokens, prompts)
 
 
-# %% ../notebooks/08_runner.ipynb #score-prompt
-def score_prompt(
-    model: Qwen3ForCausalLM, hidden_states: Tensor, chunk: PromptChunk
-) -> LogprobsTensors:
-    """Log-probabilities of prompt tokens, 256 at a time, as each has `V` logits.
-
-    Args:
-        model: for its logits.
-        hidden_states: `[N, E]`, of the whole step.
-        chunk: says which tokens, and how many likeliest ones beside them.
-    """
-    wanted = chunk.request.params.prompt_logprobs or 0
-    count = model.config.vocab_size if wanted < 0 else wanted
-    targets = chunk.request.token_ids[chunk.first : chunk.stop]
-    predicted = move(targets, torch.int64, hidden_states.device)
-    states = hidden_states[chunk.start : chunk.start + len(targets)]
-    parts = [
-        gather_logprobs(model.compute_logits(some), own, count)
-        for some, own in zip(
-            torch.split(states, 256), torch.split(predicted, 256), strict=True
-        )
-    ]
-    return LogprobsTensors(
-        torch.cat([part.token_ids for part in parts]),
-        torch.cat([part.logprobs for part in parts]),
-        torch.cat([part.ranks for part in parts]),
-    )
-
-
 # %% ../notebooks/08_runner.ipynb #model-runner
 class ModelRunner:
     """Runs steps of a model, on the device where the model is.
@@ -581,15 +516,19 @@ class ModelRunner:
         self.rows.last_token_ids.index_copy_(0, sampling.rows, known)
         return token_ids, logprobs
 
+    def score(self, hidden_states: Tensor, chunk: PromptChunk) -> LogprobsTensors:
+        """Log-probabilities of prompt tokens, from the states `[N, E]` of a step."""
+        targets = chunk.request.token_ids[chunk.first : chunk.stop]
+        states = hidden_states[chunk.start : chunk.start + len(targets)]
+        num_logprobs = chunk.request.params.prompt_logprobs or 0
+        return score_tokens(self.model, states, targets, num_logprobs)
+
     def run(self, batch: InputBatch) -> InFlightStep:
         """Starts the model on a step, then the sampler."""
         hidden_states = self.forward(
             batch.input_ids, batch.positions, self.kv_caches, batch
         )
-        scores = [
-            (chunk, score_prompt(self.model, hidden_states, chunk))
-            for chunk in batch.scoring
-        ]
+        scores = [(chunk, self.score(hidden_states, chunk)) for chunk in batch.scoring]
         if not batch.drawing:
             return InFlightStep.send([], batch.logits_indices, None, scores)
         logits = self.get_next_token_logits(hidden_states, batch)
@@ -600,33 +539,6 @@ class ModelRunner:
         """Starts a step of which nothing is awaited; an empty one only tells news."""
         batch = self.prepare_inputs(plan)
         return self.run(batch) if plan.scheduled else InFlightStep()
-
-
-# %% ../notebooks/08_runner.ipynb #get-model
-Source = str | PathLike[str] | Qwen3ForCausalLM
-
-
-def get_model(model: Source, config: EngineConfig) -> Qwen3ForCausalLM:
-    """Loads a model, unless it is loaded already; see `GPUWorker`.
-
-    Raises:
-        ValueError: if an option does not fit the model.
-    """
-    if not isinstance(model, Qwen3ForCausalLM):
-        checkpoint = read_config(find_checkpoint(model))
-        resolve_max_model_len(
-            checkpoint, torch.float32, sys.maxsize, config.max_model_len
-        )
-        options = config.dtype, config.device, config.attention_backend
-        return load_model(model, *options, use_tqdm=config.use_tqdm)
-    for name in ("dtype", "device", "attention_backend"):
-        value = getattr(config, name)
-        if value != "auto":
-            raise ValueError(
-                f"{name}={value!r} comes with a model that is loaded, whose {name} is "
-                "settled: give it to load_model, and leave it out here."
-            )
-    return model
 
 
 # %% ../notebooks/08_runner.ipynb #gpu-worker

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .paged_attention import count_multiprocessors
-from .sampler import FLOATS, INTS
+from .sampling_rows import FLOATS, INTS
 
 __all__ = ["TritonDraw"]
 

@@ -31,15 +31,14 @@ from folo_lib.runner import (
     ScheduledRequest,
     StepOutput,
     StepPlan,
-    TokenLogprobs,
     get_copy_stream,
     lay_end_to_end,
     make_input_batch,
     to_device,
-    to_entries,
 )
 from folo_lib.sampler import LogprobsTensors
 from folo_lib.sampling_params import SamplingParams
+from folo_lib.token_logprobs import TokenLogprobs, to_entries
 
 GREEDY = SamplingParams(temperature=0)
 CPU = torch.device("cpu")
@@ -1157,7 +1156,7 @@ class TestErrors:
     def test_too_long_a_context_is_refused_before_loading(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("folo_lib.runner.load_model", None)
+        monkeypatch.setattr("folo_lib.model_source.load_model", None)
         with pytest.raises(ValueError, match=r"max_model_len=5000.*4096"):
             GPUWorker(bundled_model_path(), EngineConfig(max_model_len=5000))
 

@@ -19,7 +19,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation import logits_process
 
-from folo_lib import bundled_model_path, load_model, load_tokenizer, sampler
+from folo_lib import (
+    bundled_model_path,
+    load_model,
+    load_tokenizer,
+    sampler,
+    sampling_rows,
+)
 from folo_lib.sampler import (
     Sampler,
     SamplingMetadata,
@@ -1844,7 +1850,7 @@ class TestBadWords:
             scores = scores + metadata.logit_bias
         if metadata.bad_words is not None:
             assert metadata.recent_tokens is not None
-            scores = sampler.forbid_bad_words(
+            scores = sampling_rows.forbid_bad_words(
                 scores, metadata.bad_words, metadata.recent_tokens
             )
         return (scores[0] == -INF).nonzero().flatten().tolist()
@@ -1900,7 +1906,7 @@ class TestBadWords:
             metadata = rows.gather([1], index, index)
             assert metadata.bad_words is not None
             assert metadata.recent_tokens is not None
-            scores = sampler.forbid_bad_words(
+            scores = sampling_rows.forbid_bad_words(
                 torch.zeros(1, 12), metadata.bad_words, metadata.recent_tokens
             )
             assert (scores[0] == -INF).nonzero().flatten().tolist() == [6]
@@ -1954,7 +1960,7 @@ class TestBias:
             temperature=0, logit_bias={0: 100.0, 1: 100.0}, allowed_token_ids=[1, 2]
         )
         bias = torch.full((4,), 7.0)
-        sampler.fill_bias(bias, params, [[1], [2, 3]])
+        sampling_rows.fill_bias(bias, params, [[1], [2, 3]])
         assert bias.tolist() == [-INF, -INF, 0, -INF]
 
     def test_a_bias_comes_before_the_penalties(self) -> None:

@@ -398,13 +398,6 @@ def runner(m: ModuleType) -> None:
     ):
         rows.update(step)
         m.make_input_batch(rows, m.lay_end_to_end(rows, step, 2), 2)
-    logprobs = m.LogprobsTensors(
-        torch.tensor([[3, 9, 3], [1, 0, 1], [4, 5, 6], [7, 8, 9]]),
-        torch.tensor([[-1.0, -0.5, -1.0]]).repeat(4, 1),
-        torch.tensor([2, 1, 1, 9]),
-    )
-    m.to_entries(logprobs, [2, None, 0, 1])
-    m.to_entries(logprobs, [-1, 7, -1, 0])
 
 
 def request(m: ModuleType) -> None:
