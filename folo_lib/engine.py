@@ -351,6 +351,8 @@ def take_outputs(
 ) -> None:
     """Gives the requests of a step what it brought, or the error that it led to.
 
+    A caller is told of tokens and of ends. That a chunk of a prompt was read is no news.
+
     Args:
         table: tells the callers.
         starts: the requests, and how often each had started when the step began. Who
@@ -362,11 +364,13 @@ def take_outputs(
     for request, num_starts in starts.items():
         if request.status.is_finished:
             continue  # nobody foresaw it: what the step drew after the end is dropped
+        token = output.tokens.get(request.sample_id)
+        if request.num_starts != num_starts:
+            token = None
         try:
             if scores := output.prompt_logprobs.get(request.sample_id):
                 request.take_prompt_logprobs(*scores)
-            token = output.tokens.get(request.sample_id)
-            if token is not None and request.num_starts == num_starts:
+            if token is not None:
                 if token.token_id < 0:
                     raise FloatingPointError(NOT_FINITE.format(executor.dtype))
                 request.append_token(token, now)
@@ -375,7 +379,8 @@ def take_outputs(
         _, inbox = table.groups[request.request_id]
         if request.status.is_finished:
             request.metrics.peak_memory = executor.get_peak_memory()
-        if request.status.is_finished or inbox.every_token:
+        has_news = token is not None and inbox.every_token
+        if request.status.is_finished or has_news:
             table.update(request)
 
 

@@ -68,6 +68,12 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         503: "Overloaded, or shutting down",
     }.items()
 }
+ANSWERS = ERRORS | {
+    200: {
+        "description": "The answer, or with `stream` its chunks as events",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}
 
 
 class AsciiResponse(JSONResponse):
@@ -365,11 +371,11 @@ def make_router(service: Service) -> APIRouter:
     async def model(name: str) -> dict[str, Any]:
         return service.find_model(name)
 
-    @router.post("/v1/completions", responses=ERRORS)
+    @router.post("/v1/completions", responses=ANSWERS)
     async def completions(asked: CompletionRequest, request: Request) -> Response:
         return await service.answer(asked, request)
 
-    @router.post("/v1/chat/completions", responses=ERRORS)
+    @router.post("/v1/chat/completions", responses=ANSWERS)
     async def chat_completions(asked: ChatRequest, request: Request) -> Response:
         return await service.answer(asked, request)
 
