@@ -351,7 +351,7 @@ def take_outputs(
 ) -> None:
     """Gives the requests of a step what it brought, or the error that it led to.
 
-    A caller is told of tokens and of ends. That a chunk of a prompt was read is no news.
+    Callers are told of tokens and ends; that a chunk of a prompt was read is no news.
 
     Args:
         table: tells the callers.
