@@ -132,7 +132,13 @@ def run_server(
 
     listening = socket.create_server(("127.0.0.1", 0))
     # What the extra `serve` installs, also where uvicorn would find something faster.
-    config = uvicorn.Config(app, loop="asyncio", http="h11", log_level="error")
+    config = uvicorn.Config(
+        app,
+        loop="asyncio",
+        http="h11",
+        log_level="error",
+        timeout_graceful_shutdown=5,
+    )
     server = Server(config, served, grace)
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()

@@ -140,8 +140,9 @@ class OwnerThread:
         try:
             while not self.stopping and (self.streams or not self.closing):
                 self.read_notes(wait=not self.streams)
-                self.deliver(self.engine.advance(self.inbox))
-                self.stats = self.engine.stats()
+                outputs = self.engine.advance(self.inbox)
+                self.stats = self.engine.stats()  # who has an end may look at once
+                self.deliver(outputs)
         except BaseException as cause:
             logger.exception("The engine's loop broke off.")
             error = EngineDeadError(f"the engine broke off: {cause!r}")
