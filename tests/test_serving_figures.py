@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 
 pytest.importorskip("matplotlib")
@@ -28,7 +29,14 @@ def make_gpu() -> Result:
     record["setup"]["device"] = "NVIDIA H200"
     made = record["sections"]["serving"][-1]
     made["speeds"]["http"]["of_generate"] = 0.4
-    row = {"steps": 9, "wall": 2.5, "read": 1.0, "step": 0.5, "owner": 0.25, "loop": 0.5}
+    row = {
+        "steps": 9,
+        "wall": 2.5,
+        "read": 1.0,
+        "step": 0.5,
+        "owner": 0.25,
+        "loop": 0.5,
+    }
     made["threads"] = {"async": row, "event_loop": {"samples": 5}}
     theirs = {"tokens_per_second": 12_345.6, "ttft_alone": 0.0123}
     record["sections"]["vllm_serving"] = [theirs]
@@ -47,7 +55,7 @@ def test_shares_say_what_is_left_on_each_machine() -> None:
     ]
     speeds = latest(CPU, "serving")["speeds"]
     share = f"{speeds['http']['of_generate']:.0%}"
-    assert ax.get_title() == f"Through HTTP {share} and 40% of the speed is left"
+    assert ax.get_title() == f"Through HTTP\n{share} and 40% of the speed is left"
     widths = [bar.get_width() for bar in ax.patches]
     assert widths[3] == pytest.approx(40)
     assert widths[0] == pytest.approx(100 * speeds["async"]["of_generate"])
@@ -63,6 +71,9 @@ def test_waits_are_multiples_of_the_closed_loop_above_them() -> None:
     assert list(half.get_xdata()) == [100 * row["load"] for row in rows]
     last = rows[-1]["ttft"]["p99"] / rows[-1]["closed"]["ttft"]["p50"]
     assert most.get_ydata()[-1] == pytest.approx(last)
+    near = next(row for row in rows if row["load"] == 0.95)
+    ratio = f"{near['ttft']['p50'] / near['closed']['ttft']['p50']:.1f}"
+    assert f"half wait {ratio} and {ratio} times" in ax.get_title()
     assert [line.get_label() for line in ax.lines[:4]] == [
         "CPU, half",
         "CPU, 99 %",
@@ -90,3 +101,24 @@ def test_without_http_a_figure_says_so() -> None:
     ax = Figure().subplots()
     shown.draw_shares(ax, [record])
     assert ax.get_title() == "No HTTP" and len(ax.patches) == 1
+
+
+def test_page_18_says_what_its_recordings_hold() -> None:
+    cells = nbformat.read(DATA.parent / "18_benchmark.ipynb", as_version=4).cells
+    texts = {cell.id: cell for cell in cells}
+    prose = texts["12-serving-b"].source
+    made = latest(CPU, "serving")
+    kept = {
+        way: f"{row.get('of_generate', 1):.0%}" for way, row in made["speeds"].items()
+    }
+    for share in (kept["async"], kept["http"]):
+        assert share.replace("%", " %") in prose
+    assert f"same {made['sizes']['streams']} prompts" in texts["12-serving-a"].source
+    near = next(row for row in made["loads"] if row["load"] == 0.95)
+    usual = near["closed"]["ttft"]["p50"]
+    assert near["ttft"]["p50"] > 2 * usual and near["ttft"]["p99"] > 10 * usual
+    records = [CPU, H200]
+    [output] = texts["12-serving-table"].outputs
+    assert output.text.splitlines() == shown.list_serving(records), (
+        "a recording is new: run the page again"
+    )
