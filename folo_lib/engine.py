@@ -362,11 +362,9 @@ def take_outputs(
     """
     now = time.perf_counter()
     for request, num_starts in starts.items():
-        if request.status.is_finished:
-            continue  # nobody foresaw it: what the step drew after the end is dropped
+        if request.status.is_finished or request.num_starts != num_starts:
+            continue  # it draws the same again, or has ended, which nobody foresaw
         token = output.tokens.get(request.sample_id)
-        if request.num_starts != num_starts:
-            token = None
         try:
             if scores := output.prompt_logprobs.get(request.sample_id):
                 request.take_prompt_logprobs(*scores)
@@ -379,9 +377,9 @@ def take_outputs(
         _, inbox = table.groups[request.request_id]
         if request.status.is_finished:
             request.metrics.peak_memory = executor.get_peak_memory()
-        has_news = token is not None and inbox.every_token
-        if request.status.is_finished or has_news:
-            table.update(request)
+        elif token is None or not inbox.every_token:
+            continue
+        table.update(request)
 
 
 # %% ../notebooks/10_engine.ipynb #run-step

@@ -845,7 +845,7 @@ class TestCommand:
 
 
 def wait_for(url: str) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180
     while time.monotonic() < end:
         try:
             if httpx.get(f"{url}/health").status_code == 200:
