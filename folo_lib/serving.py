@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = [
-    "logger",
     "News",
+    "logger",
     "MOST_SKIPPED",
     "T",
     "RequestStream",
-    "EngineDeadError",
     "put_all",
+    "EngineDeadError",
     "OwnerThread",
     "EngineOverloadedError",
     "reply",
@@ -96,14 +96,8 @@ class RequestStream:
             self.on_close(self)
 
 
-# %% ../notebooks/17_serving.ipynb #owner-thread
-logger = logging.getLogger(__name__)
+# %% ../notebooks/17_serving.ipynb #put-all
 News = Iterable[tuple[RequestStream, RequestOutput | Exception]]
-MOST_SKIPPED = 3  # steps in a row whose tokens wait for a loop that is busy
-
-
-class EngineDeadError(RuntimeError):
-    """The engine was shut down, or its loop broke off; it takes no requests."""
 
 
 def put_all(news: News, unread: set[asyncio.AbstractEventLoop]) -> None:
@@ -112,6 +106,15 @@ def put_all(news: News, unread: set[asyncio.AbstractEventLoop]) -> None:
         stream.put(what)
     loop = asyncio.get_running_loop()
     loop.call_soon(unread.discard, loop)  # after the readers that were woken
+
+
+# %% ../notebooks/17_serving.ipynb #owner-thread
+logger = logging.getLogger(__name__)
+MOST_SKIPPED = 3  # steps in a row whose tokens wait for a loop that is busy
+
+
+class EngineDeadError(RuntimeError):
+    """The engine was shut down, or its loop broke off; it takes no requests."""
 
 
 class OwnerThread:
@@ -132,8 +135,7 @@ class OwnerThread:
     def __init__(self, engine: LLMEngine) -> None:
         self.engine, self.inbox = engine, Inbox(every_token=True)
         self.streams: dict[str, RequestStream] = {}
-        self.unread: set[asyncio.AbstractEventLoop] = set()
-        self.num_skipped = 0
+        self.unread, self.num_skipped = set[asyncio.AbstractEventLoop](), 0
         self.notes: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self.closing = self.stopping = False
         self.error: EngineDeadError | None = None

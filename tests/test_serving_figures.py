@@ -117,6 +117,22 @@ def test_page_18_says_what_its_recordings_hold() -> None:
     near = next(row for row in made["loads"] if row["load"] == 0.95)
     usual = near["closed"]["ttft"]["p50"]
     assert near["ttft"]["p50"] > 2 * usual and near["ttft"]["p99"] > 10 * usual
+    made = latest(H200, "serving")
+    loads = {row["load"]: row for row in made["loads"]}
+    waits = {x: r["ttft"]["p50"] / r["closed"]["ttft"]["p50"] for x, r in loads.items()}
+    assert waits[0.95] < 1 and "do not wait longer yet" in prose
+    assert 5 <= waits[1.1] < 6 and "at 110 % they wait five times as long" in prose
+    said = texts["12-not-drawn"].source
+    for way, words in (("async", "keeps {}"), ("http", "through HTTP {} are left")):
+        share = f"{made['speeds'][way]['of_generate']:.0%}".replace("%", " %")
+        assert words.format(share) in said
+    alone, streams = made["threads"]["generate"], made["threads"]["async"]
+    assert f"for {alone['read']:.2f} of {alone['wall']:.2f} ms" in said
+    owner = streams["step"] + streams["owner"]
+    assert f"the owner's {owner:.2f} ms" in said
+    assert f"the event loop's {streams['loop']:.2f} ms" in said
+    assert owner + streams["loop"] > 0.95 * streams["wall"]
+    assert made["speeds"]["async"]["of_generate"] < 0.85 and "**not reached**" in said
     records = [CPU, H200]
     [output] = texts["12-serving-table"].outputs
     assert output.text.splitlines() == shown.list_serving(records), (
