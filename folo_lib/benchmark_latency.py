@@ -45,8 +45,7 @@ class Gaps:
         if any(output.finished for output in outputs):
             errors = {str(output.error) for output in outputs if output.finished}
             raise RuntimeError(f"a request ended too early: {', '.join(errors)}")
-        # A prompt that is read in chunks has outputs without a token first.
-        updated = {one.request_id for one in outputs if one.outputs[0].token_ids}
+        updated = {one.request_id for one in outputs}
         now, watched = time.perf_counter(), updated & self.request_ids
         waits = [now - self.last[one] for one in watched if one in self.last]
         if waits:

@@ -11,19 +11,26 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from folo_lib.benchmark import BenchmarkError, Result, make_prompt, summarize
 from folo_lib.benchmark_bench import Bench
+from folo_lib.benchmark_threads import clock_threads, sample_thread
 from folo_lib.engine import LLMEngine
 from folo_lib.sampling_params import SamplingParams
 from folo_lib.serving import AsyncLLMEngine
 
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from folo_lib.server import Server
+
 PERCENTILES = (50, 90, 99)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,8 +64,9 @@ class ServingSizes:
 ON_GPU = ServingSizes(
     streams=64,
     stream_tokens=256,
-    places=256,
-    num_requests=3000,
+    num_runs=5,
+    places=64,
+    num_requests=800,
     shortest=64,
     longest=256,
     max_gap=0.02,
@@ -79,28 +87,72 @@ async def read_all(
     return list(await asyncio.gather(*map(read, prompts)))
 
 
+@dataclass
+class Running:
+    """A server in a thread of its own.
+
+    Attributes:
+        server: of uvicorn, as `folo serve` starts it.
+        thread: in which its event loop runs.
+        host, port: where it listens.
+    """
+
+    server: Server
+    thread: threading.Thread
+    host: str
+    port: str
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    def call(self, function: Callable[[], T]) -> T:
+        """What a function returns that the event loop calls."""
+
+        async def answer() -> T:
+            return function()
+
+        return asyncio.run_coroutine_threadsafe(answer(), self.server.loop).result()
+
+
 @contextmanager
-def run_server(served: AsyncLLMEngine) -> Iterator[tuple[str, str]]:
-    """Host and port of a server in a thread of its own; the engine ends with it."""
+def run_server(
+    app: FastAPI, served: AsyncLLMEngine, grace: float = 5.0
+) -> Iterator[Running]:
+    """A server on a free port of this machine; the engine ends with it.
+
+    Args:
+        app: of `create_app`.
+        served: the engine behind it.
+        grace: seconds that running requests have when it is told to end.
+    """
     import uvicorn
 
-    from folo_lib.server import create_app
+    from folo_lib.server import Server
 
     listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(served, "model"), log_level="error")
+    # What the extra `serve` installs, also where uvicorn would find something faster.
+    config = uvicorn.Config(
+        app,
+        loop="asyncio",
+        http="h11",
+        log_level="error",
+        timeout_graceful_shutdown=5,
     )
+    server = Server(config, served, grace)
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
+    while not server.started and thread.is_alive():
+        time.sleep(0.001)
     try:
-        yield "127.0.0.1", str(listening.getsockname()[1])
+        yield Running(server, thread, "127.0.0.1", str(listening.getsockname()[1]))
     finally:
         server.should_exit = True
-        thread.join()
+        thread.join(20)
 
 
 def read_over_http(
-    address: tuple[str, str], prompts: Sequence[list[int]], params: SamplingParams
+    running: Running, prompts: Sequence[list[int]], params: SamplingParams
 ) -> Result:
     """The same through HTTP, with the clients in a process of their own."""
     bodies = [
@@ -115,7 +167,8 @@ def read_over_http(
         }
         for prompt in prompts
     ]
-    command = [sys.executable, "-m", "folo_lib.benchmark_clients", *address]
+    command = [sys.executable, "-m", "folo_lib.benchmark_clients"]
+    command += [running.host, running.port]
     done = subprocess.run(
         command, input=json.dumps(bodies), capture_output=True, text=True
     )
@@ -127,45 +180,143 @@ def read_over_http(
     return result
 
 
+class Streams:
+    """The same prompts through `generate`, `AsyncLLMEngine` and, with a server, HTTP.
+
+    Args:
+        bench: knows the vocabulary.
+        served: over the engine that is measured.
+        running: a server in front of it; None: HTTP is left out.
+        sizes: how many streams, and how long.
+    """
+
+    def __init__(
+        self,
+        bench: Bench,
+        served: AsyncLLMEngine,
+        running: Running | None,
+        sizes: ServingSizes,
+    ) -> None:
+        self.served, self.engine, self.running = served, served.engine, running
+        self.sizes, vocab_size = sizes, bench.config.vocab_size
+        self.prompts = [make_prompt(vocab_size, 32, i) for i in range(sizes.streams)]
+        self.params = SamplingParams(
+            temperature=0, max_tokens=sizes.stream_tokens, ignore_eos=True
+        )
+        self.first = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+        self.ways: dict[str, Callable[[], float]] = {
+            "generate": self.generate,
+            "async": self.stream,
+        }
+        if running is not None:
+            self.ways["http"] = lambda: self.ask(running)
+
+    def generate(self) -> float:
+        """Seconds for all of them."""
+        begin = time.perf_counter()
+        self.engine.generate(self.prompts, self.params, use_tqdm=False)
+        return time.perf_counter() - begin
+
+    def stream(self) -> float:
+        """The same as streams."""
+        begin = time.perf_counter()
+        asyncio.run(read_all(self.served, self.prompts, self.params))
+        return time.perf_counter() - begin
+
+    def ask(self, running: Running) -> float:
+        """The same through HTTP; the start of the clients' process is not counted."""
+        seconds: float = read_over_http(running, self.prompts, self.params)["seconds"]
+        return seconds
+
+    def measure_speeds(self) -> Result:
+        """Tokens per second of each way, in turns."""
+        total = self.sizes.streams * self.sizes.stream_tokens
+        speeds: dict[str, list[float]] = {name: [] for name in self.ways}
+        for _ in range(self.sizes.num_runs + 1):  # the first warms up
+            for name, run in self.ways.items():
+                speeds[name].append(total / run())
+        rows = {name: summarize(values[1:]) for name, values in speeds.items()}
+        for name in list(rows)[1:]:
+            pairs = zip(speeds[name][1:], speeds["generate"][1:], strict=True)
+            share = statistics.median(ours / all_ for ours, all_ in pairs)
+            rows[name]["of_generate"] = share
+        for name, row in rows.items():
+            share = row.get("of_generate", 1)
+            print(f"{name}: {row['median']:,.0f} tokens/s, {share:.0%}", flush=True)
+        return rows
+
+    def measure_first_tokens(self) -> Result:
+        """Seconds until one client that is alone has its first token."""
+        ttft: dict[str, list[float]] = {name: [] for name in self.ways}
+        del ttft["generate"]
+        alone = self.prompts[:4]
+        for prompt in alone * (self.sizes.num_runs + 1):  # the first of each warms up
+            ttft["async"] += asyncio.run(read_all(self.served, [prompt], self.first))
+            if self.running is not None:
+                done = read_over_http(self.running, [prompt], self.first)
+                ttft["http"] += done["ttft"]
+        medians = {
+            name: statistics.median(values[len(alone) :])
+            for name, values in ttft.items()
+        }
+        print(f"one client's first token: {medians}", flush=True)
+        return medians
+
+    def measure_threads(self) -> Result:
+        """Where the time of a step goes in each way, and what the event loop does."""
+        here, running = time.thread_time, self.running
+
+        def owner() -> float:
+            return asyncio.run(self.served.ask(time.thread_time))
+
+        result: Result = {
+            "generate": clock_threads(self.engine, self.generate, None, here),
+            "async": clock_threads(self.engine, self.stream, owner, here),
+        }
+        if running is not None:
+            loop = lambda: running.call(time.thread_time)  # noqa: E731
+            run = self.ways["http"]
+            result["http"] = clock_threads(self.engine, run, owner, loop)
+            result["event_loop"] = sample_thread(running.thread, run)
+        for name, row in result.items():
+            print(f"threads, {name}: {json.dumps(row)}", flush=True)
+        return result
+
+
+def find_missing() -> str | None:
+    """The package that the server needs and that is not here, if there is one."""
+    for package in ("fastapi", "uvicorn", "prometheus_client"):
+        if find_spec(package) is None:
+            return package
+    return None
+
+
 def run_streams(bench: Bench, engine: LLMEngine, sizes: ServingSizes) -> Result:
     """Tokens per second of `generate`, of `AsyncLLMEngine` and through HTTP, in turns.
 
-    And the time to the first token of one client alone, through the engine and through HTTP.
+    And the time to the first token of one client alone, through the engine and through HTTP,
+    and where the time of a step goes. HTTP is left out where a package is missing.
     """
-    served, vocab_size = AsyncLLMEngine(engine), bench.config.vocab_size
-    params = SamplingParams(
-        temperature=0, max_tokens=sizes.stream_tokens, ignore_eos=True
-    )
-    prompts = [make_prompt(vocab_size, 32, seed) for seed in range(sizes.streams)]
-    total = sizes.streams * sizes.stream_tokens
-    speeds: dict[str, list[float]] = {"generate": [], "async": [], "http": []}
-    ttft: dict[str, list[float]] = {"async": [], "http": []}
-    with run_server(served) as address:
-        for _ in range(sizes.num_runs + 1):  # the first warms up
-            begin = time.perf_counter()
-            engine.generate(prompts, params, use_tqdm=False)
-            speeds["generate"].append(total / (time.perf_counter() - begin))
-            begin = time.perf_counter()
-            asyncio.run(read_all(served, prompts, params))
-            speeds["async"].append(total / (time.perf_counter() - begin))
-            done = read_over_http(address, prompts, params)
-            speeds["http"].append(total / done["seconds"])
-            alone = prompts[:4]
-            for prompt in alone:
-                ttft["async"] += asyncio.run(read_all(served, [prompt], params))
-                ttft["http"] += read_over_http(address, [prompt], params)["ttft"]
-    rows = {name: summarize(values[1:]) for name, values in speeds.items()}
-    for name in ("async", "http"):
-        pairs = zip(speeds[name][1:], speeds["generate"][1:], strict=True)
-        rows[name]["of_generate"] = statistics.median(
-            ours / all_ for ours, all_ in pairs
-        )
-        print(f"{name}: {rows[name]['of_generate']:.0%} of generate", flush=True)
-    medians = {
-        name: statistics.median(values[len(alone) :]) for name, values in ttft.items()
-    }
-    print(f"one client's first token: {medians}", flush=True)
-    return {"speeds": rows, "ttft_alone": medians}
+    served, missing = AsyncLLMEngine(engine), find_missing()
+    left_out: dict[str, str] = {}
+    with ExitStack() as stack:
+        running = None
+        if missing is None:
+            from folo_lib.server import create_app
+
+            app = create_app(served, "model")
+            running = stack.enter_context(run_server(app, served))
+        else:
+            left_out["http"] = f"{missing} is missing: pip install 'folo-lib[serve]'"
+            print(f"HTTP is left out: {left_out['http']}", flush=True)
+            stack.callback(lambda: asyncio.run(served.shutdown()))
+        streams = Streams(bench, served, running, sizes)
+        return {
+            "speeds": streams.measure_speeds(),
+            "ttft_alone": streams.measure_first_tokens(),
+            "threads": streams.measure_threads(),
+            "left_out": left_out,
+        }
 
 
 def make_load(
@@ -285,18 +436,28 @@ def run_loads(bench: Bench, engine: LLMEngine, sizes: ServingSizes) -> Result:
     return {"clients": clients, "loads": rows}
 
 
+def name_all_tokens(engine: LLMEngine) -> None:
+    """Gives each token id a text, also one that the bundled tokenizer does not know.
+
+    Random weights of another shape draw such ids, and a stream of empty texts has no events.
+    """
+    tokens, known = engine.processor.token_bytes, len(engine.tokenizer or ())
+    if tokens is not None:
+        for token_id in range(known, engine.executor.config.vocab_size):
+            tokens[token_id] = f" {token_id}".encode()
+
+
 def run_serving(bench: Bench, sizes: ServingSizes | None = None) -> Result:
     """Streams beside `generate`, and then the waits under load."""
-    for package in ("fastapi", "uvicorn", "prometheus_client"):
-        if find_spec(package) is None:
-            raise BenchmarkError(f"{package} is missing: pip install 'folo-lib[serve]'")
     sizes = sizes or (ON_GPU if bench.device.type == "cuda" else ServingSizes())
     options: dict[str, Any] = {"device": bench.device, "dtype": bench.dtype}
     options |= {"enable_prefix_caching": False, "max_model_len": 1024}
     options |= {"use_tqdm": False}
     engine = LLMEngine(bench.folder, **options, max_num_seqs=sizes.streams)
+    name_all_tokens(engine)
     result = run_streams(bench, engine, sizes)
-    del engine
-    bench.free_memory()
-    engine = LLMEngine(bench.folder, **options, max_num_seqs=sizes.places)
+    if sizes.places != sizes.streams:
+        del engine
+        bench.free_memory()
+        engine = LLMEngine(bench.folder, **options, max_num_seqs=sizes.places)
     return {"sizes": asdict(sizes)} | result | run_loads(bench, engine, sizes)

@@ -4,16 +4,19 @@
 
 It has its own requirements, so it may need another environment, or another `PYTHONPATH`.
 The result is added to a file that the benchmark has begun on the same device, as one
-recording of the section `vllm`; start it twice, and both are kept.
+recording of the section `vllm`; start it twice, and both are kept. With `--serving` its
+engine for an event loop is measured instead, on the streams of the section `serving`.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import importlib
 import json
 import platform
 import shutil
+import statistics
 import subprocess
 import tempfile
 import time
@@ -28,6 +31,8 @@ from folo_lib.benchmark_workloads import (
     Result,
     ThroughputSizes,
     Workload,
+    describe_runs,
+    make_equal,
     make_few,
     make_mixed,
     measure_few,
@@ -112,13 +117,101 @@ def read_record(path: Path, device: str) -> Result:
     return record
 
 
-def add_recording(path: Path, made: Result) -> None:
-    """Adds one recording to the section `vllm`; the file is whole at any time."""
+def add_recording(path: Path, section: str, made: Result) -> None:
+    """Adds one recording to a section; the file is whole at any time."""
     record = read_record(path, get_device_name())  # with what was added meanwhile
-    record["sections"].setdefault("vllm", []).append(made)
+    record["sections"].setdefault(section, []).append(made)
     half = path.with_suffix(".tmp")
     half.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     half.replace(path)
+
+
+def get_versions(torch: Any) -> dict[str, str]:
+    """Of what a result depends on."""
+    versions = {"vllm": importlib.import_module("vllm").__version__}
+    return versions | {"torch": torch.__version__, "python": platform.python_version()}
+
+
+async def time_streams(
+    engine: Any, workload: Workload, name: str
+) -> tuple[float, float]:
+    """Seconds for streams that begin together, and until the first token on average."""
+    vllm: Any = importlib.import_module("vllm")
+    delta = importlib.import_module("vllm.sampling_params").RequestOutputKind.DELTA
+    begin = time.perf_counter()
+
+    async def read(number: int) -> float:
+        length, first, num_tokens = workload.lengths[number], 0.0, 0
+        params = vllm.SamplingParams(
+            temperature=0,
+            max_tokens=length,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=delta,
+        )
+        prompt = {"prompt_token_ids": workload.prompts[number]}
+        async for output in engine.generate(prompt, params, f"{name}-{number}"):
+            num_tokens += len(output.outputs[0].token_ids)
+            first = first or time.perf_counter() - begin
+        if num_tokens != length:
+            raise RuntimeError(f"a stream of vLLM's ended after {num_tokens} tokens.")
+        return first
+
+    firsts = await asyncio.gather(*map(read, range(len(workload.lengths))))
+    return time.perf_counter() - begin, statistics.mean(firsts)
+
+
+async def run_streams(options: Result, workload: Workload, num_runs: int) -> Result:
+    """vLLM's engine for an event loop: all streams together, then one alone."""
+    vllm: Any = importlib.import_module("vllm")
+    begin = time.perf_counter()
+    engine = vllm.AsyncLLMEngine.from_engine_args(
+        vllm.AsyncEngineArgs(**options, disable_log_stats=True)
+    )
+    try:
+        started = time.perf_counter() - begin
+        print(f"vLLM is ready after {started:.0f} s", flush=True)
+        alone = workload.first(1).shortened(2)
+        seconds, first = [], []
+        for i in range(num_runs + 1):  # the first warms up
+            seconds.append((await time_streams(engine, workload, f"all-{i}"))[0])
+            first.append((await time_streams(engine, alone, f"one-{i}"))[1])
+            print(f"{workload.num_tokens / seconds[-1]:10,.1f} tokens/s", flush=True)
+    finally:
+        engine.shutdown()
+    made = describe_runs(workload, seconds[1:])
+    return {
+        "start_seconds": started,
+        "ttft_alone": statistics.median(first[1:]),
+        **made,
+    }
+
+
+def measure_serving(
+    folder: Path, has_weights: bool, sizes: Result, vocab_size: int
+) -> Result:
+    """The streams of the section `serving` on vLLM; `sizes` are that section's.
+
+    On an H200 it takes about one minute and a half, most of which is the start.
+    """
+    import torch
+
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    begin = time.perf_counter()
+    options = make_options(folder, has_weights, max_model_len=1024)
+    equal = ThroughputSizes(prompt_tokens=32, largest_id=vocab_size - 1)
+    num_tokens = sizes["stream_tokens"]
+    workload = make_equal(equal, vocab_size, sizes["streams"], num_tokens)
+    made = asyncio.run(run_streams(options, workload, sizes["num_runs"]))
+    del options["model"]
+    return {
+        "date": date,
+        "command": "python -m folo_lib.benchmark_vllm --serving",
+        "seconds": round(time.perf_counter() - begin, 1),
+        "versions": get_versions(torch),
+        "options": options,
+        **made,
+    }
 
 
 def measure(
@@ -135,8 +228,7 @@ def measure(
     longest = max(make_mixed(sizes, vocab_size).max_model_len, sizes.max_model_len)
     options = make_options(folder, has_weights, longest)
     run = start(options)
-    versions = {"vllm": importlib.import_module("vllm").__version__}
-    versions |= {"torch": torch.__version__, "python": platform.python_version()}
+    versions = get_versions(torch)
     started = time.perf_counter() - begin
     print(f"vLLM is ready after {started:.0f} s", flush=True)
     made = measure_throughput(run, sizes, vocab_size)
@@ -162,8 +254,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="FILE.json", help="to be added to")
     add("--model", type=Path, help="a folder; default: random weights, as Qwen3-0.6B's")
+    add("--serving", action="store_true", help="streams, for the section `serving`")
     args = parser.parse_args(argv)
     record = read_record(args.out, get_device_name())
+    served = record["sections"].get("serving")
+    if args.serving and served is None:
+        parser.error(f"{args.out.name} has no section `serving` to compare with.")
     sizes = ThroughputSizes(**record["setup"]["sizes"]["throughput"])
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.model or Path(scratch)
@@ -171,8 +267,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_config(folder)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         has_weights = any(folder.glob("*.safetensors"))
-        made = measure(folder, has_weights, sizes, config["vocab_size"])
-    add_recording(args.out, made)
+        about = folder, has_weights
+        if args.serving:
+            made = measure_serving(*about, served[-1]["sizes"], config["vocab_size"])
+        else:
+            made = measure(*about, sizes, config["vocab_size"])
+    add_recording(args.out, "vllm_serving" if args.serving else "vllm", made)
 
 
 if __name__ == "__main__":

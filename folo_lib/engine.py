@@ -316,6 +316,8 @@ def take_outputs(
 ) -> None:
     """Gives the requests of a step what it brought, or the error that it led to.
 
+    Callers are told of tokens and ends; that a chunk of a prompt was read is no news.
+
     Args:
         table: tells the callers.
         starts: the requests, and how often each had started when the step began. Who
@@ -325,13 +327,13 @@ def take_outputs(
     """
     now = time.perf_counter()
     for request, num_starts in starts.items():
-        if request.status.is_finished:
-            continue  # nobody foresaw it: what the step drew after the end is dropped
+        if request.status.is_finished or request.num_starts != num_starts:
+            continue  # it draws the same again, or has ended, which nobody foresaw
+        token = output.tokens.get(request.sample_id)
         try:
             if scores := output.prompt_logprobs.get(request.sample_id):
                 request.take_prompt_logprobs(*scores)
-            token = output.tokens.get(request.sample_id)
-            if token is not None and request.num_starts == num_starts:
+            if token is not None:
                 if token.token_id < 0:
                     raise FloatingPointError(NOT_FINITE.format(executor.dtype))
                 request.append_token(token, now)
@@ -340,8 +342,9 @@ def take_outputs(
         _, inbox = table.groups[request.request_id]
         if request.status.is_finished:
             request.metrics.peak_memory = executor.get_peak_memory()
-        if request.status.is_finished or inbox.every_token:
-            table.update(request)
+        elif token is None or not inbox.every_token:
+            continue
+        table.update(request)
 
 
 # %% ../notebooks/10_engine.ipynb #run-step

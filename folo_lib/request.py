@@ -305,6 +305,8 @@ class RequestMetrics:
 # %% ../notebooks/09_request.ipynb #merge-metrics
 def merge_metrics(samples: Sequence[RequestMetrics]) -> RequestMetrics:
     """The metrics of a prompt from those of its samples."""
+    if len(samples) == 1:  # as most have, and a stream asks for them at every token
+        return RequestMetrics(**vars(samples[0]))
 
     def known(name: str) -> list[Any]:
         return [x for sample in samples if (x := getattr(sample, name)) is not None]

@@ -17,11 +17,17 @@ import math
 import os
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Sequence,
+)
 from contextlib import aclosing, asynccontextmanager
 from importlib import resources
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request
@@ -53,6 +59,7 @@ from folo_lib.vllm_names import name_model
 __all__ = ["create_app", "main"]
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 MAX_BODY_BYTES = 4 * 2**20
 LONG_TEXT = 20_000
@@ -67,6 +74,12 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         413: "The body is too large",
         503: "Overloaded, or shutting down",
     }.items()
+}
+ANSWERS = ERRORS | {
+    200: {
+        "description": "The answer, or with `stream` its chunks as events",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
 }
 
 
@@ -220,9 +233,8 @@ class Service:
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
             events = self.write_events(transcript, watched)
             return EventResponse(events, streams, headers)
-        work = asyncio.gather(*(read_to_end(outputs) for outputs in watched))
         try:
-            outputs = await unless_gone(request, work)
+            outputs = await unless_gone(request, read_all(watched))
         finally:
             for stream in streams:
                 stream.close()
@@ -291,6 +303,13 @@ async def read_to_end(outputs: AsyncIterator[RequestOutput]) -> RequestOutput:
     return last
 
 
+async def read_all(
+    sources: Sequence[AsyncIterator[RequestOutput]],
+) -> list[RequestOutput]:
+    """The last output of each."""
+    return await asyncio.gather(*map(read_to_end, sources))
+
+
 async def merge(
     sources: Sequence[AsyncIterator[RequestOutput]],
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
@@ -319,13 +338,14 @@ async def merge(
             task.cancel()
 
 
-async def unless_gone(request: Request, work: asyncio.Future[Any]) -> Any:
-    """What the work brings; cancelled when the client hangs up, who sees no answer then."""
+async def unless_gone(request: Request, coroutine: Coroutine[Any, Any, T]) -> T:
+    """What a coroutine brings; cancelled when the client hangs up, who sees no answer."""
 
     async def hang_up() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
+    work = asyncio.create_task(coroutine)
     gone = asyncio.create_task(hang_up())
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -365,11 +385,11 @@ def make_router(service: Service) -> APIRouter:
     async def model(name: str) -> dict[str, Any]:
         return service.find_model(name)
 
-    @router.post("/v1/completions", responses=ERRORS)
+    @router.post("/v1/completions", responses=ANSWERS)
     async def completions(asked: CompletionRequest, request: Request) -> Response:
         return await service.answer(asked, request)
 
-    @router.post("/v1/chat/completions", responses=ERRORS)
+    @router.post("/v1/chat/completions", responses=ANSWERS)
     async def chat_completions(asked: ChatRequest, request: Request) -> Response:
         return await service.answer(asked, request)
 

@@ -106,10 +106,11 @@ class ServerMetrics:
         last, num_tokens, reason = arrival, 0, "abort"
         try:
             async for output in stream:
-                now = time.perf_counter()
-                (self.itl if num_tokens else self.ttft).observe(now - last)
-                last = now
+                num_before, now = num_tokens, time.perf_counter()
                 num_tokens = sum(len(one.token_ids) for one in output.outputs)
+                if num_tokens > num_before:  # an end may come without a token
+                    (self.itl if num_before else self.ttft).observe(now - last)
+                    last = now
                 if output.finished:
                     reason = output.outputs[0].finish_reason or "abort"
                 yield output

@@ -159,6 +159,14 @@ class StreamOptions(Strict):
     include_obfuscation: bool = False  # pads chunks at OpenAI; no padding is all right
 
 
+def ranged(**limits: float) -> Any:
+    """A field whose range stands in the OpenAPI document. The engine checks it.
+
+    Its errors say what to do, and pydantic's do not.
+    """
+    return Field(None, json_schema_extra={**limits})
+
+
 class CommonRequest(Strict):
     """What both routes take. None always means the default."""
 
@@ -167,19 +175,19 @@ class CommonRequest(Strict):
     stream_options: StreamOptions | None = None
     # sampling; those that are None are taken from the checkpoint, as `generate` does
     n: int | None = Field(None, ge=1, le=128)
-    temperature: float | None = None
-    top_p: float | None = None
-    max_tokens: int | None = None
-    seed: int | None = None
+    temperature: float | None = ranged(minimum=0, maximum=2)
+    top_p: float | None = ranged(exclusiveMinimum=0, maximum=1)
+    max_tokens: int | None = ranged(minimum=1)
+    seed: int | None = ranged(minimum=-(2**63), exclusiveMaximum=2**64)
     stop: str | list[str] | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
+    presence_penalty: float | None = ranged(minimum=-2, maximum=2)
+    frequency_penalty: float | None = ranged(minimum=-2, maximum=2)
     logit_bias: dict[str, float] | None = None
     # vLLM's
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    min_tokens: int | None = None
+    top_k: int | None = ranged(minimum=-1)
+    min_p: float | None = ranged(minimum=0, maximum=1)
+    repetition_penalty: float | None = ranged(exclusiveMinimum=0)
+    min_tokens: int | None = ranged(minimum=0)
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -291,7 +299,7 @@ class Message(Strict):
 
 class ChatRequest(CommonRequest):
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: int | None = ranged(minimum=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     # vLLM's

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = [
-    "logger",
     "News",
+    "logger",
+    "MOST_SKIPPED",
     "T",
     "RequestStream",
-    "EngineDeadError",
     "put_all",
+    "EngineDeadError",
     "OwnerThread",
     "EngineOverloadedError",
     "reply",
@@ -95,19 +96,25 @@ class RequestStream:
             self.on_close(self)
 
 
+# %% ../notebooks/17_serving.ipynb #put-all
+News = Iterable[tuple[RequestStream, RequestOutput | Exception]]
+
+
+def put_all(news: News, unread: set[asyncio.AbstractEventLoop]) -> None:
+    """Puts news into streams, in the thread of their loop, which is then up to date."""
+    for stream, what in news:
+        stream.put(what)
+    loop = asyncio.get_running_loop()
+    loop.call_soon(unread.discard, loop)  # after the readers that were woken
+
+
 # %% ../notebooks/17_serving.ipynb #owner-thread
 logger = logging.getLogger(__name__)
-News = Iterable[tuple[RequestStream, RequestOutput | Exception]]
+MOST_SKIPPED = 3  # steps in a row whose tokens wait for a loop that is busy
 
 
 class EngineDeadError(RuntimeError):
     """The engine was shut down, or its loop broke off; it takes no requests."""
-
-
-def put_all(news: News) -> None:
-    """Puts news into streams; in the thread of their loop."""
-    for stream, what in news:
-        stream.put(what)
 
 
 class OwnerThread:
@@ -118,6 +125,7 @@ class OwnerThread:
 
     Attributes:
         streams: those that are unfinished, by request id; the owner's alone.
+        unread: loops whose readers have not seen the last news yet.
         notes: functions that the owner calls between two steps.
         closing: set, it stops when no stream is left; `stopping`: after this step.
         error: why it has stopped; None as long as it runs.
@@ -127,6 +135,7 @@ class OwnerThread:
     def __init__(self, engine: LLMEngine) -> None:
         self.engine, self.inbox = engine, Inbox(every_token=True)
         self.streams: dict[str, RequestStream] = {}
+        self.unread, self.num_skipped = set[asyncio.AbstractEventLoop](), 0
         self.notes: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self.closing = self.stopping = False
         self.error: EngineDeadError | None = None
@@ -140,8 +149,10 @@ class OwnerThread:
         try:
             while not self.stopping and (self.streams or not self.closing):
                 self.read_notes(wait=not self.streams)
-                self.deliver(self.engine.advance(self.inbox))
-                self.stats = self.engine.stats()
+                self.choose_news()
+                outputs = self.engine.advance(self.inbox)
+                self.stats = self.engine.stats()  # who has an end may look at once
+                self.deliver(outputs)
         except BaseException as cause:
             logger.exception("The engine's loop broke off.")
             error = EngineDeadError(f"the engine broke off: {cause!r}")
@@ -149,6 +160,16 @@ class OwnerThread:
         for stream in list(self.streams.values()):
             self.drop(stream, error)
         self.read_notes()
+
+    def choose_news(self) -> None:
+        """Leaves the next step's tokens for a later output, if a loop is behind.
+
+        An output says all that has come, so nothing is lost; ends are told at once.
+        """
+        if self.num_skipped == MOST_SKIPPED:
+            self.unread.clear()  # perhaps a loop has died; the others must not wait
+        self.inbox.every_token = not self.unread
+        self.num_skipped = 0 if self.inbox.every_token else self.num_skipped + 1
 
     def post(self, note: Callable[[], object]) -> None:
         """Leaves a note, from any thread."""
@@ -199,9 +220,11 @@ class OwnerThread:
         for stream, what in news:
             by_loop[stream.loop].append((stream, what))
         for loop, pairs in by_loop.items():
+            self.unread.add(loop)
             try:
-                loop.call_soon_threadsafe(put_all, pairs)
+                loop.call_soon_threadsafe(put_all, pairs, self.unread)
             except RuntimeError:  # the loop is closed, so nobody reads any more
+                self.unread.discard(loop)
                 for stream, _ in pairs:
                     self.drop(stream)
 

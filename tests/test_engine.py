@@ -461,6 +461,47 @@ class TestStream:
         [whole] = run(engine, "Once upon a time", params)
         assert outputs[-1].outputs == whole.outputs
 
+    @run_ahead
+    @pytest.mark.parametrize("prompt_logprobs", [None, 1])
+    def test_chunks_of_a_prompt_are_no_news(
+        self, run_ahead: bool, prompt_logprobs: int | None
+    ) -> None:
+        """Neither at the start nor when a request comes back after a preemption."""
+        engine = make(max_num_batched_tokens=8, async_scheduling=run_ahead)
+        params = dataclasses.replace(GREEDY, prompt_logprobs=prompt_logprobs)
+        prompt = list(range(100, 130))
+        outputs = []
+        for output in engine.stream(prompt, params):
+            outputs.append(output)
+            if len(outputs) == 4:
+                engine.executor.reset()  # all is read again, in chunks
+                engine._table.restart({}, KeyboardInterrupt())
+        counts = [len(output.outputs[0].token_ids) for output in outputs]
+        assert counts == list(range(1, 9))
+        assert ids_of_outputs(outputs[-1:]) == ids_of(engine, prompt, params)
+        scores = outputs[-1].prompt_logprobs
+        assert len(scores or []) == (0 if prompt_logprobs is None else len(prompt))
+        assert_idle(engine)
+
+    def test_an_end_before_the_first_token_is_news(self) -> None:
+        engine = make(max_num_batched_tokens=8)
+        launch, left = engine.executor.launch, iter(range(2))
+
+        def fails(plan: StepPlan) -> InFlightStep:
+            if next(left, None) is None:
+                raise RuntimeError("out of memory, say")
+            return launch(plan)
+
+        engine.executor.launch = fails  # type: ignore[method-assign]
+        [only] = engine.stream(list(range(100, 130)), GREEDY)
+        assert only.finished and only.outputs[0].finish_reason == "error"
+        assert not only.outputs[0].token_ids
+        aborted = engine.add_request([1, 2, 3], GREEDY)
+        engine.abort_request(aborted)
+        [last] = engine.step()
+        assert last.finished and not last.outputs[0].token_ids
+        assert_idle(engine)
+
     def test_to_stop_listening_aborts(self, engine: LLMEngine) -> None:
         stream = engine.stream("Once upon a time", GREEDY)
         next(stream)

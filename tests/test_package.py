@@ -75,6 +75,7 @@ TABLE = (
     "benchmark_floor",
     "benchmark_tpot",
     "benchmark_clients",
+    "benchmark_threads",
     "benchmark_serving",
     "benchmark_sections",
     "benchmark_records",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,22 @@ def test_page_17_says_what_its_recording_holds() -> None:
     words = "{:.0%} at half the capacity, {:.0%} at 95 % of it, and {:.0%} beyond"
     said = words.format(kept[0.5], kept[0.95], kept[1.1]).replace("%", " %")
     assert said.replace("95  %", "95 %") in read_prose("17_serving")
+
+
+def test_page_17_compares_its_loops_in_the_middle_draw() -> None:
+    cells = nbformat.read(NOTEBOOKS / "17_serving.ipynb", as_version=4).cells
+    printed = {
+        cell.id: cell.outputs[0].get("text", "")
+        for cell in cells
+        if cell.get("outputs")
+    }
+    [closed] = re.findall(r"closed, 16 clients: .*TTFT +(\d+) ms", printed["17-34"])
+    pattern = r"open, +95% of capacity: TTFT +(\d+) ms \((\d+) to (\d+)\)"
+    [(middle, least, most)] = re.findall(pattern, printed["17-36"])
+    prose = read_prose("17_serving")
+    assert f"or longer, {middle} ms against {closed}" in prose
+    assert (
+        f"in the mildest of the eleven draws it is {least} ms, in the worst {most}"
+        in prose
+    )
+    assert round(int(middle) / 5.6) == 7 and "about seven times" in prose

@@ -1082,7 +1082,8 @@ class TestMetrics:
         assert both.tpot == (2.0 + 4.0) / (2 + 1)  # not the pause between the samples
         assert both.throughput == 5 / 9
         assert (both.peak_memory, both.num_cached_tokens) == (9, 16)
-        assert merge_metrics([one]) == one
+        alone = merge_metrics([one])
+        assert alone == one and alone is not one  # which goes on
         assert merge_metrics([RequestMetrics(2.0), RequestMetrics(1.0)]) == (
             RequestMetrics(1.0)
         )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import math
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -20,14 +22,14 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import uvicorn
 
 import folo_lib
 from folo_lib import LLMEngine, SamplingParams, bundled_model_path
+from folo_lib.benchmark_serving import run_server
 from folo_lib.request import Logprob, Request
-from folo_lib.server import Server, create_app, main, make_parser, merge
-from folo_lib.server_protocol import UNSUPPORTED, clamp
-from folo_lib.serving import AsyncLLMEngine
+from folo_lib.server import EventResponse, create_app, main, make_parser, merge
+from folo_lib.server_protocol import UNSUPPORTED, CompletionRequest, clamp
+from folo_lib.serving import AsyncLLMEngine, RequestStream
 
 MODEL, KEY = "tiny-qwen3", "secret"
 MESSAGES: Any = [{"role": "user", "content": "Tell me a story about a fox."}]
@@ -61,15 +63,9 @@ def server() -> Iterator[Running]:
     )
     served = AsyncLLMEngine(engine, max_waiting=40)
     app = create_app(served, MODEL, KEY, max_body_bytes=100_000)
-    listening = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5)
-    running = uvicorn.Server(config)
-    thread = threading.Thread(target=running.run, args=([listening],))
-    thread.start()
-    yield Running(engine, served, f"http://127.0.0.1:{listening.getsockname()[1]}")
-    running.should_exit = True
-    thread.join(20)
-    assert not thread.is_alive() and not served.owner.thread.is_alive()
+    with run_server(app, served) as running:
+        yield Running(engine, served, running.url)
+    assert not running.thread.is_alive() and not served.owner.thread.is_alive()
 
 
 @pytest.fixture
@@ -382,6 +378,156 @@ class TestHangingUp:
         server.wait_until_idle(20)
 
 
+@dataclass
+class Client:
+    """Asks for eight tokens, and perhaps leaves at some moment.
+
+    Attributes:
+        prompt: of its own.
+        arrival: seconds after the first one.
+        stream: whether it wants events.
+        patience: seconds after which it leaves; None: it stays.
+        most_lines: that it reads before it leaves.
+    """
+
+    prompt: str
+    arrival: float
+    stream: bool
+    patience: float | None = None
+    most_lines: int = 1000
+    status: int = 0
+    text: str = ""
+
+    async def run(self, port: int) -> None:
+        await asyncio.sleep(self.arrival)
+        body = {"model": MODEL, "prompt": self.prompt, "stream": self.stream}
+        body |= {"max_tokens": 8, "temperature": 0, "ignore_eos": True}
+        content = json.dumps(body).encode()
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+            "Content-Type: application/json\r\n"
+            f"Content-Length: {len(content)}\r\n\r\n"
+        )
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            async with asyncio.timeout(self.patience):
+                writer.write(head.encode() + content)
+                await self.read(reader)
+        except TimeoutError:
+            self.status = 0
+        finally:
+            writer.close()
+
+    async def read(self, reader: asyncio.StreamReader) -> None:
+        num_lines = 0
+        async for line in reader:
+            num_lines += 1
+            if line.startswith(b"HTTP/1.1 "):
+                self.status = int(line.split()[1])
+            elif line.startswith((b"data: {", b"{")):
+                answer = json.loads(line.removeprefix(b"data: "))
+                self.text += "".join(c["text"] for c in answer.get("choices", ()))
+            if num_lines == self.most_lines:
+                self.status = 0
+                break
+
+
+def count_leftovers(running: Any) -> dict[str, int]:
+    """What must not grow: threads, open files and sockets, tasks, requests and streams."""
+    gc.collect()
+    counts = {"threads": threading.active_count()}
+    if Path("/dev/fd").is_dir():
+        counts["files"] = len(os.listdir("/dev/fd"))
+    counts["tasks"] = running.call(lambda: len(asyncio.all_tasks()))
+    kinds = (Request, RequestStream, EventResponse, asyncio.StreamWriter)
+    counts["objects"] = sum(type(one) in kinds for one in gc.get_objects())
+    return counts
+
+
+class TestManyClients:
+    @pytest.fixture
+    def many(self) -> Iterator[tuple[Running, Any]]:
+        engine = LLMEngine(
+            bundled_model_path(),
+            device="cpu",
+            use_tqdm=False,
+            kv_cache_memory_bytes=2**26,
+        )
+        served = AsyncLLMEngine(engine, max_waiting=1000)
+        with run_server(create_app(served, MODEL), served) as running:
+            yield Running(engine, served, running.url), running
+        assert not running.thread.is_alive() and not served.owner.thread.is_alive()
+
+    @pytest.mark.parametrize(
+        "num_clients", [60, pytest.param(1000, marks=pytest.mark.more)]
+    )
+    def test_half_of_them_leave_and_nothing_is_left(
+        self,
+        many: tuple[Running, Any],
+        num_clients: int,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        server, running = many
+        params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+        prompts = [f"{PROMPT} a fox, number {i}" for i in range(num_clients)]
+        rng = random.Random(0)
+        clients = [
+            Client(prompt, rng.uniform(0, num_clients / 500), stream=i % 4 < 2)
+            for i, prompt in enumerate(prompts)
+        ]
+        for client in clients[1::2]:
+            if rng.random() < 0.5:
+                client.patience = rng.uniform(0, 1)
+            else:  # the first six lines are the head
+                client.most_lines = rng.randrange(1, 18)
+
+        async def come() -> None:
+            port = int(running.port)
+            await asyncio.gather(*(client.run(port) for client in clients))
+
+        expected = server.engine.generate(prompts, params, use_tqdm=False)
+        asyncio.run(Client(PROMPT, 0, stream=True).run(int(running.port)))
+        server.wait_until_idle()
+        before = count_leftovers(running)
+        asyncio.run(come())
+        server.wait_until_idle(30)
+        # Who comes next makes the engine forget those that have waited.
+        asyncio.run(Client(PROMPT, 0, stream=True).run(int(running.port)))
+        server.wait_until_idle()
+        for client, output in zip(clients, expected, strict=True):
+            if client.status == 200:
+                assert client.text == output.outputs[0].text
+        assert all(client.status == 200 for client in clients[::2])
+        assert sum(client.status == 0 for client in clients) > num_clients // 4
+        assert not caplog.records, "a client that leaves is no error"
+        kv_cache: Any = server.engine.scheduler
+        kv_cache.kv_cache.check_integrity([])
+        end = time.monotonic() + 30
+        while (after := count_leftovers(running)) != before:  # sockets close by and by
+            assert time.monotonic() < end, f"before {before}, after {after}"
+            time.sleep(0.1)
+
+    @pytest.mark.parametrize(
+        "num_clients", [60, pytest.param(1000, marks=pytest.mark.more)]
+    )
+    def test_a_crowd_is_answered_or_told_to_come_again(
+        self, many: tuple[Running, Any], num_clients: int
+    ) -> None:
+        server, running = many
+        server.served.max_waiting = num_clients // 4
+        clients = [Client(PROMPT, 0, stream=i % 2 == 0) for i in range(num_clients)]
+
+        async def come() -> None:
+            port = int(running.port)
+            await asyncio.gather(*(client.run(port) for client in clients))
+
+        asyncio.run(come())
+        server.wait_until_idle(30)
+        assert {client.status for client in clients} == {200, 503}
+        texts = {client.text for client in clients if client.status == 200}
+        assert len(texts) == 1 and texts != {""}
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("change", "param", "said"),
@@ -565,6 +711,39 @@ class TestBeside:
         assert after["folo_requests_running"] == 0
         assert after["folo_kv_cache_usage_ratio"] == 0
 
+    def test_ranges_in_the_document_are_those_of_the_engine(self) -> None:
+        limited = 0
+        for name, field in CompletionRequest.model_json_schema()["properties"].items():
+            step = 1 if {"type": "integer"} in field.get("anyOf", []) else 1e-3
+            for limit, outwards in (("minimum", -step), ("maximum", step)):
+                exclusive = "exclusive" + limit.capitalize()
+                if limit in field:
+                    inside = field[limit]
+                    outside = inside + outwards
+                elif exclusive in field:
+                    outside = field[exclusive]
+                    inside = outside - outwards
+                else:
+                    continue
+                limited += 1
+                asked = {"model": MODEL, "prompt": PROMPT, name: inside}
+                if name not in ("n", "temperature"):
+                    asked["temperature"] = 1.0
+                CompletionRequest(**asked).get_params(SamplingParams())
+                with pytest.raises(ValueError, match=name):
+                    CompletionRequest(**asked | {name: outside}).get_params(
+                        SamplingParams()
+                    )
+        assert limited >= 14
+
+    def test_the_document_tells_of_events(self, server: Running) -> None:
+        document = httpx.get(f"{server.url}/openapi.json").json()
+        for path in ("/v1/completions", "/v1/chat/completions"):
+            answers = document["paths"][path]["post"]["responses"]
+            kinds = {"application/json", "text/event-stream"}
+            assert set(answers["200"]["content"]) == kinds
+            assert {"400", "401", "404", "413", "503"} <= set(answers)
+
     def test_health_and_the_chat_page_need_no_key(self, server: Running) -> None:
         assert httpx.get(f"{server.url}/health").status_code == 200
         page = httpx.get(f"{server.url}/")
@@ -620,22 +799,19 @@ class TestCommand:
             kv_cache_memory_bytes=2**26,
         )
         served = AsyncLLMEngine(engine)
-        listening = socket.create_server(("127.0.0.1", 0))
-        config = uvicorn.Config(create_app(served, MODEL), log_level="error")
-        server = Server(config, served, grace=0.1)
-        thread = threading.Thread(target=server.run, args=([listening],))
-        thread.start()
-        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
-        client = openai.OpenAI(base_url=url, api_key="x", max_retries=0)
-        stream = client.completions.create(
-            model=MODEL, prompt=[PROMPT] * 4, stream=True, **LONG
-        )
-        next(stream)
-        server.handle_exit(signal.SIGTERM, None)
-        with pytest.raises(openai.APIError, match="shut down before the end"):
-            list(stream)
-        thread.join(10)
-        assert not thread.is_alive() and engine.stats().num_used_blocks == 0
+        with run_server(create_app(served, MODEL), served, grace=0.1) as running:
+            url = f"{running.url}/v1"
+            client = openai.OpenAI(base_url=url, api_key="x", max_retries=0)
+            stream = client.completions.create(
+                model=MODEL, prompt=[PROMPT] * 4, stream=True, **LONG
+            )
+            next(stream)
+            running.server.handle_exit(signal.SIGTERM, None)
+            with pytest.raises(openai.APIError, match="shut down before the end"):
+                list(stream)
+            running.thread.join(10)
+            assert not running.thread.is_alive()
+        assert engine.stats().num_used_blocks == 0
 
     @pytest.mark.more
     def test_sigterm_under_load(self) -> None:
@@ -669,7 +845,7 @@ class TestCommand:
 
 
 def wait_for(url: str) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180
     while time.monotonic() < end:
         try:
             if httpx.get(f"{url}/health").status_code == 200:

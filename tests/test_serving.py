@@ -18,6 +18,7 @@ from folo_lib import LLMEngine, SamplingParams, bundled_model_path
 from folo_lib.block_pool import PagedKVCacheManager
 from folo_lib.request import RequestOutput
 from folo_lib.serving import (
+    MOST_SKIPPED,
     AsyncLLMEngine,
     EngineDeadError,
     EngineOverloadedError,
@@ -158,6 +159,51 @@ class TestAnswers:
 
         [only] = run(main())
         assert only.finished and len(only.outputs[0].token_ids) == 8
+
+    def test_tokens_wait_for_a_loop_that_is_behind_but_not_for_ever(
+        self, engine: LLMEngine
+    ) -> None:
+        """Another loop gets its tokens nevertheless, three steps later at most."""
+        served, counts, idle = AsyncLLMEngine(engine), list[int](), threading.Event()
+        params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+
+        async def busy() -> None:
+            stream = served.add_request(PROMPTS[0], LONG)
+            await anext(stream)
+            await asyncio.sleep(0)
+            idle.wait(30)  # the loop does nothing else meanwhile
+            stream.close()
+
+        async def quick() -> None:
+            async for output in served.add_request(PROMPTS[1], params):
+                counts.append(len(output.outputs[0].token_ids))
+            idle.set()
+
+        threads = [
+            threading.Thread(target=asyncio.run, args=(main,))
+            for main in (busy(), quick())
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        run(served.shutdown())
+        assert counts[-1] == 40 and len(counts) >= 40 // (MOST_SKIPPED + 1) // 2
+
+    def test_a_loop_that_keeps_up_skips_nothing(self, engine: LLMEngine) -> None:
+        async def main() -> list[bool]:
+            async with serving(engine) as served:
+                owner, chosen = served.owner, list[bool]()
+                await served.ask(lambda: None)
+                for unread in [set(), {1}, {1}, {1}, {1}, set(), {1}]:
+                    owner.unread = unread
+                    owner.choose_news()
+                    chosen.append(owner.inbox.every_token)
+                owner.unread = set()
+                owner.choose_news()
+                return chosen
+
+        assert run(main()) == [True, False, False, False, True, True, False]
 
     def test_from_two_event_loops_and_a_thread_without_one(
         self, engine: LLMEngine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import random
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import AsyncIterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -309,6 +311,7 @@ class FakeVLLM(ModuleType):
         self.options: dict[str, Any] = {}
         self.params: list[dict[str, Any]] = []
         self.extra = 0
+        self.was_shut_down = False
 
     def LLM(self, **options: Any) -> Any:
         self.options = options
@@ -328,11 +331,49 @@ class FakeVLLM(ModuleType):
         tokens = [SimpleNamespace(token_ids=[0] * length) for length in lengths]
         return [SimpleNamespace(outputs=[one]) for one in tokens]
 
+    def AsyncEngineArgs(self, **options: Any) -> dict[str, Any]:
+        self.LLM(**options)
+        return options
+
+    @property
+    def AsyncLLMEngine(self) -> Any:
+        return FakeAsyncLLM(self)
+
+
+class FakeAsyncLLM:
+    """Streams what is new, two tokens at a time."""
+
+    def __init__(self, vllm: FakeVLLM) -> None:
+        self.vllm = vllm
+        self.ids: list[str] = []
+
+    def from_engine_args(self, options: dict[str, Any]) -> Any:
+        assert options["disable_log_stats"]
+        return self
+
+    async def generate(
+        self, prompt: Any, params: dict[str, Any], request_id: str
+    ) -> AsyncIterator[Any]:
+        assert [*prompt] == ["prompt_token_ids"] and request_id not in self.ids
+        assert params["output_kind"] == "new tokens"
+        self.ids.append(request_id)
+        tokens = [0] * (params["max_tokens"] + self.vllm.extra)
+        for i in range(0, len(tokens), 2):
+            await asyncio.sleep(1e-4)
+            one = SimpleNamespace(token_ids=tokens[i : i + 2])
+            yield SimpleNamespace(outputs=[one])
+
+    def shutdown(self) -> None:
+        self.vllm.was_shut_down = True
+
 
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch) -> FakeVLLM:
     fake = FakeVLLM()
     monkeypatch.setitem(sys.modules, "vllm", fake)
+    params: Any = ModuleType("vllm.sampling_params")
+    params.RequestOutputKind = SimpleNamespace(DELTA="new tokens")
+    monkeypatch.setitem(sys.modules, "vllm.sampling_params", params)
     return fake
 
 
@@ -406,6 +447,30 @@ class TestVLLM:
         run = benchmark_vllm.start(benchmark_vllm.make_options(tmp_path, False, 9))
         with pytest.raises(RuntimeError, match="other numbers of tokens"):
             run(Workload([[1]], [2]), 0)
+
+    def test_streams_are_those_of_our_section(
+        self, vllm: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("platform.processor", lambda: "my cpu")
+        path = tmp_path / "out.json"
+        self.begin(path, "my cpu")
+        with pytest.raises(SystemExit):  # there is nothing to compare with
+            benchmark_vllm.main(["--out", str(path), "--serving"])
+        record = json.loads(path.read_text())
+        sizes = {"streams": 3, "stream_tokens": 5, "num_runs": 2}
+        record["sections"]["serving"] = [{"sizes": sizes}]
+        path.write_text(json.dumps(record))
+        benchmark_vllm.main(["--out", str(path), "--serving"])
+        [made] = json.loads(path.read_text())["sections"]["vllm_serving"]
+        assert (made["requests"], made["output_tokens"]) == (3, 15)
+        assert made["prompt_tokens"] == 3 * 32 and len(made["seconds"]) == 2
+        assert made["ttft_alone"] > 0 and made["versions"]["vllm"] == "1.2.3"
+        assert vllm.options["enable_prefix_caching"] is False and vllm.was_shut_down
+        assert str(tmp_path) not in path.read_text()
+        vllm.extra, vllm.was_shut_down = 1, False
+        with pytest.raises(RuntimeError, match="ended after 6 tokens"):
+            benchmark_vllm.main(["--out", str(path), "--serving"])
+        assert vllm.was_shut_down
 
     def test_a_file_must_be_there_and_of_this_device(
         self, vllm: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -849,11 +914,7 @@ class TestLatency:
         class Engine:
             def step(self) -> list[Any]:
                 ids = next(steps)
-                one = [SimpleNamespace(token_ids=[7])]
-                return [
-                    SimpleNamespace(request_id=i, finished=False, outputs=one)
-                    for i in ids
-                ]
+                return [SimpleNamespace(request_id=i, finished=False) for i in ids]
 
         engine: Any = Engine()
         gaps = latency.Gaps(engine, ["a", "b"])

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-import socket
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import uvicorn
 
 from folo_lib import AsyncLLMEngine, LLMEngine, bundled_model_path
+from folo_lib.benchmark_serving import run_server
 from folo_lib.server import create_app
 
 
@@ -24,15 +22,9 @@ def server(request: pytest.FixtureRequest) -> Iterator[tuple[str, AsyncLLMEngine
         kv_cache_memory_bytes=2**26,
     )
     served = AsyncLLMEngine(engine)
-    listening = socket.create_server(("127.0.0.1", 0))
     app = create_app(served, "tiny-qwen3", request.param)
-    running = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-    thread = threading.Thread(target=running.run, args=([listening],))
-    thread.start()
-    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    yield url, served, request.param
-    running.should_exit = True
-    thread.join(20)
+    with run_server(app, served) as running:
+        yield running.url, served, request.param
 
 
 def test_a_chat(server: tuple[str, AsyncLLMEngine, Any], window: Any) -> None:
