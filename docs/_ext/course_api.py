@@ -39,31 +39,32 @@ MATTERS = {
 
 @cache
 def find_modules() -> dict[str, Path | None]:
-    """Each module with the page that writes it, or else the first that uses it.
+    """Each module with the page that writes it, or else the first that uses it or its family.
 
     In the order of the pages; what no page uses comes last.
     """
     names = {module.name for module in pkgutil.iter_modules(folo_lib.__path__)}
+    pages = find_pages()
+    exported: dict[str, Path] = {}
+    used: dict[str, Path] = {}
+    for page in pages:
+        cells = read_page(page)["cells"]
+        text = "\n".join(c["source"] for c in cells if c["cell_type"] == "code")
+        for name in re.findall(r"^#\| default_exp (\w+)", text, re.MULTILINE):
+            exported[name] = page
+        for name in re.findall(r"\bfolo_lib\.(\w+)", text):
+            used.setdefault(name, page)
     found: dict[str, Path | None] = {}
-    for page in find_pages():
-        sources = [
-            cell["source"]
-            for cell in read_page(page)["cells"]
-            if cell["cell_type"] == "code"
-        ]
-        text = "\n".join(sources)
-        exported = re.findall(r"^#\| default_exp (\w+)", text, re.MULTILINE)
-        for name in [*exported, *re.findall(r"\bfolo_lib\.(\w+)", text)]:
-            if name in names and (name not in found or name in exported):
-                found[name] = page
-    for name in sorted(names - {*found}):
+    for name in sorted(names):
         family = name.partition("_")[0]
-        found[name] = found.get(family) if family != name else None
-    order = {page: number for number, page in enumerate(find_pages())}
-    last = len(order)
-    return dict(
-        sorted(found.items(), key=lambda pair: order.get(pair[1] or Path(), last))
-    )
+        places = exported.get(name), exported.get(family), used.get(name)
+        found[name] = next(filter(None, [*places, used.get(family)]), None)
+
+    def place(name: str) -> tuple[int, bool]:
+        page = found[name]
+        return pages.index(page) if page else len(pages), name not in exported
+
+    return {name: found[name] for name in sorted(names, key=place)}
 
 
 def is_written_on(name: str, page: Path) -> bool:
@@ -103,7 +104,7 @@ def summarise(value: Any) -> str:
 def write_module(name: str, page: Path | None) -> str:
     """The page of a module: what it offers in a table, then all of it."""
     module = importlib.import_module(f"folo_lib.{name}")
-    lines = [f"# `folo_lib.{name}`", "", summarise(module), ""]
+    lines = [f"# `folo_lib.{name}`", ""]
     if page is None:
         lines += ["Written by hand."]
     else:
