@@ -289,7 +289,9 @@ def run_serving(bench: Bench, sizes: ServingSizes | None = None) -> Result:
     """Streams beside `generate`, and then the waits under load."""
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         if find_spec(package) is None:
-            raise BenchmarkError(f"{package} is missing: pip install 'folo-lib[serve]'")
+            raise BenchmarkError(
+                f"{package} is missing: in a clone, pip install -e '.[serve]'"
+            )
     sizes = sizes or (ON_GPU if bench.device.type == "cuda" else ServingSizes())
     options: dict[str, Any] = {"device": bench.device, "dtype": bench.dtype}
     options |= {"enable_prefix_caching": False, "max_model_len": 1024}
