@@ -20,13 +20,15 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
-    "course_pages",  # these five lie in _ext/
+    "course_pages",  # these six lie in _ext/
+    "course_api",
     "course_docstrings",
     "course_tables",
     "course_benchmark",
     "course_formulas",
 ]
-exclude_patterns = ["_ext", "_static"]
+exclude_patterns = ["_ext", "_static", "_templates"]
+templates_path = ["_templates"]
 
 # Pages. What they show was saved in them; nothing is executed here, and no page asks for
 # JavaScript or a font of somebody else's.
@@ -34,6 +36,8 @@ nb_execution_mode = "off"
 nb_merge_streams = True
 nb_render_markdown_format = "gfm"
 nb_output_stderr = "remove-warn"
+nb_code_prompt_show = "Show code"
+nb_code_prompt_hide = "Hide code"
 nb_ipywidgets_js = {}
 nb_mime_priority_overrides = [
     ("html", "image/png", 0),  # a widget's picture stands for the widget
@@ -46,6 +50,7 @@ myst_heading_anchors = 3
 highlight_language = "none"  # of fences that name no language
 
 # API reference.
+viewcode_follow_imported_members = False  # else it lists `builtins`, which has no page
 autodoc_default_options = {
     "members": True,
     "member-order": "bysource",
@@ -67,6 +72,7 @@ html_title = "FoloVLLM"
 pygments_dark_style = "a11y-dark"
 html_static_path = ["_static"]
 html_css_files = ["course.css"]
+html_js_files = ["course.js"]
 html_favicon = "_static/favicon.svg"
 html_copy_source = False
 html_domain_indices = False

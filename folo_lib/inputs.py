@@ -162,7 +162,12 @@ def _cure(prompt: Any) -> str:
             return "pass what its 'text' holds, or call it 'prompt'"
         if "role" in prompt:
             return "it is a message of a conversation, so pass the messages to chat()"
-        return "of a tokenizer's output take .input_ids"
+        if "prompt_embeds" in prompt:
+            return "embeddings are not taken"
+        return (
+            "a dict has 'prompt' or 'prompt_token_ids', and of a tokenizer's output "
+            "take .input_ids"
+        )
     if isinstance(prompt, (bytes, bytearray)):
         return "Decode bytes, as in prompt.decode()"
     if isinstance(prompt, (set, frozenset)):

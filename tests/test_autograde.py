@@ -16,6 +16,16 @@ from folo_lib.course.autograde import grade_file, list_names
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "apply_logit_bias"
 WRONG = f"def {NAME}(logits, biases):\n    return logits.float()\n"
+WRITTEN = "apply_min_p_filtering"
+WALK = f"""\
+import inspect, os, sys
+frame = sys._getframe()
+while frame:
+    if "seal" in frame.f_locals:
+        frame.f_locals["write"]("{NAME}", True, "Passed")
+        os._exit(0)
+    frame = frame.f_back
+"""
 CHEATS = {
     "exits with success": "raise SystemExit(0)\n",
     "exits when it is called": f"def {NAME}(logits, biases):\n    raise SystemExit(0)\n",
@@ -49,11 +59,29 @@ CHEATS = {
     "interrupts": f"def {NAME}(logits, biases):\n    raise KeyboardInterrupt\n",
     "leaves a last word": "import atexit, os\natexit.register(lambda: os._exit(0))\n"
     f"def {NAME}(logits, biases):\n    raise KeyboardInterrupt\n",
+    "imports the finished one": f"from folo_lib.sampler import {WRITTEN}\n" + WRONG,
+    "calls the finished one": "import folo_lib.sampler as finished\n"
+    f"def {WRITTEN}(*args):\n    return finished.{WRITTEN}(*args)\n" + WRONG,
+    "is a class that calls the finished one": "import folo_lib.sampler as finished\n"
+    f"class {WRITTEN}:\n    def __new__(cls, *args):\n"
+    f"        return finished.{WRITTEN}(*args)\n" + WRONG,
+    "walks the frames": WALK + WRONG,
+    "walks the frames when it is called": f"def {NAME}(logits, biases):\n"
+    + "".join(f"    {line}\n" for line in WALK.splitlines()),
+    "walks the frames of an error": "import os\ntry:\n    1 / 0\n"
+    "except ZeroDivisionError as error:\n    frame = error.__traceback__.tb_frame\n"
+    + WALK[WALK.index("while") :]
+    + WRONG,
+    "asks inspect for frames": WALK.replace("sys._getframe()", "inspect.currentframe()")
+    + WRONG,
+    "searches the memory": "import gc, os\nfor one in gc.get_objects():\n"
+    "    if getattr(one, '__qualname__', '') == 'run_child.<locals>.write':\n"
+    f"        one('{NAME}', True, 'Passed')\n        os._exit(0)\n" + WRONG,
     "is another name": "def apply_bias(logits, biases):\n    return logits\n",
     "is a stub": f"def {NAME}(logits, biases):\n    raise NotImplementedError\n",
     "is wrong": WRONG,
 }
-FEW = ("exits with success",)
+FEW = ("exits with success", "calls the finished one", "walks the frames")
 
 
 def solution() -> str:
@@ -79,7 +107,7 @@ def test_what_is_not_right_gets_nothing(source: str, tmp_path: Path) -> None:
     if "SIGVTALRM" in source and sys.platform == "win32":
         pytest.skip("Windows has no such signal")
     path = write(tmp_path, source)
-    names = [NAME, "apply_min_p_filtering"]
+    names = [NAME, WRITTEN]
     for verdict in grade_file(path, "sampler", names, timeout=25).values():
         assert not verdict.passed
         assert verdict.message.startswith("Not yet: ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import importlib
 import json
 import pkgutil
 import re
@@ -26,7 +27,7 @@ PAGES = sorted(
 MARKDOWN = sorted(
     path
     for path in DOCS.rglob("*.md")
-    if not {"pages", "_ext"} & {*path.relative_to(DOCS).parts[:-1]}
+    if not {"pages", "modules", "_ext"} & {*path.relative_to(DOCS).parts[:-1]}
 )
 FENCE = re.compile(r"^(`{3,})(.*?)^\1[ \t]*$", re.MULTILINE | re.DOTALL)
 
@@ -77,15 +78,46 @@ def test_nothing_is_executed_and_nothing_fetched(config: dict[str, Any]) -> None
     assert not {"sphinx.ext.intersphinx", "sphinx.ext.mathjax"} & {
         *config["extensions"]
     }
-    assert "html_js_files" not in config
-    css = "".join(path.read_text() for path in (DOCS / "_static").glob("*.css"))
-    assert "http" not in css and "@import" not in css
+    for name in [*config["html_css_files"], *config["html_js_files"]]:
+        code = (DOCS / "_static" / name).read_text(encoding="utf-8")
+        assert not re.search(r"https:|//\w+\.|@import|fetch\(", code), name
 
 
 def test_a_picture_goes_before_a_live_widget(config: dict[str, Any]) -> None:
     order = {mime: rank for _, mime, rank in config["nb_mime_priority_overrides"]}
     assert order["image/png"] == 0
     assert order["application/vnd.jupyter.widget-view+json"] is None
+
+
+def without_the_site(file: Path) -> str:
+    """A document as GitHub shows it, which leaves comments out."""
+    return re.sub(r"<!--.*?-->\n?", "", file.read_text(encoding="utf-8"), flags=re.S)
+
+
+@pytest.mark.parametrize("file", MARKDOWN, ids=lambda file: file.stem)
+def test_a_document_can_be_read_on_github(file: Path) -> None:
+    text = without_the_site(file)
+    plain = FENCE.sub("", text)
+    assert not re.search(r"^`{3,}\{|^:{3,}|^\{[.#]|\{[a-z:]+\}`", text, re.MULTILINE)
+    for link in re.findall(r"\]\(([^()\s#]+)(?:#[^()\s]*)?\)", plain):
+        if ":" not in link:
+            target = (file.parent / link).resolve()
+            assert target.exists(), link
+            known = subprocess.run(
+                ["git", "check-ignore", "--quiet", str(target)], cwd=ROOT
+            )
+            assert known.returncode, f"{link} is not committed"
+    for title, body in re.findall(r"^(#+ .+)\n((?:(?!#).*\n?)*)", plain, re.MULTILINE):
+        assert body.strip() or FENCE.search(text) or title.startswith("# "), title
+    assert len(plain.split()) > 15, "an empty page"
+
+
+def test_what_is_only_on_github_is_not_on_the_site(pages: ModuleType) -> None:
+    text = "a\n\n<!-- on GitHub -->\nb\n<!-- end -->\n<!-- on the site:\nc\n-->\n"
+    assert pages.choose_the_site(text) == "a\n\nc\n\n"
+    for file in MARKDOWN:
+        made = pages.choose_the_site(file.read_text(encoding="utf-8"))
+        assert not re.search("on GitHub -->|on the site:|<!-- end", made), file
 
 
 def test_every_document_is_in_one_toctree() -> None:
@@ -98,6 +130,7 @@ def test_every_document_is_in_one_toctree() -> None:
             matches = sorted(known & {*fnmatch.filter(known, entry)} - {here})
             assert matches, f"{here} lists {entry}, which is nothing"
             listed += matches
+    listed.append("api/course")  # by the menu that course_api makes
     assert sorted(listed) == sorted(known - {"index"})
 
 
@@ -107,16 +140,41 @@ def test_the_pages_are_listed_in_order() -> None:
     assert [page.stem for page in PAGES][-1].startswith("appendix")
 
 
-def test_every_module_has_its_reference() -> None:
+@pytest.fixture
+def api() -> ModuleType:
+    return extension("course_api")
+
+
+def test_every_module_has_its_reference(api: ModuleType) -> None:
     modules = {module.name for module in pkgutil.iter_modules(folo_lib.__path__)}
-    modules.remove("__main__")
-    listed = {
-        entry.removeprefix("api/") for entry in entries(DOCS / "api" / "index.md")
-    }
-    assert listed == modules
-    for name in modules:
-        text = (DOCS / "api" / f"{name}.md").read_text(encoding="utf-8")
-        assert f"\n.. automodule:: folo_lib.{name}\n" in text
+    assert {*api.find_modules()} == modules
+    menu = api.modules_table().partition("```")[2]
+    for name in modules - api.APART:
+        assert f"\n/modules/{name}\n" in menu
+    assert "\ncourse\n" in menu
+    for page in PAGES:  # a page that exports a module is the one that is named
+        found = api.find_modules().get(page.stem.partition("_")[2])
+        assert found is None or found == page
+
+
+def test_what_matters_comes_first(api: ModuleType) -> None:
+    from folo_lib import engine, paged_attention, scheduler
+
+    assert api.name_members(engine)[:2] == ["LLMEngine", "EngineStats"]
+    assert api.name_members(scheduler)[0] == "ContinuousScheduler"
+    assert api.name_members(paged_attention)[0] == "TritonBackend"
+    for name, matters in api.MATTERS.items():
+        assert name in api.find_modules()
+        assert hasattr(importlib.import_module(f"folo_lib.{name}"), matters), name
+
+
+def test_the_reference_of_a_module(api: ModuleType) -> None:
+    text = api.write_module("engine", NOTEBOOKS / "10_engine.ipynb")
+    assert "Written on page [10 · Engine](../pages/10_engine.ipynb)." in text
+    assert "| {py:obj}`LLMEngine <folo_lib.engine.LLMEngine>` | " in text
+    assert "\n.. autoclass:: folo_lib.engine.LLMEngine\n" in text
+    text = api.write_module("config", NOTEBOOKS / "10_engine.ipynb")
+    assert "Written by hand, for page [10 · Engine]" in text
 
 
 def test_copies_of_the_pages_are_not_committed() -> None:
@@ -243,7 +301,9 @@ def test_tables_that_are_made_at_build_time() -> None:
     assert len(lines) == 2 + len(PAGES)
     for page, line in zip(PAGES, lines[2:], strict=True):
         assert f"](pages/{page.name}) |" in line and re.search(r"\| \d+ \|$", line)
-    assert "LLMEngine <folo_lib.engine.LLMEngine>" in tables.names_table()
+    names = tables.course_api.names_table()
+    assert names.index("LLMEngine <folo_lib.engine.LLMEngine>") < names.index("RMSNorm")
+    assert "`LLM <folo_lib.engine.LLMEngine>` | vLLM's name for `LLMEngine`." in names
     assert "- `check_apply_top_n_sigma`: " in tables.checks_list()
     asked = {
         name
@@ -263,7 +323,7 @@ def benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_the_benchmark_of_a_cpu_says_what_it_is(benchmark: ModuleType) -> None:
     text = benchmark.write_page()
-    assert text.startswith("**This is not a GPU.**")
+    assert "## On a CPU\n\n**This is not a GPU.**" in text
     assert "## One prompt, one answer" in text and "| folo_lib | " in text
 
 
@@ -279,12 +339,27 @@ def test_the_benchmark_of_a_gpu(
     benchmark.GPU_RECORD.write_text(json.dumps(record), encoding="utf-8")
     monkeypatch.setattr(benchmark, "ROOT", tmp_path)
     text = benchmark.write_page()
-    assert text.startswith(
-        "Measured on one **NVIDIA H200**, with the **engine for one request**"
-    )
+    assert "measured on one **NVIDIA H200** with the **engine for one request**" in text
+    assert text.startswith("![Tokens per second with 256 mixed requests: folo_lib ")
+    assert text.index("| folo_lib |") < text.index("## Set-up")
     assert "| driver, CUDA | 580.1, 13.0 |" in text
     assert "| vLLM | " in text and "The last of 2 recordings." in text
     assert "not a GPU" not in text
+
+
+def test_the_numbers_of_the_front_page_are_those_of_the_readme() -> None:
+    front = extension("course_front")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for text, unit in (
+        (front.write_front(), "ms"),
+        (front.write_chinese_front(), "毫秒"),
+    ):
+        ratio, alone = re.findall(r"<strong>([\d.]+) ", text)
+        assert f"**{ratio} times**" in readme and f"**{alone} ms**" in readme
+        assert f"<strong>{alone} {unit}</strong>" in text
+        for page in PAGES:
+            assert f'href="pages/{page.stem}.html"' in text
+        assert "".join(re.findall(r'<span class="u\d" [^>]*title[^>]*>([^<]*)', text))
 
 
 def test_the_speed_up_is_of_paired_runs(benchmark: ModuleType) -> None:

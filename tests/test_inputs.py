@@ -222,7 +222,12 @@ class TestErrors:
             (5, TypeError, r"is a int"),
             (b"hi", TypeError, r"is a bytes.*Decode bytes"),
             (bytearray(b"hi"), TypeError, r"is a bytearray"),
-            ({"input_ids": [5]}, TypeError, r"is a dict.*\.input_ids"),
+            (
+                {"input_ids": [5]},
+                TypeError,
+                r"is a dict.*'prompt_token_ids'.*\.input_ids",
+            ),
+            ({"prompt_embeds": [[0.5]]}, TypeError, "embeddings are not taken"),
             ({5, 6}, TypeError, r"is a set"),
             (iter([5]), TypeError, r"is a list_iterator"),
             ("a\ud83d", ValueError, r"'\\ud83d' at position 1.*surrogate"),

@@ -697,4 +697,4 @@ def test_without_ipywidgets_the_error_names_the_cure() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode
-    assert 'pip install "folo-lib[notebooks]"' in done.stderr.splitlines()[-1]
+    assert 'pip install "folo-lib[notebooks] @ git+' in done.stderr.splitlines()[-1]

@@ -1,9 +1,10 @@
-"""Draw the two pictures of the README: the bundled model telling a story, and the benchmark.
+"""Draw the pictures of the README: the model telling a story, the benchmark, and the badges.
 
     python tools/draw_readme.py
 
 The story is told by the model as it is now, with a seed, so that it is the same every time. The
-benchmark is what notebooks/data/throughput_h200.json holds. Both go to docs/_static/.
+benchmark is what notebooks/data/throughput_h200.json holds. A badge says what has really run, and
+is a file here, since one from a server could say anything. All go to docs/_static/.
 """
 
 from __future__ import annotations
@@ -121,6 +122,39 @@ def draw_benchmark(record: Result) -> Figure:
     return figure
 
 
+# The badges
+
+
+def write_badge(left: str, right: str, colour: str = "#005a8d") -> str:
+    """Two words in boxes, as SVG; `textLength` holds their widths whatever the font is."""
+    widths = [round(6.6 * len(text) + 14) for text in (left, right)]
+    boxes, x = [], 0
+    for text, width, fill in zip((left, right), widths, ("#444", colour), strict=True):
+        boxes.append(
+            f'<rect x="{x}" width="{width}" height="22" fill="{fill}"/>'
+            f'<text x="{x + width / 2}" y="15" textLength="{width - 14}">{text}</text>'
+        )
+        x += width
+    look = 'fill="#fff" font-family="Verdana,DejaVu Sans,sans-serif" font-size="11"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{x}" height="22" role="img" '
+        f'aria-label="{left}: {right}"><g {look} text-anchor="middle">'
+        f"{''.join(boxes)}</g></svg>\n"
+    )
+
+
+def list_badges(record: Result) -> dict[str, str]:
+    """The name of each badge's file, and what is in it."""
+    card = record["setup"]["device"].removeprefix("NVIDIA ")
+    date = record["sections"]["throughput"][-1]["date"][:10]
+    return {
+        "badge-colab.svg": write_badge("Colab", "open the tour", "#b3470f"),
+        "badge-linux.svg": write_badge("make test", "passes on Linux"),
+        "badge-h200.svg": write_badge("measured", f"{card}, {date}"),
+        "badge-licence.svg": write_badge("licence", "Apache-2.0"),
+    }
+
+
 def main() -> None:
     story = STATIC / "talking.gif"
     save_animation(draw_story(tell_story()), story)
@@ -129,7 +163,10 @@ def main() -> None:
     with matplotlib.rc_context(fname=ROOT / "notebooks" / "folo.mplstyle"):
         figure = draw_benchmark(record)
         figure.savefig(plot, dpi=200, metadata={"Software": None})
-    for path in (story, plot):
+    badges = {STATIC / name: svg for name, svg in list_badges(record).items()}
+    for path, svg in badges.items():
+        path.write_text(svg, encoding="utf-8")
+    for path in (story, plot, *badges):
         print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1000:.0f} kB")
 
 

@@ -13,10 +13,19 @@ from course_pages import COPIES, ROOT, write_if_changed
 from sphinx.application import Sphinx
 
 from folo_lib.benchmark import paired_ratios
+from folo_lib.course.throughput_figures import (
+    best_start,
+    best_tpot,
+    compare_systems,
+    latest,
+    read_recording,
+)
 
 DATA = ROOT / "notebooks" / "data"
 GPU_RECORD = DATA / "benchmark_h200.json"
 CPU_RECORD = DATA / "benchmark_cpu.json"
+MANY_RECORD = DATA / "throughput_h200.json"  # the README's picture is drawn from it
+DATA_URL = "https://github.com/folovllm/FoloVLLM/blob/main/notebooks/data"
 BASELINE = "huggingface"
 
 # Label, colour, hatch, marker and dash of a system; those of page 18.
@@ -109,26 +118,99 @@ def medians(sections: Sequence[Result]) -> str:
     return f" TPOT in ms of all of them, in order: {'; '.join(parts)}."
 
 
+def many_part() -> str:
+    """Many requests and few on one GPU, beside vLLM: what the engine of today does."""
+    record = read_recording(MANY_RECORD)
+    systems = compare_systems(record)
+    tpot = latest(record, "tpot")
+    vllm = record["sections"].get("vllm", [])
+    if not systems or not tpot or not vllm:
+        return ""
+    setup, made = record["setup"], latest(record, "throughput")
+    ours, theirs = systems[0][2], best_start(vllm)
+    floor = ours["floor_tokens_per_second"]
+    ratio = ours["tokens_per_second"] / theirs["tokens_per_second"]
+    most = ours["requests"]
+    alt = ", ".join(
+        f"{name} {row['tokens_per_second']:,.0f}" for name, _, row in systems
+    )
+    speeds = []
+    for name, _, row in systems:
+        some = "" if row["requests"] == most else f" (the first {row['requests']})"
+        speed = row["tokens_per_second"]
+        speeds.append(
+            [
+                name + some,
+                f"{speed:,.0f}",
+                f"{speed / floor:.{int(speed < 0.1 * floor)}%}",
+            ]
+        )
+    starts = "All runs, one by one"
+    if len(vllm) > 1:
+        starts = (
+            f"vLLM was started {len(vllm)} times, and the best start counts. {starts}"
+        )
+    times = []
+    for row in tpot["rows"]:
+        other = best_tpot(vllm, row)
+        times.append(
+            [
+                f"{row['requests']} × {row['prompt_tokens']:,}",
+                f"{row['tpot_ms']:.2f}",
+                f"{row['floors']:.1f}",
+                f"{other['tpot_ms']:.2f}" if other else "–",
+            ]
+        )
+    return f"""![Tokens per second with {most} mixed requests: {alt}; memory would allow {floor:,.0f}. Beside it the time per token of a few requests, in floors.](_static/benchmark.png)
+
+With {most} mixed requests folo_lib writes **{ratio:.2f} times** the tokens of vLLM; one request alone takes
+**{tpot["rows"][0]["tpot_ms"]:.2f} ms** a token, where reading the weights takes {tpot["floor"]["ms"]:.3f} ms by itself.
+{setup["device"]}, driver {setup["driver"]}, CUDA {setup["cuda"]}, torch {setup["torch"]}, vLLM
+{vllm[-1]["versions"]["vllm"]} on the other card of the same machine, recorded on {made["date"][:10]}; {setup["weights"]}
+in bfloat16.
+
+## Many requests
+
+{most} requests with prompts and answers of {setup["sizes"]["throughput"]["shortest"]:,} to
+{setup["sizes"]["throughput"]["longest"]:,} tokens. What memory allows is {floor:,.0f} tokens per second: the bytes
+that must be read, at the speed of this memory.
+
+{table(["", "tokens/s", "of what memory allows"], speeds)}
+
+## A few requests
+
+Milliseconds per token; a floor is the time that it takes to read the weights once. The first column says how many
+requests run at once, and after how many tokens of context.
+
+{table(["requests × context", "folo_lib, ms", "in floors", "vLLM, ms"], times)}
+
+{starts}: [{MANY_RECORD.name}]({DATA_URL}/{MANY_RECORD.name})."""
+
+
+def describe_age(record: Result, is_gpu: bool) -> str:
+    """Which engine the rest of the page is about, and on what it ran."""
+    setup = record["setup"]
+    if is_gpu:
+        return (
+            f"## Earlier recordings\n\nWhat follows was measured on one **{setup['device']}** with the **engine for one "
+            "request**, whose decode step was a CUDA graph. Today's engine has graphs for steps "
+            "of many requests."
+        )
+    return (
+        f"## On a CPU\n\n**This is not a GPU.** The recording of an H200 is not in the repository yet. What "
+        f"follows is the quick run on {setup['threads']} thread of a CPU ({setup['device']}) with "
+        "a model of three million parameters. It shows how the measurement works, and says "
+        "nothing about large models or GPUs."
+    )
+
+
 def describe_setup(record: Result, is_gpu: bool) -> str:
-    """What was measured where, before any number."""
+    """What was measured where."""
     setup = record["setup"]
     shape = setup["shape"]
     shown = [found[-1] for found in record["sections"].values()]
     dates = sorted({section["date"][:10] for section in shown})
     commands = sorted({section["command"] for section in shown})
-    if is_gpu:
-        first = (
-            f"Measured on one **{setup['device']}**, with the **engine for one request**, "
-            f"whose decode step was a CUDA graph. Today's engine has graphs for "
-            f"steps of many requests."
-        )
-    else:
-        first = (
-            f"**This is not a GPU.** The recording of an H200 is not in the repository "
-            f"yet. What follows is the quick run on {setup['threads']} thread of a CPU "
-            f"({setup['device']}) with a model of three million parameters. It shows "
-            f"how the measurement works, and says nothing about large models or GPUs."
-        )
     rows = [
         ["weights", setup["weights"]],
         [
@@ -146,7 +228,7 @@ def describe_setup(record: Result, is_gpu: bool) -> str:
         rows.append(["driver, CUDA", f"{setup['driver']}, {setup['cuda']}"])
     rows.append(["recorded", ", ".join(dates)])
     rows.append(["command", "<br>".join(f"`{command}`" for command in commands)])
-    return first + "\n\n" + table(["", ""], rows).replace("--:", "---")
+    return "## Set-up\n\n" + table(["", ""], rows).replace("--:", "---")
 
 
 def decode_part(sections: Sequence[Result]) -> str:
@@ -284,7 +366,7 @@ def write_page() -> str:
     path = find_record()
     record = json.loads(path.read_text(encoding="utf-8"))
     sections, is_gpu = record["sections"], path == GPU_RECORD
-    parts = [describe_setup(record, is_gpu)]
+    parts = [many_part(), describe_age(record, is_gpu)]
     if "decode" in sections:
         parts.append(decode_part(sections["decode"]))
     if "context" in sections:
@@ -308,9 +390,8 @@ def write_page() -> str:
     if "memory" in sections:
         cold = sections.get("cold_start", [])
         parts.append(alone_part(sections["memory"], cold, is_gpu))
-    name = path.relative_to(ROOT).as_posix()
-    url = f"https://github.com/folovllm/FoloVLLM/blob/main/{name}"
-    parts.append(f"All runs, one by one: [{name}]({url}).")
+    parts.append(describe_setup(record, is_gpu))
+    parts.append(f"All runs, one by one: [{path.name}]({DATA_URL}/{path.name}).")
     return "\n\n".join(parts)
 
 

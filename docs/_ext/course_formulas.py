@@ -53,7 +53,7 @@ def write_inline(translator: Any, node: nodes.math) -> None:
 
 def write_block(translator: Any, node: nodes.math_block) -> None:
     formula = draw_formula(node.astext(), 14)
-    translator.body.append(f'<div style="text-align: center">{formula}</div>\n')
+    translator.body.append(f'<div class="formula">{formula}</div>\n')
     raise nodes.SkipNode
 
 

@@ -3,14 +3,19 @@
 Sphinx reads only what lies under `docs/`. So the pages are copied to `docs/pages/`, which git
 ignores, and on the way what is of no use to a reader of the site is taken out: the cell that
 installs the course and the directives of the export.
+
+Markdown in `docs/` is read on GitHub as well, which knows no directives. There `<!-- on the site:`,
+alone on a line, begins a comment, and here what stands in it up to `-->` counts. What stands
+between `<!-- on GitHub -->` and `<!-- end -->` is left out here.
 """
 
 from __future__ import annotations
 
-import base64
+import html
 import json
 import os
 import re
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,9 +27,19 @@ DOCS = Path(__file__).resolve().parent.parent
 ROOT = DOCS.parent
 COPIES = DOCS / "pages"
 REPOSITORY = "https://github.com/folovllm/FoloVLLM"
+sys.path.insert(0, str(ROOT / "tools"))  # no package; other modules here use it too
 
 DIRECTIVE = re.compile(r"#\|\s*(\w+).*\n?")
 FIGURE = "**Figure "
+MOVING = 'class="folo-moving'  # as folo_lib.course.moving and .motion write it
+FOLDED = "hide-input"  # what myst-nb calls it
+LINKS_LINE = re.compile(
+    r"^\[Open in Colab\]\((\S+)\) · \[Open in Binder\]\((\S+)\)", re.M
+)
+ON_THE_SITE = re.compile(r"^<!-- on the site:\n(.*?)^-->$", re.MULTILINE | re.DOTALL)
+ON_GITHUB = re.compile(
+    r"^<!-- on GitHub -->\n.*?^<!-- end -->\n", re.MULTILINE | re.DOTALL
+)
 FENCE = re.compile(r"^(```|~~~).*?^\1[ \t]*$", re.MULTILINE | re.DOTALL)
 INLINE_LINK = re.compile(r"(?<=\]\()(?!#)([^()\s]+)(?=\)|\s+\")")
 NAMED_LINK = re.compile(r"^(\[[^\]]+\]:\s+)(\S+)", re.MULTILINE)
@@ -89,11 +104,20 @@ def map_links(text: str, file: Path, place: Path) -> str:
 
 
 def transform_code(cell: dict[str, Any]) -> None:
-    """Take out the directives of the export; what they export is known by a tag."""
+    """Take out the directives of the export; what they export is known by a tag.
+
+    What JupyterLab folds is folded here too, and a figure that a reader can move is shown instead
+    of its picture.
+    """
+    tags = cell["metadata"].setdefault("tags", [])
     if any(found[1] == "export" for found in DIRECTIVE.finditer(cell["source"])):
-        cell["metadata"].setdefault("tags", []).append("export")
+        tags.append("export")
+    if cell["metadata"].get("jupyter", {}).get("source_hidden"):
+        tags.append(FOLDED)
     cell["source"] = DIRECTIVE.sub("", cell["source"])
     for output in cell["outputs"]:
+        if MOVING in "".join(output.get("data", {}).get("text/html", "")):
+            del output["data"]["image/png"]
         alt = output.get("metadata", {}).get("image/png", {}).get("alt")
         if alt:
             cell["metadata"]["mystnb"] = {"image": {"alt": alt}}
@@ -107,20 +131,59 @@ def is_shown(cell: dict[str, Any]) -> bool:
     return cell.get("id") != "install" and not directives & {"default_exp", "hide"}
 
 
+def fold_code(cells: list[dict[str, Any]]) -> None:
+    """Fold what sets a page up before its first section, and what only draws."""
+    heads = (i for i, cell in enumerate(cells) if cell["source"].startswith("## "))
+    first = next(heads, 0)
+    for number, (cell, after) in enumerate(pairwise([*cells, {"source": ""}])):
+        if cell["cell_type"] == "code":
+            tags = cell["metadata"]["tags"]
+            has_picture = any(
+                {"image/png", "text/html"} & {*output.get("data", {})}
+                for output in cell["outputs"]
+            )
+            if has_picture and after["source"].startswith(FIGURE):
+                tags.append("figure")
+            if FOLDED not in tags and (number < first or "figure" in tags):
+                tags.append(FOLDED)
+
+
+def write_links(page: Path, colab: str, binder: str) -> str:
+    """Where a page can be opened and its source be read, in place of the page's own line."""
+    topic = page.stem.partition("_")[2]
+    name = html.escape(page.name)
+    module = ROOT / "folo_lib" / f"{topic}.py"
+    links = [
+        f'<a href="{colab}">Open in Colab</a>',
+        f'<a href="{binder}" title="JupyterLab on Binder">Open in Binder</a>',
+        "<details><summary>Open in Lab</summary><p>In your clone of the repository, "
+        "<code>make lab</code> opens JupyterLab in the browser. "
+        f"This page is <code>{name}</code> there.</p></details>",
+        f'<a href="{REPOSITORY}/blob/main/notebooks/{name}">View notebook</a>',
+    ]
+    if module.is_file():
+        links.append(f'<a href="../_modules/folo_lib/{topic}.html">View {topic}.py</a>')
+        links.append(f'<a href="../modules/{topic}.html">API</a>')
+    return "\n".join(
+        ['<nav class="page-links" aria-label="This page">', *links, "</nav>\n\n"]
+    )
+
+
 def transform_page(page: Path) -> Notebook:
     """A page as the site shows it."""
     notebook = read_page(page)
     place = COPIES / page.name
     notebook["cells"] = [cell for cell in notebook["cells"] if is_shown(cell)]
-    for cell, behind in pairwise([*notebook["cells"], {"source": ""}]):
+    for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             transform_code(cell)
-            has_picture = any("image/png" in o.get("data", {}) for o in cell["outputs"])
-            has_caption = behind["source"].startswith(FIGURE)
-            if has_picture and has_caption:
-                cell["metadata"].setdefault("tags", []).append("figure")
-        elif cell["cell_type"] == "markdown":
+    fold_code(notebook["cells"])
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
             cell["source"] = map_links(cell["source"], page, place)
+            cell["source"] = LINKS_LINE.sub(
+                lambda found: write_links(page, found[1], found[2]), cell["source"]
+            )
             if cell["source"].startswith(FIGURE):
                 cell["source"] = "{.figure-caption}\n" + cell["source"]
     notebook["metadata"]["language_info"] = {
@@ -145,27 +208,18 @@ def copy_pages(app: Sphinx) -> None:
     for page in pages:
         text = json.dumps(transform_page(page), indent=1, ensure_ascii=False)
         write_if_changed(COPIES / page.name, text.encode())
-    write_if_changed(COPIES / "talking.png", find_picture("live_generation(", pages))
 
 
-def find_picture(code: str, pages: list[Path]) -> bytes:
-    """The first picture that a cell with this code shows; of all cells if there is none."""
-    cells = [cell for page in pages for cell in read_page(page)["cells"]]
-    cells.sort(key=lambda cell: code not in cell["source"])
-    pictures = (
-        output["data"]["image/png"]
-        for cell in cells
-        for output in cell.get("outputs", [])
-        if "image/png" in output.get("data", {})
-    )
-    return base64.b64decode("".join(next(pictures)))
+def choose_the_site(text: str) -> str:
+    """A document without what is meant for GitHub, and with what GitHub cannot show."""
+    return ON_THE_SITE.sub(lambda found: found[1], ON_GITHUB.sub("", text))
 
 
 def map_source(app: Sphinx, docname: str, content: list[str]) -> None:
     """Map the links of a Markdown file; those of the pages were mapped when copied."""
     file = Path(app.env.doc2path(docname))
     if file.suffix == ".md":
-        content[0] = map_links(content[0], file, file)
+        content[0] = map_links(choose_the_site(content[0]), file, file)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

@@ -10,19 +10,17 @@ import importlib
 import inspect
 import pkgutil
 import re
-import sys
 from collections.abc import Callable
 from typing import Any
 
+import course_api
 import course_benchmark
-from course_pages import ROOT, find_pages, read_page
+import course_front
+import run_pages
+from course_pages import find_pages, read_page
 from sphinx.application import Sphinx
 
-import folo_lib
 import folo_lib.course.exercises
-
-sys.path.insert(0, str(ROOT / "tools"))
-import run_pages  # tools/ is not a package
 
 
 def pages_table() -> str:
@@ -32,17 +30,6 @@ def pages_table() -> str:
         head = run_pages.read_head(read_page(page))
         link = f"[{head.title}](pages/{page.name})"
         rows.append(f"| {link} | {head.summary} | {head.minutes} |")
-    return "\n".join(rows)
-
-
-def names_table() -> str:
-    """The names that `folo_lib` itself offers."""
-    rows = ["| `from folo_lib import` | written in |", "|---|---|"]
-    for name in folo_lib.__all__:
-        module = folo_lib._MODULE_OF.get(name)
-        if module:
-            link = f"[`folo_lib.{module}`]({module}.md)"
-            rows.append(f"| {{py:obj}}`{name} <folo_lib.{module}.{name}>` | {link} |")
     return "\n".join(rows)
 
 
@@ -62,9 +49,12 @@ def checks_list() -> str:
 
 WRITERS: dict[str, Callable[[], str]] = {
     "pages": pages_table,
-    "names": names_table,
+    "names": course_api.names_table,
+    "modules": course_api.modules_table,
     "checks": checks_list,
     "benchmark": course_benchmark.write_page,
+    "front": course_front.write_front,
+    "front_zh": course_front.write_chinese_front,
 }
 PLACE = re.compile(r"^<!-- made at build time: (\w+) -->$", re.MULTILINE)
 

@@ -5,9 +5,11 @@
 
 Only a verdict that the check itself has signed counts. The submission is loaded after the checks,
 where it finds no key; what it prints goes nowhere; a process that ends early, in whatever way, has
-signed nothing. A check that finds a function changed that it rests on signs no pass. This stops
-shortcuts and accidents. It does not stop a determined attack: a submission is code of somebody
-else, which runs in the same interpreter as the check. Run it where it can do no harm, and read it.
+signed nothing. A check that finds a function changed that it rests on signs no pass. A submission
+gets no frames of the interpreter, in which there are a key and its owner, and no finished function
+in place of its own. This stops shortcuts and accidents. It does not stop a determined attack: a
+submission is code of somebody else, which runs in the same interpreter as the check. Run it where
+it can do no harm, and read it.
 """
 
 from __future__ import annotations
@@ -18,17 +20,20 @@ import importlib
 import json
 import linecache
 import os
+import pkgutil
 import secrets
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from folo_lib.course.exercises import Verdict
+import folo_lib
+from folo_lib.course.exercises import NotYet, Verdict
 
 __all__ = ["grade_file", "list_names", "load_submission"]
 
@@ -237,6 +242,83 @@ def find_change(before: dict[tuple[str, ...], Any]) -> str | None:
     return None
 
 
+class Finished:
+    """Stands for a finished function or class while a submission is loaded."""
+
+    def __init__(self, name: str) -> None:
+        self.__name__ = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotYet(f"it calls the finished {self.__name__} of folo_lib.")
+
+
+@contextmanager
+def hidden(topic: str, names: Sequence[str]) -> Iterator[None]:
+    """What is to be written cannot be imported, by a submission that is loaded meanwhile."""
+    for found in pkgutil.iter_modules(folo_lib.__path__):
+        if (
+            found.name != "__main__"
+        ):  # else one that is imported later would miss a name
+            with suppress(ImportError):
+                importlib.import_module(f"folo_lib.{found.name}")
+    module = importlib.import_module(f"folo_lib.{topic}")
+    finished = {name: vars(module)[name] for name in names if name in vars(module)}
+    try:
+        for name in finished:
+            setattr(module, name, Finished(name))
+        yield
+    finally:
+        for name, value in finished.items():
+            setattr(module, name, value)
+
+
+FRAMES = ("tb_frame", "gi_frame", "cr_frame", "ag_frame")
+WATCHED = (
+    "sys._getframe", "sys._current_frames", "sys._current_exceptions", "sys.settrace",
+    "sys.setprofile", "gc.get_objects", "gc.get_referrers", "gc.get_referents",
+)  # fmt: skip
+
+
+def keep_frames() -> None:
+    """From now on, code that is not of Python or of a package gets no frames, nor all objects.
+
+    An audit hook cannot be taken out again. What asks is known by its file.
+    """
+    places = {*sysconfig.get_paths().values(), *folo_lib.__path__}
+    trusted = tuple({*places, *map(os.path.realpath, places), "<frozen "})
+    getframe, busy = sys._getframe, False
+
+    def is_asked_from_outside(near: int) -> bool:
+        frame: types.FrameType | None = getframe(2)
+        while frame is not None and near:
+            file = frame.f_code.co_filename
+            if not file.startswith(trusted):
+                return True
+            # These two hand on what they find.
+            near += file.endswith(("inspect.py", "traceback.py")) - 1
+            frame = frame.f_back
+        return False
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal busy
+        asks = (
+            event in WATCHED
+            or (event == "object.__getattr__" and args[1] in FRAMES)
+            or event.startswith("ctypes.")
+            or (event == "open" and str(args[0]).startswith("/proc/"))
+        )
+        if busy or not asks:
+            return
+        busy = True
+        try:
+            if is_asked_from_outside(2):
+                raise ValueError("a submission does not look into the interpreter")
+        finally:
+            busy = False
+
+    sys.addaudithook(hook)
+
+
 def run_child() -> None:
     """Reads what to do, loads the checks, then the submission, and signs each verdict."""
     given = json.loads(sys.stdin.buffer.read())
@@ -260,8 +342,10 @@ def run_child() -> None:
         file.flush()
 
     before = take_fingerprint()
+    keep_frames()
     try:
-        found = load_submission(path, topic)
+        with hidden(topic, names):
+            found = load_submission(path, topic)
     except BaseException as error:
         message = f"the file ends with {type(error).__name__}: {error}"
         for name in names:
@@ -270,6 +354,9 @@ def run_child() -> None:
     for name in names:
         if name not in found:
             write(name, False, f"Not yet: {name} is not defined.")
+            continue
+        if isinstance(found[name], Finished):
+            write(name, False, f"Not yet: {name} is imported from folo_lib.")
             continue
         verdict = checks[name](found[name])
         passed, message = verdict.passed is True, verdict.message

@@ -109,6 +109,7 @@ class Session:
         self.problem: Exception | None = None
         self.counts: dict[str, int] = {}
         self.busy = False
+        self.name = ""  # of the one that is compared
 
     def spy(self, name: str, finished: Any, solution: Any) -> Callable[..., Any]:
         """The finished function; the first call that the solution answers otherwise ends all."""
@@ -116,13 +117,15 @@ class Session:
         @functools.wraps(finished)
         def both(*args: Any, **kwargs: Any) -> Any:
             if self.busy:  # called by the solution
+                if self.name == name and is_called_by(solution):
+                    raise NotYet(f"it calls the finished {name} of folo_lib.")
                 return finished(*args, **kwargs)
             self.counts[name] = self.counts.get(name, 0) + 1
             given = describe_call(name, args, kwargs)
             memo = {id(thing): thing for thing in scenes.SHARED}
             theirs = copy.deepcopy((args, kwargs), memo)
             wanted, raised = outcome(finished, args, kwargs)
-            self.busy = True
+            self.busy, self.name = True, name
             try:
                 if isinstance(wanted, AbstractContextManager):
                     compare_contexts(given, finished, solution, theirs)
@@ -140,6 +143,14 @@ class Session:
             return iter(wanted) if inspect.isgeneratorfunction(finished) else wanted
 
         return both
+
+
+def is_called_by(solution: Any) -> bool:
+    """Whether the caller of the function that asks is a line of the solution's own file."""
+    parts = [solution, *(vars(solution).values() if inspect.isclass(solution) else ())]
+    codes = [getattr(inspect.unwrap(part), "__code__", None) for part in parts]
+    file = sys._getframe(2).f_code.co_filename
+    return any(code is not None and code.co_filename == file for code in codes)
 
 
 def outcome(function: Any, args: Any, kwargs: Any) -> tuple[Any, BaseException | None]:
@@ -368,6 +379,8 @@ def compare(topic: str, solution: Any) -> Session:
         f"folo_lib.{topic} has nothing of that name. Keep the name of the page.",
     )
     finished, session = getattr(module, name), Session()
+    if inspect.isclass(solution) and inspect.isfunction(finished):
+        raise NotYet(f"{name} is a class; the page asks for a function.")
     if find_kernel(finished) is not None:
         compare_kernels(module, name, solution)
         return session

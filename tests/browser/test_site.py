@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import html
+import http.server
+import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +24,9 @@ WIDE, PHONE = {"width": 1280, "height": 1000}, {"width": 390, "height": 800}
 LOOK = """() => ({
   images: [...document.querySelectorAll("article img")].map(image => ({
     alt: image.alt,
-    drawn: image.naturalWidth,
+    drawn: image.naturalWidth / (image.src.endsWith("/benchmark.png") ? 2 : 1), // fine print
     shown: image.getBoundingClientRect().width - 10,
   })),
-  links: [...document.querySelectorAll("a[href]")].map(link => link.href),
-  ids: [...document.querySelectorAll("[id]")].map(element => element.id),
   text: document.querySelector("article").innerText,
   tracebacks: document.querySelectorAll(".cell_output .output.traceback").length,
   overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
@@ -126,18 +129,33 @@ def test_no_page_is_wider_than_its_window(found: dict[Path, dict[str, Any]]) -> 
         assert seen["narrow"]["overflow"] <= 0, f"{path.name} on a phone"
 
 
-def test_every_link_leads_to_something(found: dict[Path, dict[str, Any]]) -> None:
-    ids = {path: {*seen["ids"]} for path, seen in found.items()}
-    for path, seen in found.items():
-        for link in seen["links"]:
+def test_every_link_leads_to_something(site: Path) -> None:
+    """Of all pages, the listings of the source too; what leads out must be of the web."""
+    texts = {path: path.read_text(encoding="utf-8") for path in site.rglob("*.html")}
+    ids = {
+        path: {html.unescape(one) for one in re.findall(r'\bid="([^"]+)"', text)}
+        for path, text in texts.items()
+    }
+    troubles = []
+    for path, text in texts.items():
+        for link in map(html.unescape, re.findall(r'\b(?:href|src)="([^"]*)"', text)):
             parts = urlsplit(link)
-            if parts.scheme != "file":
-                assert parts.scheme == "https", f"{path.name}: {link}"
+            if parts.scheme:
+                allowed = ("https", "data")
+                ours = re.match(
+                    r"https://github\.com/folovllm/FoloVLLM/\w+/main/([^#?]*)", link
+                )
+                lost = ours and not (ROOT / unquote(ours[1])).exists()
+                if parts.scheme not in allowed or lost:
+                    troubles.append(f"{path.relative_to(site)}: {link}")
                 continue
-            target = Path(unquote(parts.path))
-            assert target.is_file(), f"{path.name}: {link}"
-            if parts.fragment and target in ids:
-                assert unquote(parts.fragment) in ids[target], f"{path.name}: {link}"
+            name = unquote(parts.path)
+            target = (path.parent / name).resolve() if name else path
+            known = ids.get(target)
+            fragment = unquote(parts.fragment)
+            if not target.is_file() or (known and fragment and fragment not in known):
+                troubles.append(f"{path.relative_to(site)}: {link}")
+    assert len(texts) > 100 and not troubles, "\n".join(troubles)
 
 
 def test_pages_show_all_that_was_saved_in_them(
@@ -166,12 +184,134 @@ def test_pages_show_all_that_was_saved_in_them(
             assert trouble not in seen["text"], page.name
 
 
-def test_search_works_without_a_server(window: Any, site: Path) -> None:
+def test_search_works_without_a_server_and_says_what_it_lacks(
+    window: Any, site: Path
+) -> None:
     window.context.set_offline(True)
     window.goto(f"{(site / 'search.html').as_uri()}?q=repetition")
     window.wait_for_selector("#search-results li a")
     links = window.locator("#search-results li a").all_inner_texts()
     assert any("Sampler" in link for link in links)
+    note = window.locator(".search-note").inner_text()
+    assert "cannot show the lines that match" in note and "http.server" in note
+
+
+@pytest.fixture
+def served(site: Path) -> Iterator[str]:
+    """The site over http, as the note on the search says."""
+    handler = functools.partial(QuietHandler, directory=str(site))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+def test_search_over_http_shows_the_lines_that_match(window: Any, served: str) -> None:
+    window.goto(f"{served}/search.html?q=preemption")
+    window.wait_for_selector("#search-results li p.context")
+    texts = window.locator("#search-results li p.context").all_inner_texts()
+    assert any("preempt" in text.lower() for text in texts)
+    assert not window.locator(".search-note").count()
+    window.goto(f"{served}/search.html?q=抢占")
+    window.wait_for_selector("#search-results li a")
+    links = window.locator("#search-results li a").all_inner_texts()
+    assert any("Glossary" in link for link in links)
+
+
+def test_the_front_page(window: Any, site: Path) -> None:
+    for name, start in (("index", "Start with the tour"), ("zh", "从导览页开始")):
+        window.goto((site / f"{name}.html").as_uri())
+        button = window.get_by_role("link", name=start)
+        assert button.get_attribute("href") == "pages/00_tour.html"
+        assert window.locator(".cards section").count() == 4
+        assert window.locator(".numbers strong").count() == 3
+        repository = window.locator("nav.top .repository")
+        assert repository.is_visible()
+        last = window.locator("figure.story p span").last
+        opacity = "it => +getComputedStyle(it).opacity"
+        assert 0 < last.evaluate(opacity) < 0.5  # its turn comes, and it is there
+        last.evaluate("it => it.getAnimations()[0].finish()")
+        assert last.evaluate(opacity) == 1
+        window.locator("figure.story button").click()
+        last = window.locator("figure.story p span").last
+        assert last.evaluate(opacity) < 0.5  # told again
+
+
+def test_the_story_stands_still_for_those_who_ask(browser: Any, site: Path) -> None:
+    context = browser.new_context(reduced_motion="reduce", offline=True)
+    tab = context.new_page()
+    tab.goto((site / "index.html").as_uri())
+    last = tab.locator("figure.story p span").last
+    assert last.evaluate("it => it.getAnimations().length") == 0
+    context.close()
+
+
+def test_code_can_be_copied(browser: Any, site: Path) -> None:
+    context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
+    tab = context.new_page()
+    cases = {
+        "index.html": ("make run", "git clone https://github.com/folovllm/FoloVLLM"),
+        "modules/engine.html": (">>> engine =", "from folo_lib import LLMEngine"),
+        "pages/01_attention.html": ("def look_at_yourself", "def look_at_yourself("),
+    }
+    for name, (words, wanted) in cases.items():
+        tab.goto((site / name).as_uri())
+        block = tab.locator("article div.highlight", has_text=words).first
+        block.hover()
+        block.get_by_role("button", name="Copy").click()
+        block.get_by_role("button", name="Copied").wait_for()
+        text = tab.evaluate("navigator.clipboard.readText()")
+        assert text.startswith(wanted) and ">>>" not in text
+        assert "there was a young deer" not in text  # an output
+    context.close()
+
+
+def test_a_page_folds_its_set_up_and_says_where_to_open_it(
+    window: Any, site: Path
+) -> None:
+    window.goto((site / "pages" / "01_attention.html").as_uri())
+    links = window.locator(".page-links").inner_text()
+    for words in ("Colab", "Binder", "Lab", "notebook", "attention.py", "API"):
+        assert words in links
+    lab = window.locator(".page-links details")
+    assert not lab.locator("p").is_visible()
+    lab.locator("summary").click()
+    assert "make lab" in lab.locator("p").inner_text()
+    folded = window.locator("details.hide").first
+    assert not folded.locator("pre").is_visible()
+    folded.locator("summary").click()
+    assert folded.locator("pre").is_visible()
+    source = window.get_by_role("link", name="View attention.py")
+    source.click()
+    assert "def naive_attention" in window.locator("article").inner_text()
+
+
+def test_figures_can_be_moved_here_too(window: Any, site: Path) -> None:
+    window.goto((site / "pages" / "07_sampler.html").as_uri())
+    figure = window.locator(".folo-moving").first
+    knobs = figure.locator(".knobs")
+    assert not knobs.is_visible()
+    figure.locator(".guess").first.click()
+    assert knobs.is_visible()
+
+
+def test_the_glossary_can_be_read_on_a_phone(browser: Any, site: Path) -> None:
+    context = browser.new_context(viewport=PHONE, offline=True)
+    tab = context.new_page()
+    tab.goto((site / "glossary.html").as_uri())
+    widths = tab.evaluate(
+        """() => [...document.querySelectorAll("#glossary tbody tr")].slice(0, 20).map(
+             row => row.cells[2].getBoundingClientRect().width)"""
+    )
+    assert len(widths) == 20 and min(widths) > 300
+    context.close()
 
 
 def test_dark_figures_keep_their_white_ground(browser: Any, site: Path) -> None:

@@ -15,7 +15,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"folo_lib.course.widgets needs ipywidgets and matplotlib ({error}): "
-        'pip install "folo-lib[notebooks]"'
+        'pip install "folo-lib[notebooks] @ git+https://github.com/folovllm/FoloVLLM"'
     ) from error
 
 from folo_lib.course.widgets.attention import (
