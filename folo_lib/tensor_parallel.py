@@ -426,9 +426,8 @@ def load_shard(
         shard = ShardedForCausalLM(checkpoint, group, backend)
     shard.to(dtype).to_empty(device=group.device)
     shard.model.rotary_emb.reset_parameters()
-    with naming(folder):
-        weights = read_shard(files, checkpoint, group.rank, group.size)
-        shard.load_weights(watch(weights))
+    weights = read_shard(files, checkpoint, group.rank, group.size)
+    shard.load_weights(watch(weights))
     warn_of_non_finite(shard.hf_weights(), folder)
     return shard.eval().requires_grad_(False)
 

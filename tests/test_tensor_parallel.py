@@ -7,10 +7,8 @@ import json
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -22,23 +20,19 @@ import pytest
 import schedules
 import torch
 from schedules import Schedule
-from torch import Tensor, nn
+from torch import Tensor
 
 from folo_lib import LLMEngine, SamplingParams, bundled_model_path, parallel_checks
 from folo_lib.checkpoint import find_weight_files, load_model, read_config
 from folo_lib.config import EXECUTORS, EngineConfig
 from folo_lib.course.ranks import ThreadGroup, run_ranks
 from folo_lib.kv_cache import kv_bytes_per_token
-from folo_lib.runner import ScheduledRequest, StepPlan
 from folo_lib.tensor_parallel import (
     GlooGroup,
-    ParallelExecutor,
     RankError,
     RankProcesses,
-    RankSetup,
     ShardedForCausalLM,
     find_share,
-    follow,
     load_shard,
     read_shard,
 )
@@ -54,7 +48,10 @@ QUIET = {"device": "cpu", "dtype": "float32", "use_tqdm": False}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "tied": ("qwen3 4/1", {"num_key_value_heads": 2, "vocab_size": 203}),
     "untied": ("qwen3 7/1 untied yarn", {"num_attention_heads": 8, "vocab_size": 205}),
-    "bias": ("qwen3 6/3 yarn bias", {"num_attention_heads": 8, "num_key_value_heads": 4}),
+    "bias": (
+        "qwen3 6/3 yarn bias",
+        {"num_attention_heads": 8, "num_key_value_heads": 4},
+    ),
     "qwen2": ("qwen2 4/4 linear", {"num_key_value_heads": 2, "vocab_size": 203}),
     "qwen2 untied": ("qwen2 8/2 own head_dim", {"vocab_size": 201}),
 }
@@ -227,3 +224,383 @@ def test_gather_puts_ranks_side_by_side_in_every_row(tmp_path: Path) -> None:
 
     for gathered in run_gloo(2, tmp_path, work):
         assert gathered.tolist() == [[0, 1, 10, 11], [2, 3, 12, 13], [4, 5, 14, 15]]
+
+
+# --- The engine, ranks in processes ---------------------------------------------------
+
+
+def start_engine(size: int = 2, **options: Any) -> LLMEngine:
+    return LLMEngine(tensor_parallel_size=size, **(QUIET | options))
+
+
+def list_pids(engine: LLMEngine) -> list[int]:
+    ranks = engine.executor.ranks  # type: ignore[attr-defined]
+    return [process.pid for process in ranks.processes.values()]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{pid}/stat")
+    return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_for_end(pids: list[int], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while any(map(is_running, pids)):
+        assert time.monotonic() < end, "a rank outlives the engine"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[LLMEngine]:
+    engine = start_engine()
+    pids = list_pids(engine)
+    folder = engine.executor.ranks.folder  # type: ignore[attr-defined]
+    assert os.path.isdir(folder)
+    yield engine
+    engine.executor.close()  # type: ignore[attr-defined]
+    wait_for_end(pids)
+    assert not os.path.exists(folder)
+
+
+def make_prompts() -> list[list[int]]:
+    noise = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 90, (20,), generator=noise).tolist()
+    return [torch.randint(4, 2000, (n,), generator=noise).tolist() for n in lengths]
+
+
+@cache
+def run_alone() -> list[list[int]]:
+    alone = LLMEngine(**QUIET).generate(make_prompts(), GREEDY, use_tqdm=False)
+    return [one.outputs[0].token_ids for one in alone]
+
+
+def test_two_ranks_write_what_one_process_writes(two: LLMEngine) -> None:
+    outputs = two.generate(make_prompts(), GREEDY, use_tqdm=False)
+    assert [one.outputs[0].token_ids for one in outputs] == run_alone()
+
+
+def test_ranks_draw_alike_without_being_told(two: LLMEngine) -> None:
+    params = SamplingParams(
+        temperature=1.2, top_p=0.9, repetition_penalty=1.2, max_tokens=24, seed=5, n=3
+    )
+    prompts = make_prompts()[:5]
+    outputs = two.generate(prompts, params, use_tqdm=False)
+    alone = LLMEngine(**QUIET).generate(prompts, params, use_tqdm=False)
+    for one, other in zip(outputs, alone, strict=True):
+        for ours, its in zip(one.outputs, other.outputs, strict=True):
+            assert ours.token_ids == its.token_ids
+
+
+def test_bytes_of_a_decode_step_do_not_grow_with_the_prompt(two: LLMEngine) -> None:
+    ranks, counts = two.executor.ranks, []  # type: ignore[attr-defined]
+    for length in (8, 800):
+        before = ranks.num_bytes
+        request = two.add_request([5] * length, GREEDY)
+        two.step()
+        assert ranks.num_bytes - before > length  # the prompt goes out once
+        before = ranks.num_bytes
+        two.step()
+        counts.append(ranks.num_bytes - before)
+        two.abort_request(request)
+        while two.has_unfinished_requests():
+            two.step()
+    assert counts[0] == pytest.approx(counts[1], abs=4)
+    assert counts[0] < 400
+
+
+def test_four_ranks_share_two_heads() -> None:
+    engine = start_engine(4)
+    pids = list_pids(engine)
+    assert engine.executor.config.num_key_value_heads == 2
+    outputs = engine.generate(make_prompts(), GREEDY, use_tqdm=False)
+    whole = load_model(BUNDLED, "float32", "cpu", use_tqdm=False)
+    for prompt, output, alone in zip(make_prompts(), outputs, run_alone(), strict=True):
+        check_greedy(whole, prompt, output.outputs[0].token_ids, alone)
+    del engine, outputs
+    gc.collect()  # nobody has to close it
+    wait_for_end(pids)
+
+
+def check_greedy(
+    model: Any, prompt: list[int], ours: list[int], its: list[int]
+) -> None:
+    """Equal, or each step on our own tokens within the rule of the design for near-ties."""
+    if ours == its:
+        return
+    logits = model.compute_logits(model(torch.tensor(prompt + ours[:-1])))
+    for row, token in zip(logits[len(prompt) - 1 :], ours, strict=True):
+        assert row.max() - row[token] < 10 * 1e-5 * row.std()
+
+
+# --- Random traffic -------------------------------------------------------------------
+
+
+@cache
+def get_small_models() -> Any:
+    """As in `schedules`, with heads that two and four ranks can share."""
+    tokenizer = schedules.load_tokenizer(BUNDLED)
+    config = models.make_config(
+        "qwen3 6/3 untied",
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        max_position_embeddings=2048,
+    )
+    theirs = models.make_reference(config, "sdpa")
+    theirs.lm_head.weight.mul_(4)
+    return models.load(config, theirs, "torch_sdpa"), theirs, tokenizer
+
+
+CACHES = (schedules.run_alone, schedules.make_engine_once)
+
+
+@pytest.fixture
+def traffic(
+    monkeypatch: pytest.MonkeyPatch, root: Path
+) -> Iterator[Callable[[int, str], Callable[..., LLMEngine]]]:
+    """Lets the engines of `schedules` have several ranks."""
+    alone = schedules.make_engine
+    folder = root / "traffic"
+    monkeypatch.setattr(schedules, "get_models", get_small_models)
+    for one in CACHES:
+        one.cache_clear()
+    _, theirs, tokenizer = get_small_models()
+    if not folder.exists():
+        theirs.save_pretrained(folder)
+    logging.disable(logging.ERROR)
+
+    def use(size: int, executor: str) -> None:
+        def make_engine(num_tokens: int = 2 * schedules.LONGEST, **options: Any) -> Any:
+            if options.get("scheduler") == "fcfs":  # what an item gives alone
+                return alone(num_tokens, **options)
+            config = read_config(folder)
+            whole = kv_bytes_per_token(config, torch.float32)
+            options = {"max_model_len": min(num_tokens, schedules.LONGEST)} | options
+            part = whole // config.num_key_value_heads * max(1, 2 // size)
+            options["kv_cache_memory_bytes"] = num_tokens * part
+            options |= {"tokenizer": tokenizer, "tensor_parallel_size": size}
+            return LLMEngine(folder, **(QUIET | options))
+
+        monkeypatch.setitem(EXECUTORS, "several", executor)
+        monkeypatch.setattr(schedules, "make_engine", make_engine)
+
+    yield use
+    logging.disable(logging.NOTSET)
+    for one in CACHES:
+        one.cache_clear()
+
+
+THREADS = "broken_ranks:ThreadExecutor"
+PROCESSES = "folo_lib.tensor_parallel:ParallelExecutor"
+
+
+def run_traffic(seeds: range) -> None:
+    num_right = 0
+    for seed in seeds:
+        try:
+            num_right += Schedule(seed, True, seed % 2 == 1).run()["right"]
+        except Exception as error:
+            error.add_note(f"in schedule {seed}")
+            raise
+    assert num_right > len(seeds)
+
+
+def test_random_traffic_on_two_ranks(traffic: Any) -> None:
+    traffic(2, THREADS)
+    run_traffic(range(10))
+
+
+@pytest.mark.more
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_much_random_traffic(traffic: Any, size: int) -> None:
+    traffic(size, THREADS)
+    run_traffic(range(50))
+
+
+@pytest.mark.more
+@pytest.mark.slow
+def test_random_traffic_on_processes(traffic: Any) -> None:
+    traffic(2, PROCESSES)
+    run_traffic(range(50, 56))
+
+
+# --- What can go wrong ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("executor", "text"),
+    [
+        ("FailsAtLoad", "rank 1 of 2 failed: MemoryError: no room for one more matrix"),
+        ("KilledAtLoad", "rank 1 of 2 failed: its process was ended by SIGKILL"),
+    ],
+)
+def test_a_rank_fails_while_it_loads(
+    executor: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(EXECUTORS, "several", f"broken_ranks:{executor}")
+    pids = note_pids(monkeypatch)
+    begin = time.monotonic()
+    with pytest.raises(RankError, match=text):
+        start_engine()
+    assert time.monotonic() - begin < 20  # 10 of them for the import of PyTorch
+    wait_for_end(pids)
+
+
+def note_pids(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The processes that ranks are given from now on."""
+    pids: list[int] = []
+    start = RankProcesses.start
+
+    def start_and_note(self: Any, *args: Any) -> Any:
+        process = start(self, *args)
+        assert process.pid
+        pids.append(process.pid)
+        return process
+
+    monkeypatch.setattr(RankProcesses, "start", start_and_note)
+    return pids
+
+
+@pytest.mark.parametrize(
+    ("executor", "size", "text"),
+    [
+        ("FailsInStep", 4, "rank 3 of 4 failed: MemoryError: no room for one more"),
+        ("KilledInStep", 2, "rank 1 of 2 failed: its process was ended by SIGKILL"),
+    ],
+)
+def test_a_rank_fails_in_a_step(
+    executor: str, size: int, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(EXECUTORS, "several", f"broken_ranks:{executor}")
+    engine = start_engine(size)
+    pids = list_pids(engine)
+    begin = time.monotonic()
+    with pytest.raises(RankError, match=text):
+        engine.generate(["Once upon", "The fox"], GREEDY, use_tqdm=False)
+    assert time.monotonic() - begin < 10
+    wait_for_end(pids)
+    with pytest.raises(RankError, match=text):  # and again, at once
+        engine.generate("Once upon", GREEDY, use_tqdm=False)
+
+
+def test_a_rank_with_other_versions_or_weights_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def identify(folder: Path) -> dict[str, str]:
+        return parallel_checks.identify(folder) | {"torch": "1.0", "weights": "abc"}
+
+    monkeypatch.setattr("folo_lib.tensor_parallel.identify", identify)
+    read = "folo_lib.tensor_parallel.read_shard"
+    monkeypatch.setattr(read, lambda *_: pytest.fail("a weight was read"))
+    with pytest.raises(ValueError, match=r"rank 1 of 2 .*1\.0 on rank 0; its weights"):
+        start_engine()
+
+
+SCRIPT = """
+import os, signal, threading, time
+from folo_lib import LLMEngine, SamplingParams
+
+if __name__ == "__main__":
+    engine = LLMEngine(tensor_parallel_size=2, device="cpu", use_tqdm=False)
+    params = SamplingParams(temperature=0, max_tokens=2000, ignore_eos=True)
+    few = SamplingParams(temperature=0, max_tokens=8)
+    [before] = engine.generate("The fox", few, use_tqdm=False)
+    print(*[p.pid for p in engine.executor.ranks.processes.values()], flush=True)
+    for _ in range(3):
+        timer = threading.Timer(0.7, os.killpg, (os.getpgid(0), signal.SIGINT))
+        timer.start()
+        try:
+            engine.generate(["Once upon a time", "The"], params, use_tqdm=False)
+        except KeyboardInterrupt:
+            print("interrupted", flush=True)
+    [after] = engine.generate("The fox", few, use_tqdm=False)
+    print(before.outputs[0].text == after.outputs[0].text, flush=True)
+    time.sleep(100)
+"""
+
+
+def test_ctrl_c_ends_a_call_and_death_of_the_parent_all_ranks(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    process = subprocess.Popen(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout
+    try:
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        assert pids and all(map(is_running, pids))
+        assert [process.stdout.readline().strip() for _ in range(3)] == [
+            "interrupted"
+        ] * 3
+        assert process.stdout.readline().strip() == "True"
+        assert all(map(is_running, pids))
+    finally:
+        process.kill()
+        process.wait()
+    wait_for_end(pids)
+
+
+# --- What is refused before anything starts --------------------------------------------
+
+
+def test_sizes_that_do_not_divide_the_model() -> None:
+    with pytest.raises(
+        ValueError, match=r"=3 does not divide .* take one of 1, 2, 4\."
+    ):
+        start_engine(3)
+    config = read_config(BUNDLED)
+    assert parallel_checks.list_sizes(config) == [1, 2, 4]
+    config.num_attention_heads, config.num_key_value_heads = 24, 6
+    config.intermediate_size = 96
+    assert parallel_checks.list_sizes(config) == [1, 2, 3, 6, 12, 24]
+    config.intermediate_size = 92
+    assert parallel_checks.list_sizes(config) == [1, 2]
+
+
+def test_a_model_that_is_loaded_is_on_one_device() -> None:
+    model = load_model(BUNDLED, "float32", "cpu", use_tqdm=False)
+    with pytest.raises(ValueError, match="needs the folder or hub id"):
+        LLMEngine(model, tensor_parallel_size=2)
+
+
+def test_options_are_checked_before_a_model_is_looked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for size in (0, -2):
+        with pytest.raises(ValueError, match="must be at least 1, the devices"):
+            LLMEngine("nowhere", tensor_parallel_size=size)
+    with pytest.raises(TypeError, match="must be an int"):
+        LLMEngine("nowhere", tensor_parallel_size=2.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="=4 is more than the 2 GPUs of this machine"):
+        EngineConfig(tensor_parallel_size=4, device="cuda", dtype="float32")
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES"):
+        EngineConfig(tensor_parallel_size=2, device="cuda:1", dtype="float32")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="one 'mps'"):
+        EngineConfig(tensor_parallel_size=2, device="mps")
+
+
+def test_a_damaged_checkpoint_is_refused_before_a_process_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(BUNDLED, tmp_path / "model")
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"hidden_size": 128}))
+    pids = note_pids(monkeypatch)
+    with pytest.raises(ValueError, match="mis-shaped"):
+        start_engine(model=folder)
+    assert not pids
