@@ -33,6 +33,7 @@ class Thread(threading.Thread):
     """A thread that looks like a process to `RankProcesses`."""
 
     exitcode = 0
+    pid = None
 
     def kill(self) -> None:
         """It ends when its pipe does."""
@@ -126,3 +127,7 @@ class FailsInStep(ParallelExecutor):
 
 class KilledInStep(ParallelExecutor):
     load = staticmethod(partial(fail_in_step, be_killed))
+
+
+class FailsInThread(ThreadExecutor):
+    load = staticmethod(partial(fail_in_step, run_out_of_memory))
