@@ -17,10 +17,10 @@ __all__ = [
     "GlooGroup",
     "get_group_class",
     "RowParallelLinear",
+    "find_share",
     "VocabParallelEmbedding",
     "make_shard_config",
     "ShardedForCausalLM",
-    "find_share",
     "read_shard",
     "load_shard",
     "RankSetup",
@@ -256,6 +256,47 @@ class RowParallelLinear(nn.Linear):
         return self.group.all_reduce(super().forward(x))
 
 
+# %% ../notebooks/16_tensor_parallel.ipynb #get-slices
+def find_share(
+    name: str,
+    shape: list[int],
+    config: "Qwen2Config | Qwen3Config",
+    rank: int,
+    size: int,
+) -> tuple[int, int, int] | None:
+    """Which part of a tensor of a checkpoint is one rank's.
+
+    Args:
+        name: as in the file.
+        shape: of the whole tensor.
+        config: of the whole model.
+        rank, size: whose part, of how many.
+
+    Returns:
+        The dimension that is cut, and where the part begins and ends; None if the rank
+        has nothing of it.
+    """
+    *_, module, kind = name.split(".")
+    if module in ("k_proj", "v_proj"):
+        # Fewer heads than ranks: neighbours hold the same one.
+        num_kv_heads = config.num_key_value_heads or config.num_attention_heads
+        head_dim, count = get_head_dim(config), max(1, num_kv_heads // size)
+        start = rank * num_kv_heads // size * head_dim
+        return 0, start, start + count * head_dim
+    if module in ("q_proj", "gate_proj", "up_proj"):
+        rows = shape[0] // size
+        return 0, rank * rows, (rank + 1) * rows
+    if module in ("o_proj", "down_proj") and kind == "weight":
+        columns = shape[1] // size
+        return 1, rank * columns, (rank + 1) * columns
+    if module in ("o_proj", "down_proj"):  # a bias is added once
+        return (0, 0, shape[0]) if rank == 0 else None
+    if module in ("embed_tokens", "lm_head"):
+        rows = -(-shape[0] // size)
+        return 0, min(rank * rows, shape[0]), min((rank + 1) * rows, shape[0])
+    return 0, 0, shape[0]
+
+
 # %% ../notebooks/16_tensor_parallel.ipynb #vocab-parallel
 class VocabParallelEmbedding(nn.Embedding):
     """Some of the rows of the embedding, which with tied weights is the head too.
@@ -326,47 +367,6 @@ class ShardedForCausalLM(Qwen3ForCausalLM):
         """Scores of all tokens, on each rank: `[..., E] -> [..., V]`."""
         logits = self.group.all_gather(super().compute_logits(hidden_states))
         return logits[..., : self.config.vocab_size]  # without the rows of nobody
-
-
-# %% ../notebooks/16_tensor_parallel.ipynb #get-slices
-def find_share(
-    name: str,
-    shape: list[int],
-    config: "Qwen2Config | Qwen3Config",
-    rank: int,
-    size: int,
-) -> tuple[int, int, int] | None:
-    """Which part of a tensor of a checkpoint is one rank's.
-
-    Args:
-        name: as in the file.
-        shape: of the whole tensor.
-        config: of the whole model.
-        rank, size: whose part, of how many.
-
-    Returns:
-        The dimension that is cut, and where the part begins and ends; None if the rank
-        has nothing of it.
-    """
-    *_, module, kind = name.split(".")
-    if module in ("k_proj", "v_proj"):
-        # Fewer heads than ranks: neighbours hold the same one.
-        num_kv_heads = config.num_key_value_heads or config.num_attention_heads
-        head_dim, count = get_head_dim(config), max(1, num_kv_heads // size)
-        start = rank * num_kv_heads // size * head_dim
-        return 0, start, start + count * head_dim
-    if module in ("q_proj", "gate_proj", "up_proj"):
-        rows = shape[0] // size
-        return 0, rank * rows, (rank + 1) * rows
-    if module in ("o_proj", "down_proj") and kind == "weight":
-        columns = shape[1] // size
-        return 1, rank * columns, (rank + 1) * columns
-    if module in ("o_proj", "down_proj"):  # a bias is added once
-        return (0, 0, shape[0]) if rank == 0 else None
-    if module in ("embed_tokens", "lm_head"):
-        rows = -(-shape[0] // size)
-        return 0, min(rank * rows, shape[0]), min((rank + 1) * rows, shape[0])
-    return 0, 0, shape[0]
 
 
 # %% ../notebooks/16_tensor_parallel.ipynb #read-shard
