@@ -132,6 +132,24 @@ def test_parts_of_all_ranks_make_the_checkpoint(shape: str, root: Path) -> None:
             assert not joined[len(tensor) :].any()
 
 
+def test_a_shard_holds_its_part_and_no_more() -> None:
+    config, files = read_config(BUNDLED), find_weight_files(BUNDLED)
+    whole = sum(tensor.numel() for _, tensor in read_shard(files, config, 0, 1))
+    for size, share in (
+        (2, 0.502),
+        (4, 0.276),
+    ):  # norms, and heads that are there twice
+
+        def count(group: ThreadGroup) -> int:
+            config = EngineConfig(dtype="float32", device="cpu")
+            shard = load_shard(BUNDLED, config, group)
+            storages = (one.untyped_storage().nbytes() for one in shard.parameters())
+            return sum(storages) // 4
+
+        for num_numbers in run_ranks(size, count):
+            assert num_numbers <= share * whole
+
+
 def test_norms_of_heads_are_whole_and_heads_in_order(root: Path) -> None:
     config = read_config(make_folder("untied", root))  # 8 heads that share one
     name = "model.layers.0.self_attn.k_proj.weight"
