@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import folo_lib
+from folo_lib import __version__
 from folo_lib.checkpoint import (
     find_checkpoint,
     find_weight_files,
@@ -149,7 +149,7 @@ def identify(folder: Path) -> dict[str, str]:
             size = int.from_bytes(file.read(8), "little")  # of a safetensors header
             digest.update(file.read(min(size, 2**27)))
     return {
-        "folo_lib": folo_lib.__version__,
+        "folo_lib": __version__,
         "torch": torch.__version__,
         "weights": digest.hexdigest()[:12],
     }

@@ -51,6 +51,8 @@ TABLE = (
     "fused_attention",
     "fused_checks",
     "fused_decode",
+    "parallel_checks",
+    "tensor_parallel",
     "serving",
     "server_protocol",
     "server_metrics",
