@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
@@ -17,8 +20,10 @@ from torch import Tensor
 __all__ = [
     "FairLock",
     "can_compile",
+    "check_devices",
     "get_kv_cache_memory",
     "get_physical_memory",
+    "hold_interrupts",
     "resolve_device",
 ]
 
@@ -105,6 +110,38 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     return resolved
 
 
+def check_devices(device: torch.device, size: int) -> None:
+    """Whether a model can be shared by that many devices of this kind.
+
+    Args:
+        device: the first of them.
+        size: how many; on a CPU they are processes, as many as you like.
+
+    Raises:
+        ValueError: if there are fewer, or they cannot speak to each other.
+    """
+    if not torch.distributed.is_available():
+        raise ValueError(
+            f"tensor_parallel_size={size} needs torch.distributed, which this PyTorch was "
+            "built without: install another build, or leave the size at 1."
+        )
+    if device.type == "mps":
+        raise ValueError(
+            f"tensor_parallel_size={size} needs several devices, and there is one 'mps': "
+            "take device='cpu', or leave the size at 1."
+        )
+    if device.index is not None and device.type == "cuda":
+        raise ValueError(
+            f"tensor_parallel_size={size} takes the first {size} GPUs, and device='{device}' "
+            "is one: write device='cuda', and choose with CUDA_VISIBLE_DEVICES."
+        )
+    if device.type == "cuda" and size > torch.cuda.device_count():
+        raise ValueError(
+            f"tensor_parallel_size={size} is more than the {torch.cuda.device_count()} GPUs of "
+            "this machine: take no more than there are."
+        )
+
+
 def can_compile(weight: Tensor) -> bool:
     """Whether there are Triton, a C compiler and a GPU that is new enough for both.
 
@@ -117,6 +154,31 @@ def can_compile(weight: Tensor) -> bool:
         return False
     oldest = (8, 0) if weight.dtype == torch.bfloat16 else (7, 0)
     return torch.cuda.get_device_capability(weight.device) >= oldest
+
+
+@contextmanager
+def hold_interrupts(give_up: Callable[[], None]) -> Iterator[None]:
+    """Lets Ctrl-C wait until the block ends; the second one calls `give_up`.
+
+    For what several processes do together, and must not leave halfway.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # no other thread gets Ctrl-C
+        return
+    presses: list[int] = []
+
+    def hold(number: int, _: object) -> None:
+        presses.append(number)
+        if len(presses) > 1:
+            give_up()
+
+    before = signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if presses:
+            signal.raise_signal(signal.SIGINT)
 
 
 class FairLock:
