@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .qwen3 import Attention, Qwen3ForCausalLM
+from .qwen3 import Attention, Qwen3ForCausalLM, Qwen3MLP
 
 __all__ = ["FusionSizes", "choose_fusion_sizes", "find_obstacle"]
 
@@ -16,13 +16,17 @@ def find_obstacle(model: Qwen3ForCausalLM) -> str | None:
     config = model.config
     attention = next(one for one in model.modules() if isinstance(one, Attention))
     num_heads, num_kv_heads, _ = attention.heads
+    mlp = next(one for one in model.modules() if isinstance(one, Qwen3MLP))
+    embedding = model.model.embed_tokens.weight
+    # Of a shard these are its own, and smaller than the config says.
+    inner, vocab_size = mlp.down_proj.weight.shape[1], len(embedding)
     sizes = {
         "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
+        "intermediate_size": inner,
         "num_attention_heads * head_dim": num_heads * attention.head_dim,
     }
     odd = [f"{name}={size}" for name, size in sizes.items() if size % 1024]
-    dtype, group = model.model.embed_tokens.weight.dtype, num_heads // num_kv_heads
+    dtype, group = embedding.dtype, num_heads // num_kv_heads
     rules = {
         "no q/k norm": attention.q_norm is None,
         "biases": attention.qkv_proj.bias is not None
@@ -31,7 +35,7 @@ def find_obstacle(model: Qwen3ForCausalLM) -> str | None:
         f"hidden_size={config.hidden_size}, above 4096": config.hidden_size > 4096,
         f"head_dim={attention.head_dim}, not 128": attention.head_dim != 128,
         f"{group} query heads per key head": group not in (1, 2, 4, 8),
-        f"vocab_size={config.vocab_size}": config.vocab_size % 32 != 0,
+        f"vocab_size={vocab_size}": vocab_size % 32 != 0,
         f"{dtype}": dtype not in (torch.bfloat16, torch.float16, torch.float32),
     }
     return next((name for name, is_broken in rules.items() if is_broken), None)

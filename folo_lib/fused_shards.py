@@ -1,0 +1,147 @@
+"""The fused step of page 15 for a shard of a model: the sums of page 16 between its kernels.
+
+A rank has some heads and some columns of the MLP, so its output projection and its down projection
+give one part of what the residual stream grows by. Rank 0 adds the stream itself. All write into a
+buffer that all can read, and the sum of those buffers is the new stream, on every rank.
+
+The stream and the parts are float32 here, whatever the model's dtype is. In bfloat16 each part
+would be rounded, rank 0's to the last digits of the stream, and the sum again; in float32 the
+stream is nearer to the exact one than on a single GPU.
+
+The embedding and the head are cut by tokens. A token that is another rank's has zeros, so the
+sum of all is its embedding. Of the head each rank knows its own winner, packed as on page 15 in a
+whole number below 2**56. Three pieces of it, of 24 and 16 bits, are exact as float32. Every rank
+writes its pieces to a place of its own, where all others have zeros, so that the same sum hands
+everybody's winners to everybody: 12 bytes for each sequence and rank.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .fused_decode import MAX_FUSED_SEQS, FusedDecode, unpack_token
+from .qwen3 import Qwen3ForCausalLM
+from .runner import RequestRows
+
+__all__ = ["ShardedDecode", "SharedSum"]
+
+PIECES = tl.constexpr(4)  # of a winner; the last one is always 0, for a row of 16 bytes
+
+
+class SharedSum(Protocol):
+    """What a shard needs of its group; `SymmetricSum` has it."""
+
+    rank: int
+    size: int
+
+    def allocate(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Zeros that all ranks can read."""
+
+    def add_up(self, shared: Tensor, out: Tensor) -> None:
+        """Writes into `out` the sum over ranks of what is in `shared`."""
+
+
+@triton.jit
+def share_kernel(best, shared, ROWS: tl.constexpr):
+    """Packed winners `[B]` to their pieces `[B, PIECES]`; `best` is zeros afterwards."""
+    each = tl.arange(0, ROWS)
+    packed = tl.load(best + each)
+    place = shared + each * PIECES
+    tl.store(place, (packed % 16777216).to(tl.float32))
+    tl.store(place + 1, (packed // 16777216 % 65536).to(tl.float32))
+    tl.store(place + 2, (packed // 1099511627776).to(tl.float32))
+    tl.store(best + each, tl.zeros([ROWS], tl.int64))
+
+
+@triton.jit(do_not_specialize_on_alignment=["rows"])
+def choose_kernel(
+    pieces,  # [RANKS, ROWS, PIECES]
+    rows,
+    token_ids,
+    last_token_ids,  # [B], [B], [R]
+    num_seqs,
+    RANKS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The best of the winners of all ranks, for each sequence."""
+    each = tl.arange(0, ROWS)
+    top = tl.zeros([ROWS], tl.int64)
+    for rank in tl.static_range(RANKS):
+        place = pieces + (rank * ROWS + each) * PIECES
+        low, middle = tl.load(place).to(tl.int64), tl.load(place + 1).to(tl.int64)
+        high = tl.load(place + 2).to(tl.int64)
+        top = tl.maximum(top, high * 1099511627776 + middle * 16777216 + low)
+    drawn, exist = unpack_token(top), each < num_seqs
+    row = tl.load(rows + each, mask=exist, other=0)
+    tl.store(token_ids + each, drawn, mask=exist)
+    tl.store(last_token_ids + row, tl.maximum(drawn, 0), mask=exist)
+
+
+class ShardedDecode(FusedDecode):
+    """`FusedDecode` of one rank's shard; all ranks run the same steps at the same time.
+
+    Args:
+        model: the shard, of which `find_obstacle` finds none.
+        max_blocks: of a sequence.
+        sums: over the ranks.
+        first_id: the token of the first row of its embedding and its head.
+        uses_pdl: see `FusedDecode`. The kernel after a sum is launched when the sum has ended, as
+            PyTorch's kernel does not let it start before.
+    """
+
+    draws = False
+
+    def __init__(
+        self,
+        model: Qwen3ForCausalLM,
+        max_blocks: int,
+        sums: SharedSum,
+        first_id: int,
+        uses_pdl: bool = False,
+    ) -> None:
+        super().__init__(model, max_blocks, uses_pdl)
+        self.sums, self.first_id, self.adds = sums, first_id, sums.rank == 0
+        size = model.config.hidden_size
+        self.out = sums.allocate(MAX_FUSED_SEQS, size, dtype=torch.float32)
+        self.x = torch.zeros_like(self.out)
+        # It lets the next one start, but does not start before the sum has ended.
+        self.pdl_joined = self.pdl | {"launch_pdl": False}
+        shape = sums.size, MAX_FUSED_SEQS, PIECES.value
+        self.shared = sums.allocate(*shape, dtype=torch.float32)
+        self.pieces = torch.zeros_like(self.shared)
+
+    def join(self, num_seqs: int) -> None:
+        """`x` becomes the sum of `out` over all ranks."""
+        self.sums.add_up(self.out[:num_seqs], self.x[:num_seqs])
+
+    def run(
+        self,
+        columns: Sequence[Tensor],
+        rows: RequestRows,
+        kv_caches: Sequence[tuple[Tensor, Tensor]],
+        logits: Tensor,
+        token_ids: Tensor,
+    ) -> None:
+        """See `FusedDecode.run`; `logits` `[B, V / ranks]` are those of the shard."""
+        super().run(columns, rows, kv_caches, logits, token_ids)
+        share: Any = share_kernel
+        share[(1,)](self.best, self.shared[self.sums.rank], ROWS=MAX_FUSED_SEQS)
+        self.sums.add_up(self.shared, self.pieces)
+        choose: Any = choose_kernel
+        choose[(1,)](
+            self.pieces,
+            columns[0],
+            token_ids,
+            rows.last_token_ids,
+            len(columns[1]),
+            RANKS=self.sums.size,
+            ROWS=MAX_FUSED_SEQS,
+        )
