@@ -17,13 +17,14 @@ from folo_lib.checkpoint import (
     resolve_dtype,
 )
 from folo_lib.kv_cache import DEFAULT_BLOCK_SIZE
+from folo_lib.platform import check_devices
 from folo_lib.vllm_names import ABSENT_OPTIONS, keep_known
 
 if TYPE_CHECKING:
     from folo_lib.engine import Scheduler
-    from folo_lib.runner import ModelRunner
+    from folo_lib.runner import GPUExecutor, ModelRunner, Source
 
-__all__ = ["MODEL_RUNNERS", "SCHEDULERS", "EngineConfig"]
+__all__ = ["EXECUTORS", "MODEL_RUNNERS", "SCHEDULERS", "EngineConfig"]
 
 MODEL_RUNNERS = {
     "eager": "folo_lib.runner:ModelRunner",
@@ -36,6 +37,11 @@ SCHEDULERS = {
     "continuous": "folo_lib.scheduler:ContinuousScheduler",
     "fcfs": "folo_lib.engine:FCFSScheduler",
 }
+EXECUTORS = {
+    "one": "folo_lib.runner:GPUExecutor",
+    "several": "folo_lib.tensor_parallel:ParallelExecutor",
+}
+"""Where the executor for one device is found, and the one for several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +77,9 @@ class EngineConfig:
             beginnings. These two and `max_num_seqs` are for `scheduler="continuous"`.
         async_scheduling: whether a step is launched before the tokens of the last one are read,
             so that the device does not wait for the host; None: on a CUDA device.
+        tensor_parallel_size: how many devices share each matrix of the model, one process for
+            each (page 16); on a CPU, how many processes. `kv_cache_memory_bytes` is then what
+            each of them sets aside.
         seed: of the seeds for requests that have none; 0 to 2**64 - 1.
         use_tqdm: show progress bars while loading.
 
@@ -101,6 +110,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     enable_prefix_caching: bool = True
     async_scheduling: bool | None = None
+    tensor_parallel_size: int = 1
     seed: int = 0
     use_tqdm: bool = True
 
@@ -137,6 +147,9 @@ class EngineConfig:
         self._check_int("max_num_seqs", 1, hint=", the requests that run at a time")
         self._check_int("max_num_batched_tokens", 1, hint=", the tokens of a step")
         self._check_int("seed", 0, 2**64 - 1)
+        self._check_int("tensor_parallel_size", 1, hint=", the devices of the model")
+        if self.tensor_parallel_size > 1:
+            check_devices(device, self.tensor_parallel_size)
         for name in ("max_model_len", "kv_cache_memory_bytes"):
             if getattr(self, name) is not None:
                 self._check_int(name, 1, hint="; None leaves it to the engine")
@@ -212,6 +225,16 @@ class EngineConfig:
         """
         run_ahead = self.async_scheduling
         return int(device.type == "cuda" if run_ahead is None else run_ahead)
+
+    def make_executor(self, model: Source) -> GPUExecutor:
+        """Loads a model on as many devices as `tensor_parallel_size` says.
+
+        Args:
+            model: see `LLMEngine`.
+        """
+        path = EXECUTORS["one" if self.tensor_parallel_size == 1 else "several"]
+        executor: GPUExecutor = pkgutil.resolve_name(path)(model, self)
+        return executor
 
     def make_scheduler(self, num_blocks: int) -> Scheduler:
         """A scheduler for a cache of that many blocks."""

@@ -434,7 +434,7 @@ def load_parts(
     if not isinstance(model, Qwen3ForCausalLM):
         tokenizer = tokenizer or load_tokenizer(model)
         generation_config = generation_config or inputs.load_generation_config(model)
-    executor = GPUExecutor(model, config)
+    executor = config.make_executor(model)
     if not isinstance(model, Qwen3ForCausalLM):
         executor.config.name_or_path = str(model)
     processor = inputs.InputProcessor(

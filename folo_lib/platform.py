@@ -17,6 +17,7 @@ from torch import Tensor
 __all__ = [
     "FairLock",
     "can_compile",
+    "check_devices",
     "get_kv_cache_memory",
     "get_physical_memory",
     "resolve_device",
@@ -103,6 +104,38 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
             f"device {device!r} is not on this machine, which has {here}: use 'auto'."
         )
     return resolved
+
+
+def check_devices(device: torch.device, size: int) -> None:
+    """Whether a model can be shared by that many devices of this kind.
+
+    Args:
+        device: the first of them.
+        size: how many; on a CPU they are processes, as many as you like.
+
+    Raises:
+        ValueError: if there are fewer, or they cannot speak to each other.
+    """
+    if not torch.distributed.is_available():
+        raise ValueError(
+            f"tensor_parallel_size={size} needs torch.distributed, which this PyTorch was "
+            "built without: install another build, or leave the size at 1."
+        )
+    if device.type == "mps":
+        raise ValueError(
+            f"tensor_parallel_size={size} needs several devices, and there is one 'mps': "
+            "take device='cpu', or leave the size at 1."
+        )
+    if device.index is not None and device.type == "cuda":
+        raise ValueError(
+            f"tensor_parallel_size={size} takes the first {size} GPUs, and device='{device}' "
+            "is one: write device='cuda', and choose with CUDA_VISIBLE_DEVICES."
+        )
+    if device.type == "cuda" and size > torch.cuda.device_count():
+        raise ValueError(
+            f"tensor_parallel_size={size} is more than the {torch.cuda.device_count()} GPUs of "
+            "this machine: take no more than there are."
+        )
 
 
 def can_compile(weight: Tensor) -> bool:

@@ -1,0 +1,154 @@
+"""What a rank must be and have before it reads a weight, and how the end of one is told."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import shutil
+import signal
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+import folo_lib
+from folo_lib.qwen3 import Qwen3ForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import Qwen2Config, Qwen3Config
+
+    from folo_lib.runner import Source
+
+__all__ = [
+    "check_heads",
+    "check_identity",
+    "check_source",
+    "describe_exit",
+    "end_with_parent",
+    "identify",
+    "list_sizes",
+]
+
+
+def list_sizes(config: Qwen2Config | Qwen3Config) -> list[int]:
+    """The numbers of ranks that a model can be cut into.
+
+    Query heads and the columns of the MLP are divided evenly. Key/value heads are too, or,
+    where there are fewer of them than ranks, each of them is held by equally many ranks.
+    """
+    num_heads, inner = config.num_attention_heads, config.intermediate_size
+    num_kv_heads = config.num_key_value_heads or num_heads
+    return [
+        size
+        for size in range(1, num_heads + 1)
+        if num_heads % size == 0
+        and inner % size == 0
+        and (num_kv_heads % size == 0 or size % num_kv_heads == 0)
+    ]
+
+
+def check_heads(config: Qwen2Config | Qwen3Config, size: int) -> None:
+    """Whether a model can be cut into that many parts.
+
+    Raises:
+        ValueError: naming the sizes that it can be cut into.
+    """
+    sizes = list_sizes(config)
+    if size not in sizes:
+        heads = config.num_attention_heads
+        raise ValueError(
+            f"tensor_parallel_size={size} does not divide this model, which has {heads} query "
+            f"heads, {config.num_key_value_heads or heads} key/value heads and "
+            f"intermediate_size={config.intermediate_size}: take one of "
+            f"{', '.join(map(str, sizes))}."
+        )
+
+
+def check_source(model: Source) -> str | os.PathLike[str]:
+    """The folder or hub id; a model that is loaded is all on one device.
+
+    Raises:
+        ValueError: if the model is loaded.
+    """
+    if isinstance(model, Qwen3ForCausalLM):
+        raise ValueError(
+            "tensor_parallel_size above 1 needs the folder or hub id of a checkpoint: each "
+            "rank reads its own part of it, and a model that is loaded is on one device."
+        )
+    return model
+
+
+def identify(folder: Path) -> dict[str, str]:
+    """What must be the same on all ranks, told without reading a weight.
+
+    Args:
+        folder: of a checkpoint.
+
+    Returns:
+        Versions, and a digest of the config, and of the names, sizes, dates and headers of
+        the weight files.
+    """
+    digest = hashlib.sha256()
+    for path in [*sorted(folder.glob("*.safetensors")), folder / "config.json"]:
+        stat = path.stat()
+        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns} ".encode())
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")  # of a safetensors header
+            digest.update(file.read(min(size, 2**27)))
+    return {
+        "folo_lib": folo_lib.__version__,
+        "torch": torch.__version__,
+        "weights": digest.hexdigest()[:12],
+    }
+
+
+def check_identity(folder: Path, wanted: dict[str, str]) -> None:
+    """Whether this process is like rank 0.
+
+    Args:
+        folder: of a checkpoint.
+        wanted: what `identify` gave on rank 0.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    own = identify(folder)
+    differs = [name for name in wanted if own[name] != wanted[name]]
+    if differs:
+        raise ValueError(
+            "; ".join(
+                f"its {name} is {own[name]}, and {wanted[name]} on rank 0"
+                for name in differs
+            )
+            + ": all ranks need the same versions and the same files."
+        )
+
+
+def describe_exit(code: int | None) -> str:
+    """How a process ended that said nothing, by its exit code."""
+    if code is None:
+        return "it closed its pipe and did not end."
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = ", as a system does that runs out of memory" if name == "SIGKILL" else ""
+        return f"its process was ended by {name}{hint}."
+    return (
+        f"its process ended with exit code {code} and said nothing. In a script, what makes "
+        'the engine belongs under `if __name__ == "__main__":`, since each rank imports the '
+        "script."
+    )
+
+
+def end_with_parent(store: str) -> None:
+    """Ends this process as soon as the one that started it is gone, whatever it does.
+
+    Args:
+        store: a file whose folder is removed then.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        shutil.rmtree(os.path.dirname(store), ignore_errors=True)
+        os._exit(1)
