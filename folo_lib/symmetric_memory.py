@@ -20,83 +20,131 @@ rounded after each addition: with two ranks once, as a sum in float32 would be.
 
 from __future__ import annotations
 
+import itertools
+from datetime import timedelta
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["SymmetricSum"]
+from .tensor_parallel import CONNECT_SECONDS, naming_lost_rank
 
-# Up to how many bytes one shot and two shots are quicker than NCCL, by rule. Measured by the
-# benchmark's section `tensor_parallel`.
-ONE_SHOT_BYTES = 512 * 2**10
+__all__ = ["METHODS", "SymmetricGroup"]
+
+METHODS = "one_shot", "two_shot", "nccl"
+# Up to how many bytes the first two are the quickest, by rule, so that every start adds alike.
+# Measured by the benchmark's section `tensor_parallel`.
+ONE_SHOT_BYTES = 2**20
 TWO_SHOT_BYTES = 8 * 2**20
-DTYPES = (torch.bfloat16, torch.float32)  # that the kernels add
+DTYPES = (torch.bfloat16, torch.float32)  # that PyTorch's kernels add
+
+CONNECTED: dict[int, SymmetricGroup] = {}
+"""The groups of this process; a compiled layer knows its own by a number."""
 
 
-class SymmetricSum:
-    """Sums over all ranks of a group: by symmetric memory if that is quicker, else by NCCL.
+class SymmetricGroup:
+    """Ranks on GPUs of one host; see `RankGroup`.
 
-    Args:
-        group: whose ranks are GPUs of one host; all of them create their sum together.
-        device: of this rank.
-        max_bytes: of the longest message that takes the symmetric buffer.
+    Short sums go through symmetric memory, others and gathers through NCCL. A process has one
+    such group at a time, as it is PyTorch's default one.
 
-    Raises:
-        RuntimeError: if the GPUs cannot read each other's memory.
+    Attributes:
+        buffer: that all ranks can read.
     """
 
-    def __init__(
-        self,
-        group: dist.ProcessGroup,
-        device: torch.device,
-        max_bytes: int = TWO_SHOT_BYTES,
-    ) -> None:
-        self.group, self.device, self.max_bytes = group, device, max_bytes
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.buffer = self.allocate(max_bytes, dtype=torch.uint8)
+    numbers = itertools.count()
+
+    def __init__(self, rank: int, size: int, store: str, device: torch.device) -> None:
+        self.rank, self.size, self.store = rank, size, store
+        self.device = torch.device("cuda", rank)
+        self.number = next(self.numbers)
+        CONNECTED[self.number] = self
+        torch.cuda.set_device(self.device)  # Triton launches there
+
+    def connect(self) -> None:
+        """Finds the others, and makes the buffer.
+
+        Raises:
+            LostRankError: if they do not come, or cannot read each other's memory.
+        """
+        c10d: Any = dist
+        with naming_lost_rank():
+            dist.init_process_group(
+                "nccl",
+                store=c10d.FileStore(self.store, self.size),
+                rank=self.rank,
+                world_size=self.size,
+                timeout=timedelta(seconds=10 * CONNECT_SECONDS),
+                device_id=self.device,
+            )
+            world: Any = dist.group.WORLD
+            self.name: str = world.group_name
+            self.buffer = self.allocate(TWO_SHOT_BYTES, dtype=torch.uint8)
 
     def allocate(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """Zeros of that shape on each rank, which all ranks can read; a collective call."""
+        """Zeros of that shape that all ranks can read; all ranks call it together."""
         import torch.distributed._symmetric_memory as symmetric
 
         tensor: Tensor = symmetric.empty(*shape, dtype=dtype, device=self.device)
-        symmetric.rendezvous(tensor, self.group)
+        symmetric.rendezvous(tensor, self.name)
         tensor.zero_()
         torch.cuda.synchronize(self.device)
-        dist.barrier(self.group, device_ids=[self.device.index or 0])
+        dist.barrier(device_ids=[self.device.index])  # nobody reads before all are zeros
         return tensor
-
-    def choose(self, tensor: Tensor) -> str:
-        """The name of what adds that message up: `one_shot`, `two_shot` or `nccl`."""
-        size = tensor.nbytes
-        fits = size <= self.max_bytes and size % 16 == 0 and tensor.dtype in DTYPES
-        if fits and size <= ONE_SHOT_BYTES:
-            return "one_shot"
-        return "two_shot" if fits and size <= TWO_SHOT_BYTES else "nccl"
 
     def add_up(self, shared: Tensor, out: Tensor) -> None:
         """Writes into `out` the sum over ranks of what is in `shared`, in one shot.
 
         `shared` is a contiguous part of what `allocate` gave, the same part on all ranks.
         """
-        name = self.group.group_name
-        torch.ops.symm_mem.one_shot_all_reduce_out(shared, "sum", name, out)
+        torch.ops.symm_mem.one_shot_all_reduce_out(shared, "sum", self.name, out)
 
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks, as a new tensor; `tensor` is contiguous and is not changed."""
-        return self.run(self.choose(tensor), tensor)
+    def choose(self, x: Tensor) -> str:
+        """Which of `METHODS` adds up messages of that size."""
+        if x.dtype not in DTYPES or x.nbytes % 16 or x.nbytes > TWO_SHOT_BYTES:
+            return "nccl"
+        return "one_shot" if x.nbytes <= ONE_SHOT_BYTES else "two_shot"
 
-    def run(self, name: str, tensor: Tensor) -> Tensor:
-        """`all_reduce` by the kernel of that name."""
-        if name == "nccl":
-            total = tensor.clone()
-            dist.all_reduce(total, group=self.group)
+    def all_reduce_by(self, method: str, x: Tensor) -> Tensor:
+        """`all_reduce` by one of `METHODS`."""
+        if method == "nccl":
+            total = x.clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(total)
             return total
-        shared = self.buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        shared.copy_(tensor)
-        if name == "one_shot":
-            total = torch.empty_like(tensor)
+        shared = self.buffer[: x.nbytes].view(x.dtype).view(x.shape)
+        shared.copy_(x)
+        if method == "one_shot":
+            total = torch.empty_like(shared)
             self.add_up(shared, total)
             return total
-        torch.ops.symm_mem.two_shot_all_reduce_(shared, "sum", self.group.group_name)
+        torch.ops.symm_mem.two_shot_all_reduce_(shared, "sum", self.name)
         return shared.clone()
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """See `RankGroup`; in a compiled layer it is one operator that stays as it is."""
+        total: Tensor = torch.ops.folo_lib.all_reduce(x, self.number)
+        return total
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """See `RankGroup`."""
+        parts = x.new_empty(self.size, *x.shape)
+        dist.all_gather_into_tensor(parts, x.contiguous())
+        return torch.cat(parts.unbind(), -1)
+
+    def close(self) -> None:
+        """Lets the others go."""
+        if CONNECTED.pop(self.number, None) is not None and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@torch.library.custom_op("folo_lib::all_reduce", mutates_args=())
+def all_reduce(x: Tensor, number: int) -> Tensor:
+    """The sum over the ranks of the group of that number."""
+    group = CONNECTED[number]
+    return group.all_reduce_by(group.choose(x), x)
+
+
+@all_reduce.register_fake
+def _(x: Tensor, number: int) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
