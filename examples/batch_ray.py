@@ -2,6 +2,10 @@
 
     python examples/batch_ray.py prompts.jsonl answers --concurrency 2
     python examples/batch_ray.py prompts.parquet answers --num-gpus 1 --model Qwen/Qwen3-0.6B
+    python examples/batch_ray.py prompts.jsonl answers --num-gpus 2 --model Qwen/Qwen3-8B
+
+With several GPUs an engine splits the model over them, all of one machine: it gets
+`tensor_parallel_size`, unless `--engine` says otherwise.
 
 Each row of the input has a `prompt`, and may have a `seed` and columns of your own, an `id` say,
 which come back as they are. The answers gain `text`, `num_tokens`, `finish_reason` and `error`, in
@@ -223,6 +227,20 @@ def is_parquet(source: str) -> bool:
     return all(name.endswith(".parquet") for name in names)
 
 
+def make_engine_options(options: argparse.Namespace) -> Row:
+    """Arguments of `LLMEngine`; Ray shows an engine no other GPUs than its own."""
+    engine: Row = dict(options.engine)
+    if options.model:
+        engine["model"] = options.model
+    if options.num_gpus > 1:
+        if not options.num_gpus.is_integer():
+            raise SystemExit(
+                f"--num-gpus {options.num_gpus:g}: above one, GPUs come as a whole."
+            )
+        engine.setdefault("tensor_parallel_size", int(options.num_gpus))
+    return engine
+
+
 def check_cpus(options: argparse.Namespace) -> None:
     """Exits if the engines would hold every CPU: reading and writing would wait for ever."""
     held, there = (
@@ -245,10 +263,10 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(
             "n is more than 1: a row holds one answer. Repeat the prompt instead."
         )
+    engine = make_engine_options(options)
     if not ray.is_initialized():
         ray.init(address=options.address)
     check_cpus(options)
-    engine = options.engine | ({"model": options.model} if options.model else {})
     parquet = is_parquet(options.source)
     if parquet:
         rows = ray.data.read_parquet(options.source)

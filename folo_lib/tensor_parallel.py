@@ -7,6 +7,7 @@ __all__ = [
     "CONNECT_SECONDS",
     "SUM_SECONDS",
     "GROUPS",
+    "DEFAULT_GROUPS",
     "Weights",
     "RESET",
     "GRACE_SECONDS",
@@ -14,7 +15,7 @@ __all__ = [
     "LostRankError",
     "naming_lost_rank",
     "GlooGroup",
-    "make_group",
+    "get_group_class",
     "RowParallelLinear",
     "VocabParallelEmbedding",
     "make_shard_config",
@@ -27,6 +28,7 @@ __all__ = [
     "make_worker",
     "RankFailure",
     "start_rank",
+    "follow",
     "run_rank",
     "RankError",
     "RankProcesses",
@@ -118,6 +120,14 @@ class RankGroup(Protocol):
     size: int
     device: torch.device
 
+    def __init__(self, rank: int, size: int, store: str, device: torch.device) -> None:
+        """Does not look for the others yet.
+
+        Args:
+            rank, size, device: see the attributes.
+            store: the path of a file in which the ranks find each other.
+        """
+
     def connect(self) -> None:
         """Finds the others, who all call it at the same time."""
 
@@ -157,13 +167,7 @@ def naming_lost_rank() -> Iterator[None]:
 
 
 class GlooGroup:
-    """Ranks on CPUs of one host, through Gloo.
-
-    Args:
-        rank, size: see `RankGroup`.
-        store: the path of a file in which the ranks find each other.
-        device: the CPU.
-    """
+    """Ranks on CPUs of one host, through Gloo; see `RankGroup`."""
 
     def __init__(self, rank: int, size: int, store: str, device: torch.device) -> None:
         self.rank, self.size, self.store, self.device = rank, size, store, device
@@ -204,16 +208,26 @@ class GlooGroup:
 
 # %% ../notebooks/16_tensor_parallel.ipynb #groups
 GROUPS = {
-    "cpu": "folo_lib.tensor_parallel:GlooGroup",
+    "gloo": "folo_lib.tensor_parallel:GlooGroup",
 }
-"""The class of the group, by the type of the device."""
+"""Where each kind of group is found."""
+DEFAULT_GROUPS = {"cpu": "gloo"}
+"""The name of the group for a type of device."""
 
 
-def make_group(rank: int, size: int, store: str, device: torch.device) -> RankGroup:
-    """The group of a device, not yet connected."""
-    group: RankGroup = pkgutil.resolve_name(GROUPS[device.type])(
-        rank, size, store, device
-    )
+def get_group_class(name: str, device: torch.device) -> type[RankGroup]:
+    """The class of that name; `"auto"`: the one for the device.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    path = GROUPS.get(DEFAULT_GROUPS.get(device.type, "") if name == "auto" else name)
+    if path is None:
+        raise ValueError(
+            f"no group {name!r} adds up on {device.type!r}: choose one of 'auto', "
+            + ", ".join(map(repr, GROUPS))
+        )
+    group: type[RankGroup] = pkgutil.resolve_name(path)
     return group
 
 
@@ -412,9 +426,8 @@ def load_shard(
         shard = ShardedForCausalLM(checkpoint, group, backend)
     shard.to(dtype).to_empty(device=group.device)
     shard.model.rotary_emb.reset_parameters()
-    with naming(folder):
-        weights = read_shard(files, checkpoint, group.rank, group.size)
-        shard.load_weights(watch(weights))
+    weights = read_shard(files, checkpoint, group.rank, group.size)
+    shard.load_weights(watch(weights))
     warn_of_non_finite(shard.hf_weights(), folder)
     return shard.eval().requires_grad_(False)
 
@@ -428,7 +441,8 @@ class RankSetup:
         folder: of the checkpoint.
         config: of the engine.
         device: its type; on GPUs, rank `r` takes number `r`.
-        store: see `GlooGroup`.
+        group: the name of its class, see `get_group_class`.
+        store: of the group.
         identity: of rank 0, see `identify`.
         num_threads: of PyTorch, for each.
         load: see `load_shard`.
@@ -437,6 +451,7 @@ class RankSetup:
     folder: Path
     config: EngineConfig
     device: str
+    group: str
     store: str
     identity: dict[str, str]
     num_threads: int
@@ -448,7 +463,8 @@ class RankSetup:
         if device.type == "cuda":
             device = torch.device("cuda", rank)
             torch.cuda.set_device(device)
-        return make_group(rank, self.config.tensor_parallel_size, self.store, device)
+        make = get_group_class(self.group, device)
+        return make(rank, self.config.tensor_parallel_size, self.store, device)
 
 
 def get_cache_memory(config: EngineConfig, group: RankGroup) -> int:
@@ -516,14 +532,11 @@ def start_rank(rank: int, setup: RankSetup, pipe: Connection) -> GPUWorker:
     return worker
 
 
-def run_rank(rank: int, setup: RankSetup, pipe: Connection) -> None:
+def follow(rank: int, setup: RankSetup, pipe: Connection) -> None:
     """The life of a rank other than 0: a plan comes, a step runs, until none comes.
 
     What goes wrong is sent to rank 0, and ends this rank.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 says what Ctrl-C means
-    threading.Thread(target=end_with_parent, args=(setup.store,), daemon=True).start()
-    torch.set_num_threads(setup.num_threads)
     worker = None
     try:
         worker = start_rank(rank, setup, pipe)
@@ -544,6 +557,14 @@ def run_rank(rank: int, setup: RankSetup, pipe: Connection) -> None:
         )
         with suppress(OSError):
             pipe.send(failure)
+
+
+def run_rank(rank: int, setup: RankSetup, pipe: Connection) -> None:
+    """`follow` in a process of its own, which leaves Ctrl-C to rank 0."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, args=(setup.store,), daemon=True).start()
+    torch.set_num_threads(setup.num_threads)
+    follow(rank, setup, pipe)
 
 
 # %% ../notebooks/16_tensor_parallel.ipynb #rank-processes
@@ -570,18 +591,23 @@ class RankProcesses:
         self.size, self.num_bytes = setup.config.tensor_parallel_size, 0
         self.folder = os.path.dirname(setup.store)
         self.pipes: dict[int, Connection] = {}
-        self.processes: dict[int, BaseProcess] = {}
+        self.processes: dict[int, BaseProcess] = {}  # or what looks like one
         self.answers: dict[int, deque[Any]] = {}
         self.failures: dict[int, RankFailure] = {}
-        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         for rank in range(1, self.size):
-            self.pipes[rank], theirs = context.Pipe()
-            self.processes[rank] = context.Process(
-                target=run_rank, args=(rank, setup, theirs), daemon=True
-            )
             self.answers[rank] = deque()
-            self.processes[rank].start()
-            theirs.close()  # the child has the only one, so that its end is noticed
+            self.pipes[rank], theirs = multiprocessing.Pipe()
+            self.processes[rank] = self.start(rank, setup, theirs)
+
+    def start(self, rank: int, setup: RankSetup, pipe: Connection) -> "BaseProcess":
+        """Starts the process of a rank; `pipe` is its end of the pipe."""
+        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        process = context.Process(
+            target=run_rank, args=(rank, setup, pipe), daemon=True
+        )
+        process.start()
+        pipe.close()  # the process has the only one now, so that its end is noticed
+        return process
 
     def send(self, message: Any) -> None:
         """Sends the same to all, pickled once.
@@ -766,6 +792,9 @@ class ParallelExecutor(GPUExecutor):
         RankError: if a rank fails; from then on, every step raises it too.
     """
 
+    # Tests and benchmarks have others of these.
+    processes = RankProcesses
+    group_name = "auto"
     load = staticmethod(load_shard)
     check = staticmethod(check_checkpoint)
 
@@ -776,13 +805,14 @@ class ParallelExecutor(GPUExecutor):
             folder=folder,
             config=replace(config, scheduler="continuous", use_tqdm=False),
             device=resolve_device(config.device).type,
+            group=self.group_name,
             store=os.path.join(tempfile.mkdtemp(prefix="folo-"), "store"),
             identity=identify(folder),
             num_threads=max(1, torch.get_num_threads() // size),
             load=self.load,
         )
         self.error: str | None = None
-        self.ranks = RankProcesses(setup)
+        self.ranks = self.processes(setup)
         self.close = weakref.finalize(self, self.ranks.close)
         try:
             self.worker, self.group = self.start(setup)

@@ -29,9 +29,7 @@ READ_ON = "https://github.com/folovllm/FoloVLLM/blob/main/docs/outgrow.md"
 Absent = Mapping[str, tuple[str, tuple[Any, ...]]]
 """By name: what is here instead, and the values that ask for nothing, which are let through."""
 
-ONE_DEVICE = (
-    "this engine runs on one device; page 16, on several, is still to be written"
-)
+ONE_HOST = "tensor_parallel_size is what there is, for the devices of one host"
 WEIGHTS = "weights are float32, bfloat16 or float16 here, see dtype"
 TEXT_ONLY = "this engine reads text"
 NO_CODE = "only code of this package is run, and a checkpoint's own never"
@@ -43,11 +41,10 @@ LOCAL = "download what you want with huggingface_hub, and pass its folder as mod
 IN_CONFIG = "it is read from the checkpoint's config.json: change it in a copy"
 
 ABSENT_OPTIONS: Absent = {
-    "tensor_parallel_size": (ONE_DEVICE, (1,)),
-    "pipeline_parallel_size": (ONE_DEVICE, (1,)),
-    "data_parallel_size": (ONE_DEVICE, (1,)),
-    "distributed_executor_backend": (ONE_DEVICE, (None, "uni")),
-    "enable_expert_parallel": (ONE_DEVICE, (False,)),
+    "pipeline_parallel_size": (ONE_HOST, (1,)),
+    "data_parallel_size": (ONE_HOST, (1,)),
+    "distributed_executor_backend": (ONE_HOST, (None, "uni", "mp")),
+    "enable_expert_parallel": (ONE_HOST, (False,)),
     "quantization": (WEIGHTS, (None,)),
     "kv_cache_dtype": ("the cache has the dtype of the model", ("auto",)),
     "load_format": ("weights are read from safetensors", ("auto", "safetensors")),

@@ -160,7 +160,7 @@ class TestOptionsOfVllm:
         ("name", "value"),
         [
             ("quantization", "awq"),
-            ("tensor_parallel_size", 2),
+            ("pipeline_parallel_size", 2),
             ("speculative_config", {"method": "ngram"}),
             ("enable_lora", True),
             ("guided_decoding", {"regex": "a"}),
@@ -184,7 +184,7 @@ class TestOptionsOfVllm:
         ("name", "value"),
         [
             ("quantization", None),
-            ("tensor_parallel_size", 1),
+            ("pipeline_parallel_size", 1),
             ("enable_lora", False),
             ("trust_remote_code", False),
             ("enable_chunked_prefill", True),

@@ -99,9 +99,7 @@ COURSE = (
     "serving",
     "benchmark",
 )
-TO_BE_WRITTEN = {
-    "tensor_parallel",
-}
+TO_BE_WRITTEN: set[str] = set()
 
 # The extra `serve`, with what comes with FastAPI.
 OF_THE_SERVER = {"fastapi", "starlette", "pydantic", "pydantic_core"}

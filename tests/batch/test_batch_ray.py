@@ -324,3 +324,18 @@ def test_a_batch_of_bad_rows_only_has_the_same_columns(batch_ray: ModuleType) ->
     good = generate(pa.table({"prompt": ["One day"]}))
     bad = generate(pa.table({"prompt": pa.array([None], pa.string())}))
     assert good.schema == bad.schema
+
+
+def test_an_engine_is_split_over_the_gpus_that_it_gets(batch_ray: ModuleType) -> None:
+    def options(*given: str) -> Row:
+        parsed = batch_ray.make_parser().parse_args(["in", "out", *given])
+        made: Row = batch_ray.make_engine_options(parsed)
+        return made
+
+    assert options() == options("--num-gpus", "1") == options("--num-gpus", "0.5") == {}
+    two = options("--num-gpus", "2", "--model", "m", "--engine", '{"seed": 3}')
+    assert two == {"seed": 3, "model": "m", "tensor_parallel_size": 2}
+    own = options("--num-gpus", "2", "--engine", '{"tensor_parallel_size": 1}')
+    assert own == {"tensor_parallel_size": 1}
+    with pytest.raises(SystemExit, match="as a whole"):
+        options("--num-gpus", "1.5")
