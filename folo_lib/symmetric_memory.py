@@ -90,7 +90,9 @@ class SymmetricGroup:
         symmetric.rendezvous(tensor, self.name)
         tensor.zero_()
         torch.cuda.synchronize(self.device)
-        dist.barrier(device_ids=[self.device.index])  # nobody reads before all are zeros
+        dist.barrier(
+            device_ids=[self.device.index]
+        )  # nobody reads before all are zeros
         return tensor
 
     def add_up(self, shared: Tensor, out: Tensor) -> None:

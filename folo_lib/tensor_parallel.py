@@ -209,9 +209,10 @@ class GlooGroup:
 # %% ../notebooks/16_tensor_parallel.ipynb #groups
 GROUPS = {
     "gloo": "folo_lib.tensor_parallel:GlooGroup",
+    "symmetric": "folo_lib.symmetric_memory:SymmetricGroup",
 }
 """Where each kind of group is found."""
-DEFAULT_GROUPS = {"cpu": "gloo"}
+DEFAULT_GROUPS = {"cpu": "gloo", "cuda": "symmetric"}
 """The name of the group for a type of device."""
 
 

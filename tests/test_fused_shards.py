@@ -159,9 +159,7 @@ def run_shards(
     return step, run_ranks(size, work)
 
 
-def check_shards(
-    whole: Qwen3ForCausalLM, seq_lens: Sequence[int], size: int
-) -> None:
+def check_shards(whole: Qwen3ForCausalLM, seq_lens: Sequence[int], size: int) -> None:
     step, ranks = run_shards(whole, seq_lens, size)
     theirs = step.copy_caches()
     expected, real = step.run_plain(theirs), step.seq_lens > 0

