@@ -780,6 +780,8 @@ class FusedGraphs(StepGraphs):
         filtered: what draws with top_k and top_p, by the number of sequences.
     """
 
+    decode_class = FusedDecode
+
     def is_fused(self, size: GraphSize) -> bool:
         """Whether steps of that size run in `FusedDecode`."""
         return size.is_decode and size.num_seqs <= MAX_FUSED_SEQS
@@ -787,10 +789,10 @@ class FusedGraphs(StepGraphs):
     @torch.inference_mode()
     def record(self) -> None:
         """Records all steps and draws."""
-        rows, device = self.runner.rows, self.runner.device
-        model, max_blocks = self.runner.model, rows.block_table.shape[1]
-        self.fused = FusedDecode(model, max_blocks, has_pdl(device))
-        self.draw_kernels = TritonDraw(len(self.logits), self.logits.shape[1], device)
+        runner, max_blocks = self.runner, self.runner.rows.block_table.shape[1]
+        self.fused = self.decode_class(runner.model, max_blocks, has_pdl(runner.device))
+        num_seqs, vocab_size = self.logits.shape
+        self.draw_kernels = TritonDraw(num_seqs, vocab_size, runner.device)
         self.filtered: dict[int, Callable[[], None]] = {}
         super().record()
 

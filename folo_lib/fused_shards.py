@@ -20,30 +20,38 @@ everybody's winners to everybody: 12 bytes for each sequence and rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fused_decode import MAX_FUSED_SEQS, FusedDecode, unpack_token
+from .config import EngineConfig
+from .cuda_graph import GraphSize, StepGraphs
+from .fused_decode import (
+    MAX_FUSED_SEQS,
+    FusedDecode,
+    FusedGraphs,
+    FusedRunner,
+    logger,
+    unpack_token,
+)
 from .qwen3 import Qwen3ForCausalLM
-from .runner import RequestRows
+from .runner import InFlightStep, RequestRows, StepLayout
+from .tensor_parallel import RankGroup, ShardedForCausalLM, VocabParallelEmbedding
 
-__all__ = ["ShardedDecode", "SharedSum"]
+__all__ = ["ShardedDecode", "ShardedGraphs", "ShardedRunner", "SharedGroup"]
 
 PIECES = tl.constexpr(4)  # of a winner; the last one is always 0, for a row of 16 bytes
 
 
-class SharedSum(Protocol):
-    """What a shard needs of its group; `SymmetricSum` has it."""
-
-    rank: int
-    size: int
+class SharedGroup(RankGroup, Protocol):
+    """What a fused shard needs of its ranks; `SymmetricGroup` has it."""
 
     def allocate(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Zeros that all ranks can read."""
+        ...
 
     def add_up(self, shared: Tensor, out: Tensor) -> None:
         """Writes into `out` the sum over ranks of what is in `shared`."""
@@ -89,10 +97,8 @@ class ShardedDecode(FusedDecode):
     """`FusedDecode` of one rank's shard; all ranks run the same steps at the same time.
 
     Args:
-        model: the shard, of which `find_obstacle` finds none.
+        model: the shard, of which `find_obstacle` finds none; its group is a `SharedGroup`.
         max_blocks: of a sequence.
-        sums: over the ranks.
-        first_id: the token of the first row of its embedding and its head.
         uses_pdl: see `FusedDecode`. The kernel after a sum is launched when the sum has ended, as
             PyTorch's kernel does not let it start before.
     """
@@ -100,27 +106,26 @@ class ShardedDecode(FusedDecode):
     draws = False
 
     def __init__(
-        self,
-        model: Qwen3ForCausalLM,
-        max_blocks: int,
-        sums: SharedSum,
-        first_id: int,
-        uses_pdl: bool = False,
+        self, model: Qwen3ForCausalLM, max_blocks: int, uses_pdl: bool = False
     ) -> None:
         super().__init__(model, max_blocks, uses_pdl)
-        self.sums, self.first_id, self.adds = sums, first_id, sums.rank == 0
-        size = model.config.hidden_size
-        self.out = sums.allocate(MAX_FUSED_SEQS, size, dtype=torch.float32)
+        assert isinstance(model, ShardedForCausalLM)
+        embedding = model.model.embed_tokens
+        assert isinstance(embedding, VocabParallelEmbedding)
+        self.group: SharedGroup = cast(SharedGroup, model.group)
+        self.first_id, self.adds = embedding.start, self.group.rank == 0
+        size, allocate = model.config.hidden_size, self.group.allocate
+        self.out = allocate(MAX_FUSED_SEQS, size, dtype=torch.float32)
         self.x = torch.zeros_like(self.out)
         # It lets the next one start, but does not start before the sum has ended.
-        self.pdl_joined = self.pdl | {"launch_pdl": False}
-        shape = sums.size, MAX_FUSED_SEQS, PIECES.value
-        self.shared = sums.allocate(*shape, dtype=torch.float32)
+        self.pdl_joined = self.pdl | ({"launch_pdl": False} if uses_pdl else {})
+        shape = self.group.size, MAX_FUSED_SEQS, PIECES.value
+        self.shared = allocate(*shape, dtype=torch.float32)
         self.pieces = torch.zeros_like(self.shared)
 
     def join(self, num_seqs: int) -> None:
         """`x` becomes the sum of `out` over all ranks."""
-        self.sums.add_up(self.out[:num_seqs], self.x[:num_seqs])
+        self.group.add_up(self.out[:num_seqs], self.x[:num_seqs])
 
     def run(
         self,
@@ -133,8 +138,8 @@ class ShardedDecode(FusedDecode):
         """See `FusedDecode.run`; `logits` `[B, V / ranks]` are those of the shard."""
         super().run(columns, rows, kv_caches, logits, token_ids)
         share: Any = share_kernel
-        share[(1,)](self.best, self.shared[self.sums.rank], ROWS=MAX_FUSED_SEQS)
-        self.sums.add_up(self.shared, self.pieces)
+        share[(1,)](self.best, self.shared[self.group.rank], ROWS=MAX_FUSED_SEQS)
+        self.group.add_up(self.shared, self.pieces)
         choose: Any = choose_kernel
         choose[(1,)](
             self.pieces,
@@ -142,6 +147,69 @@ class ShardedDecode(FusedDecode):
             token_ids,
             rows.last_token_ids,
             len(columns[1]),
-            RANKS=self.sums.size,
+            RANKS=self.group.size,
             ROWS=MAX_FUSED_SEQS,
         )
+
+
+class ShardedGraphs(FusedGraphs):
+    """`FusedGraphs` of a shard, whose logits come together only where a draw needs them.
+
+    Attributes:
+        own_logits: `[MAX_FUSED_SEQS, V / ranks]`, of the shard.
+    """
+
+    decode_class = ShardedDecode
+
+    @torch.inference_mode()
+    def record(self) -> None:
+        """Records all steps and draws."""
+        num_tokens = len(self.runner.model.model.embed_tokens.weight)
+        self.own_logits = self.logits.new_zeros(MAX_FUSED_SEQS, num_tokens)
+        super().record()
+
+    def gather(self, size: GraphSize) -> None:
+        """Fills `logits` with what all ranks have, after a fused step."""
+        model, num_seqs = self.runner.model, size.num_seqs
+        assert isinstance(model, ShardedForCausalLM)
+        everybody = model.group.all_gather(self.own_logits[:num_seqs])
+        self.logits[:num_seqs].copy_(everybody[:, : self.logits.shape[1]])
+
+    def run_step(self, size: GraphSize) -> None:
+        """The model on `inputs`; what a graph records."""
+        if not self.is_fused(size):
+            return super().run_step(size)
+        step = self.inputs.split(size), self.runner.rows, self.runner.kv_caches
+        self.fused.run(*step, self.own_logits, self.token_ids)
+
+    def run_draw(self, size: GraphSize, is_random: bool, filters: bool = False) -> None:
+        """From `logits` to `token_ids`; what a graph records."""
+        if self.is_fused(size):
+            self.gather(size)
+        super().run_draw(size, is_random, filters)
+
+
+class ShardedRunner(FusedRunner):
+    """`FusedRunner` for a shard of a model, if its ranks can read each other's memory."""
+
+    def __init__(
+        self, model: Qwen3ForCausalLM, config: EngineConfig | None = None
+    ) -> None:
+        super().__init__(model, config)
+        if self.graphs_class is not FusedGraphs:
+            return
+        if hasattr(getattr(model, "group", None), "add_up"):
+            self.graphs_class = ShardedGraphs
+        else:
+            self.graphs_class = StepGraphs
+            logger.info("decode='fused' is 'graph' for ranks without shared memory.")
+
+    def draw_step(
+        self, graphs: StepGraphs, step: StepLayout, size: GraphSize
+    ) -> InFlightStep:
+        """See `GraphRunner.draw_step`; what is not in a graph needs all logits too."""
+        if isinstance(graphs, ShardedGraphs) and graphs.is_fused(size) and step.drawing:
+            wishes = self.rows.sampling.get_wishes(step.draw_rows)
+            if graphs.find_draw(size, wishes) is None:
+                graphs.gather(size)
+        return super().draw_step(graphs, step, size)

@@ -79,7 +79,7 @@ class SymmetricGroup:
                 device_id=self.device,
             )
             world: Any = dist.group.WORLD
-            self.name: str = world.group_name
+            self.world, self.name = world, str(world.group_name)
             self.buffer = self.allocate(TWO_SHOT_BYTES, dtype=torch.uint8)
 
     def allocate(self, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -87,7 +87,7 @@ class SymmetricGroup:
         import torch.distributed._symmetric_memory as symmetric
 
         tensor: Tensor = symmetric.empty(*shape, dtype=dtype, device=self.device)
-        symmetric.rendezvous(tensor, self.name)
+        symmetric.rendezvous(tensor, self.world)
         tensor.zero_()
         torch.cuda.synchronize(self.device)
         dist.barrier(

@@ -144,7 +144,7 @@ def run_shards(
         caches = cut_caches(step.copy_caches(), sums.rank, size)
         embedding = shard.model.embed_tokens
         max_blocks = step.rows.block_table.shape[1]
-        fused = ShardedDecode(shard, max_blocks, sums, embedding.start)
+        fused = ShardedDecode(shard, max_blocks)
         logits = torch.zeros(len(seq_lens), len(embedding.weight))
         token_ids = torch.zeros(len(seq_lens), dtype=torch.int64)
         outputs = []
@@ -231,11 +231,7 @@ def test_obstacles_of_shards(
     from transformers import Qwen3Config
 
     hidden, inner, heads, kv_heads = fields
-    config = Qwen3Config(**{
-        "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": 1,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-        "head_dim": 128, "vocab_size": 151936,
-    })  # fmt: skip
+    config = Qwen3Config(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=1, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=128, vocab_size=151936)  # fmt: skip
     with torch.device("meta"):
         group = TurnSum(0, Turns(size))
         shard = ShardedForCausalLM(config, group, "torch_naive").to(torch.bfloat16)

@@ -226,8 +226,7 @@ class Decode:
         if group is None:
             self.fused: Any = FusedDecode(self.model, blocks, True)
         else:
-            first = self.model.model.embed_tokens.start
-            self.fused = ShardedDecode(self.model, blocks, group, first, True)
+            self.fused = ShardedDecode(self.model, blocks, True)
         for name, value in change.items():
             setattr(self.fused, name, value)
         size = len(self.model.model.embed_tokens.weight)
