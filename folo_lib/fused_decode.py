@@ -433,26 +433,23 @@ def residual_kernel(
     y,
     w,
     x,
-    out,
     num_seqs,
     E: tl.constexpr,
     K: tl.constexpr,  # of the matrix
     GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
-    ADDS: tl.constexpr = True,
 ):
-    """`out = x + y @ w.T`, `8 * GROUPS` numbers a program; no `x` without `ADDS`."""
+    """`x += y @ w.T`, the end of attention and MLP; `8 * GROUPS` numbers a program."""
     let_next_start(PDL)
     row = tl.program_id(0) * 8 * GROUPS
     tiles = load_first_tiles(w, row, 8, K, GROUPS)
     wait_for_previous(PDL)
     sequences = tl.arange(0, ROWS)[:, None]
-    place = sequences * E + row + tl.arange(0, 8 * GROUPS)[None, :]
-    exist = sequences < num_seqs
-    before = tl.load(x + place, exist, 0.0).to(tl.float32) if ADDS else 0.0
+    place = x + sequences * E + row + tl.arange(0, 8 * GROUPS)[None, :]
+    before = tl.load(place, mask=sequences < num_seqs, other=0.0).to(tl.float32)
     more = multiply(y, (), tiles, w, row, 8, num_seqs, 0.0, K, GROUPS, ROWS, False)
-    tl.store(out + place, (before + more).to(out.dtype.element_ty), mask=exist)
+    tl.store(place, (before + more).to(x.dtype.element_ty), mask=sequences < num_seqs)
 
 
 # %% ../notebooks/15_fused_decode.ipynb #fusion-sizes
@@ -607,9 +604,9 @@ class FusedDecode:
             capability 9.0 can.
     """
 
-    # What differs for a shard of a model, page 16: the first row of its embedding and
-    # head, whether it adds the residual stream, and whether it draws by itself.
-    first_id, adds, draws = 0, True, True
+    # What differs for a shard of a model, page 16: the token of the first row of its
+    # embedding and head, and whether it draws by itself.
+    first_id, draws = 0, True
 
     def __init__(
         self, model: Qwen3ForCausalLM, max_blocks: int, uses_pdl: bool = False
@@ -637,21 +634,19 @@ class FusedDecode:
     def run_residual(
         self, y: Tensor, w: Tensor, sizes: FusionSizes, num_seqs: int
     ) -> None:
-        """Launches `x + y @ w.T`, from `x` to `x`."""
-        residual_kernel[(len(w) // (8 * sizes.residual_groups),)](
+        """Launches `x += y @ w.T`."""
+        groups = sizes.residual_groups
+        residual_kernel[(len(w) // (8 * groups),)](
             y,
             w,
             self.x,
-            self.out,
             num_seqs,
             *w.shape,
-            sizes.residual_groups,
+            groups,
             sizes.rows,
-            ADDS=self.adds,
             num_warps=8,
             **self.pdl,
         )
-        self.join(num_seqs)
 
     def run_layer(
         self,

@@ -29,20 +29,25 @@ from torch import Tensor
 
 from .config import EngineConfig
 from .cuda_graph import GraphSize, StepGraphs
+from .fused_attention import let_next_start, wait_for_previous
+from .fused_checks import FusionSizes
 from .fused_decode import (
     MAX_FUSED_SEQS,
     FusedDecode,
     FusedGraphs,
     FusedRunner,
+    load_first_tiles,
     logger,
+    multiply,
     unpack_token,
 )
-from .qwen3 import Qwen3ForCausalLM
+from .qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
 from .runner import InFlightStep, RequestRows, StepLayout
 from .tensor_parallel import RankGroup, ShardedForCausalLM, VocabParallelEmbedding
 
 __all__ = ["ShardedDecode", "ShardedGraphs", "ShardedRunner", "SharedGroup"]
 
+NUM_LATE = 256  # programs that ask for 64 kB each of the matrix after a sum
 PIECES = tl.constexpr(4)  # of a winner; the last one is always 0, for a row of 16 bytes
 
 
@@ -55,6 +60,65 @@ class SharedGroup(RankGroup, Protocol):
 
     def add_up(self, shared: Tensor, out: Tensor) -> None:
         """Writes into `out` the sum over ranks of what is in `shared`."""
+
+
+@triton.jit
+def bring(w, first, SECOND: tl.constexpr, HALF: tl.constexpr):
+    """Lets 64 kB of a matrix travel to the cache of the GPU, and does not wait for them.
+
+    They begin `first` bytes after the matrix does; what is `HALF` bytes or more after that
+    begin is taken from `SECOND` bytes on. Of the 256 threads 64 ask for 1 kB each.
+    """
+    i = tl.arange(0, 256)
+    place = first + i.to(tl.int64) * 1024
+    place = tl.where(place < HALF, place, place - HALF + SECOND)
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.lt.s32 p, $2, 64;"
+        " @p cp.async.bulk.prefetch.L2.global [$1], 1024; mov.b32 $0, 0; }",
+        "=r,l,r",
+        [w.to(tl.int64) + place, i],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def part_kernel(
+    y,
+    w,
+    x,
+    out,
+    following,
+    num_seqs,
+    E: tl.constexpr,
+    K: tl.constexpr,  # of the matrix
+    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PDL: tl.constexpr,
+    ADDS: tl.constexpr,
+    LATE: tl.constexpr,
+    SECOND: tl.constexpr,
+):
+    """`residual_kernel` of a shard: `out = y @ w.T`, and `x` beside it if it `ADDS` that.
+
+    After that the memory of the GPU would have nothing to do until the sum is made. So the last
+    `LATE` programs ask for the begin of the matrix that is multiplied then, 64 kB each; half of
+    them for what begins at `SECOND` bytes, if that is not 0.
+    """
+    let_next_start(PDL)
+    row = tl.program_id(0) * 8 * GROUPS
+    tiles = load_first_tiles(w, row, 8, K, GROUPS)
+    wait_for_previous(PDL)
+    sequences = tl.arange(0, ROWS)[:, None]
+    place = sequences * E + row + tl.arange(0, 8 * GROUPS)[None, :]
+    exist = sequences < num_seqs
+    before = tl.load(x + place, exist, 0.0) if ADDS else 0.0
+    more = multiply(y, (), tiles, w, row, 8, num_seqs, 0.0, K, GROUPS, ROWS, False)
+    tl.store(out + place, before + more, mask=exist)
+    late = tl.program_id(0) - tl.num_programs(0) + LATE
+    if LATE > 0 and late >= 0:
+        bring(following, late * 65536, SECOND, LATE * (32768 if SECOND > 0 else 65536))
 
 
 @triton.jit
@@ -93,6 +157,25 @@ def choose_kernel(
     tl.store(last_token_ids + row, tl.maximum(drawn, 0), mask=exist)
 
 
+def find_following(model: ShardedForCausalLM) -> dict[int, tuple[Tensor, int]]:
+    """By address of a matrix before a sum: the matrix after it, and where its half begins.
+
+    Only gate and up are read from two places at a time; the second begins at that byte.
+    """
+    found, before = {}, None
+    for layer in model.model.layers:
+        assert isinstance(layer, Qwen3DecoderLayer)
+        attention, mlp = layer.self_attn, layer.mlp
+        if before is not None:
+            found[before.data_ptr()] = attention.qkv_proj.weight, 0
+        w, before = mlp.gate_up_proj.weight, mlp.down_proj.weight
+        found[attention.o_proj.weight.data_ptr()] = w, w.nbytes // 2
+    assert before is not None
+    head = model.lm_head or model.model.embed_tokens
+    found[before.data_ptr()] = head.weight, 0
+    return found
+
+
 class ShardedDecode(FusedDecode):
     """`FusedDecode` of one rank's shard; all ranks run the same steps at the same time.
 
@@ -113,7 +196,9 @@ class ShardedDecode(FusedDecode):
         embedding = model.model.embed_tokens
         assert isinstance(embedding, VocabParallelEmbedding)
         self.group: SharedGroup = cast(SharedGroup, model.group)
-        self.first_id, self.adds = embedding.start, self.group.rank == 0
+        self.first_id = embedding.start
+        self.num_late = NUM_LATE if uses_pdl else 0
+        self.following = find_following(model)
         size, allocate = model.config.hidden_size, self.group.allocate
         self.out = allocate(MAX_FUSED_SEQS, size, dtype=torch.float32)
         self.x = torch.zeros_like(self.out)
@@ -126,6 +211,33 @@ class ShardedDecode(FusedDecode):
     def join(self, num_seqs: int) -> None:
         """`x` becomes the sum of `out` over all ranks."""
         self.group.add_up(self.out[:num_seqs], self.x[:num_seqs])
+
+    def run_residual(
+        self, y: Tensor, w: Tensor, sizes: FusionSizes, num_seqs: int
+    ) -> None:
+        """Launches a product and the sum of it over ranks; rank 0 adds the old `x`."""
+        launch: Any = part_kernel
+        groups, following = sizes.residual_groups, self.following[w.data_ptr()]
+        matrix, second = following
+        num_programs = len(w) // (8 * groups)
+        num_late = min(self.num_late, num_programs, matrix.nbytes // 65536)
+        launch[(num_programs,)](
+            y,
+            w,
+            self.x,
+            self.out,
+            matrix,
+            num_seqs,
+            *w.shape,
+            groups,
+            sizes.rows,
+            ADDS=self.group.rank == 0,
+            LATE=num_late // 2 * 2,
+            SECOND=second,
+            num_warps=8,
+            **self.pdl,
+        )
+        self.join(num_seqs)
 
     def run(
         self,
