@@ -434,10 +434,7 @@ def launch_attention(
     key_cache, _ = kv_cache
     num_splits = max(1, MAX_SPLITS // triton.next_power_of_2(num_seqs))
     min_tiles = 1 if num_seqs <= 4 else 2  # where many run, splitting one gains less
-    # Found by trying on an H200: a step of one sequence is a little faster with as many programs
-    # again, which end at once. Why that is so is not known.
-    programs = 2 * num_splits if num_seqs == 1 else num_splits
-    attention_kernel[(num_kv_heads, num_seqs, programs)](
+    attention_kernel[(num_kv_heads, num_seqs, num_splits)](
         qkv,
         attention.q_norm.weight,
         attention.k_norm.weight,

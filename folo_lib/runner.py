@@ -20,6 +20,7 @@ __all__ = [
     "to_device",
     "make_input_batch",
     "to_entries",
+    "get_copy_stream",
     "to_host",
     "InFlightStep",
     "score_prompt",
@@ -34,7 +35,7 @@ import sys
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate, chain
 from os import PathLike
 
@@ -431,9 +432,21 @@ def to_entries(
 
 
 # %% ../notebooks/08_runner.ipynb #in-flight-step
+@cache
+def get_copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The queue of copies to the host, beside the one in which steps run."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 def to_host(tensor: Tensor) -> Tensor:
-    """Starts a copy to the host, which a later step cannot overwrite."""
-    return tensor.to("cpu", non_blocking=tensor.is_cuda, copy=True)
+    """Starts a copy to the host, which no later step overwrites or has to wait for."""
+    if not tensor.is_cuda:
+        return tensor.to("cpu", copy=True)
+    kept, stream = tensor.clone(), get_copy_stream(tensor.device)
+    stream.wait_stream(torch.cuda.current_stream(tensor.device))
+    kept.record_stream(stream)  # so that its memory stays until the copy is done
+    with torch.cuda.stream(stream):
+        return kept.to("cpu", non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -467,8 +480,7 @@ class InFlightStep:
         scores = [(chunk, tensors.map(to_host)) for chunk, tensors in prompt_logprobs]
         arrival = None
         if token_ids.is_cuda:
-            arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            arrival.record()
+            arrival = get_copy_stream(token_ids.device).record_event()
         return cls(drawing, ids, logprobs, scores, arrival)
 
     def read(self) -> StepOutput:

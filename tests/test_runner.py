@@ -7,7 +7,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -33,11 +32,11 @@ from folo_lib.runner import (
     StepOutput,
     StepPlan,
     TokenLogprobs,
+    get_copy_stream,
     lay_end_to_end,
     make_input_batch,
     to_device,
     to_entries,
-    to_host,
 )
 from folo_lib.sampler import LogprobsTensors
 from folo_lib.sampling_params import SamplingParams
@@ -885,12 +884,26 @@ class TestLaunchAndRead:
         assert len(waited) == 1
         assert InFlightStep.send(drawing, place, None, []).arrival is None
 
-    def test_only_a_gpu_copies_while_the_host_goes_on(self) -> None:
-        """Only there is a mark to wait for; elsewhere the host would read too early."""
-        for is_cuda in (False, True):
-            tensor = Mock(is_cuda=is_cuda)
-            to_host(tensor)
-            tensor.to.assert_called_once_with("cpu", non_blocking=is_cuda, copy=True)
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    def test_the_next_step_neither_waits_for_a_copy_nor_harms_it(self) -> None:
+        """The copies are held up, and the next step writes to the same place at once."""
+        place = torch.tensor([4, 2], device="cuda")
+        drawing = [
+            RequestRow(i, make_request(n, [1]), [], 1) for i, n in enumerate("AB")
+        ]
+        with torch.cuda.stream(get_copy_stream(place.device)):
+            torch.cuda._sleep(1_000_000_000)
+        steps = []
+        for _ in range(3):
+            steps.append(InFlightStep.send(drawing, place, None, []))
+            place += 1
+        torch.cuda.current_stream().synchronize()
+        assert not any(step.arrival.query() for step in steps if step.arrival)
+        drawn = [
+            [one.token_id for one in step.read().tokens.values()] for step in steps
+        ]
+        assert drawn == [[4, 2], [5, 3], [6, 4]]
 
     def test_a_step_of_nothing(
         self, bundled: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch
