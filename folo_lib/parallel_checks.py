@@ -7,6 +7,9 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,19 +17,32 @@ from typing import TYPE_CHECKING
 import torch
 
 import folo_lib
+from folo_lib.checkpoint import (
+    find_checkpoint,
+    find_weight_files,
+    read_config,
+    read_weights,
+)
+from folo_lib.checkpoint_checks import naming
+from folo_lib.kv_cache import resolve_max_model_len
 from folo_lib.qwen3 import Qwen3ForCausalLM
 
 if TYPE_CHECKING:
     from transformers import Qwen2Config, Qwen3Config
 
+    from folo_lib.config import EngineConfig
     from folo_lib.runner import Source
 
 __all__ = [
+    "RankError",
+    "RankFailure",
+    "check_checkpoint",
     "check_heads",
     "check_identity",
     "check_source",
     "describe_exit",
     "end_with_parent",
+    "explain_failures",
     "identify",
     "list_sizes",
 ]
@@ -80,6 +96,25 @@ def check_source(model: Source) -> str | os.PathLike[str]:
     return model
 
 
+def check_checkpoint(model: Source, config: EngineConfig) -> Path:
+    """Everything that can be wrong before a weight is read; returns the folder.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_model` does, and if the model cannot be
+            cut into that many parts.
+    """
+    folder = find_checkpoint(check_source(model))
+    checkpoint, files = read_config(folder), find_weight_files(folder)
+    check_heads(checkpoint, config.tensor_parallel_size)
+    limits = torch.float32, sys.maxsize, config.max_model_len
+    resolve_max_model_len(checkpoint, *limits)
+    with naming(folder / "config.json"), torch.device("meta"):
+        whole = Qwen3ForCausalLM(checkpoint)
+    with naming(folder):  # on meta: only names and shapes are compared
+        whole.load_weights(read_weights(files, headers_only=True))
+    return folder
+
+
 def identify(folder: Path) -> dict[str, str]:
     """What must be the same on all ranks, told without reading a weight.
 
@@ -124,6 +159,46 @@ def check_identity(folder: Path, wanted: dict[str, str]) -> None:
             )
             + ": all ranks need the same versions and the same files."
         )
+
+
+class RankError(RuntimeError):
+    """A rank has failed, and the engine with it."""
+
+
+@dataclass(frozen=True)
+class RankFailure:
+    """How a rank ended, as plain data.
+
+    Attributes:
+        message: of the error.
+        details: its traceback.
+        is_refusal: whether it saw before it began that it does not fit the others.
+        is_consequence: whether it ended because another one had.
+    """
+
+    message: str
+    details: str = ""
+    is_refusal: bool = False
+    is_consequence: bool = False
+
+
+def explain_failures(failures: Mapping[int, RankFailure], size: int) -> Exception:
+    """The error that says which rank was the first to fail, and how.
+
+    Args:
+        failures: by rank.
+        size: how many ranks there are.
+    """
+    causes = [i for i in sorted(failures) if not failures[i].is_consequence]
+    rank = next(iter([*causes, *sorted(failures)]), None)
+    if rank is None:
+        return RankError("a rank has lost the others, and none of them says why.")
+    failure = failures[rank]
+    text = f"rank {rank} of {size} failed: {failure.message}"
+    error = ValueError(text) if failure.is_refusal else RankError(text)
+    if failure.details:
+        error.add_note(f"On rank {rank}: {failure.details}")
+    return error
 
 
 def describe_exit(code: int | None) -> str:

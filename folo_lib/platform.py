@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
@@ -20,6 +23,7 @@ __all__ = [
     "check_devices",
     "get_kv_cache_memory",
     "get_physical_memory",
+    "hold_interrupts",
     "resolve_device",
 ]
 
@@ -150,6 +154,31 @@ def can_compile(weight: Tensor) -> bool:
         return False
     oldest = (8, 0) if weight.dtype == torch.bfloat16 else (7, 0)
     return torch.cuda.get_device_capability(weight.device) >= oldest
+
+
+@contextmanager
+def hold_interrupts(give_up: Callable[[], None]) -> Iterator[None]:
+    """Lets Ctrl-C wait until the block ends; the second one calls `give_up`.
+
+    For what several processes do together, and must not leave halfway.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # no other thread gets Ctrl-C
+        return
+    presses: list[int] = []
+
+    def hold(number: int, _: object) -> None:
+        presses.append(number)
+        if len(presses) > 1:
+            give_up()
+
+    before = signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if presses:
+            signal.raise_signal(signal.SIGINT)
 
 
 class FairLock:

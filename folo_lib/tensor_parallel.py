@@ -17,23 +17,19 @@ __all__ = [
     "GlooGroup",
     "get_group_class",
     "RowParallelLinear",
+    "find_share",
     "VocabParallelEmbedding",
     "make_shard_config",
     "ShardedForCausalLM",
-    "find_share",
     "read_shard",
     "load_shard",
     "RankSetup",
     "get_cache_memory",
     "make_worker",
-    "RankFailure",
     "start_rank",
     "follow",
     "run_rank",
-    "RankError",
     "RankProcesses",
-    "check_checkpoint",
-    "hold_interrupts",
     "WatchedStep",
     "ParallelExecutor",
 ]
@@ -46,7 +42,6 @@ import pickle
 import pkgutil
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -69,41 +64,35 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from folo_lib.checkpoint import (
-    find_checkpoint,
     find_weight_files,
     read_config,
-    read_weights,
     resolve_attention_backend,
     resolve_device,
     resolve_dtype,
 )
 from folo_lib.parallel_checks import (
-    check_heads,
+    RankError,
+    RankFailure,
+    check_checkpoint,
     check_identity,
-    check_source,
     describe_exit,
     end_with_parent,
+    explain_failures,
     identify,
 )
-from folo_lib.runner import (
-    GPUExecutor,
-    GPUWorker,
-    InFlightStep,
-    Source,
-    StepOutput,
-    StepPlan,
-)
 
-from .checkpoint_checks import naming, warn_of_non_finite
+from .checkpoint_checks import warn_of_non_finite
 from .config import EngineConfig
-from .kv_cache import resolve_max_model_len
-from .platform import get_kv_cache_memory
+from .platform import get_kv_cache_memory, hold_interrupts
 from .qwen3 import Qwen3ForCausalLM, get_head_dim
+from .runner import GPUExecutor, GPUWorker, InFlightStep, StepOutput, StepPlan
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
     from transformers import Qwen2Config, Qwen3Config
+
+    from folo_lib.runner import Source
 
 
 # %% ../notebooks/16_tensor_parallel.ipynb #rank-group
@@ -257,6 +246,47 @@ class RowParallelLinear(nn.Linear):
         return self.group.all_reduce(super().forward(x))
 
 
+# %% ../notebooks/16_tensor_parallel.ipynb #get-slices
+def find_share(
+    name: str,
+    shape: list[int],
+    config: "Qwen2Config | Qwen3Config",
+    rank: int,
+    size: int,
+) -> tuple[int, int, int] | None:
+    """Which part of a tensor of a checkpoint is one rank's.
+
+    Args:
+        name: as in the file.
+        shape: of the whole tensor.
+        config: of the whole model.
+        rank, size: whose part, of how many.
+
+    Returns:
+        The dimension that is cut, and where the part begins and ends; None if the rank
+        has nothing of it.
+    """
+    *_, module, kind = name.split(".")
+    if module in ("k_proj", "v_proj"):
+        # Fewer heads than ranks: neighbours hold the same one.
+        num_kv_heads = config.num_key_value_heads or config.num_attention_heads
+        head_dim, count = get_head_dim(config), max(1, num_kv_heads // size)
+        start = rank * num_kv_heads // size * head_dim
+        return 0, start, start + count * head_dim
+    if module in ("q_proj", "gate_proj", "up_proj"):
+        rows = shape[0] // size
+        return 0, rank * rows, (rank + 1) * rows
+    if module in ("o_proj", "down_proj") and kind == "weight":
+        columns = shape[1] // size
+        return 1, rank * columns, (rank + 1) * columns
+    if module in ("o_proj", "down_proj"):  # a bias is added once
+        return (0, 0, shape[0]) if rank == 0 else None
+    if module in ("embed_tokens", "lm_head"):
+        rows = -(-shape[0] // size)
+        return 0, min(rank * rows, shape[0]), min((rank + 1) * rows, shape[0])
+    return 0, 0, shape[0]
+
+
 # %% ../notebooks/16_tensor_parallel.ipynb #vocab-parallel
 class VocabParallelEmbedding(nn.Embedding):
     """Some of the rows of the embedding, which with tied weights is the head too.
@@ -327,47 +357,6 @@ class ShardedForCausalLM(Qwen3ForCausalLM):
         """Scores of all tokens, on each rank: `[..., E] -> [..., V]`."""
         logits = self.group.all_gather(super().compute_logits(hidden_states))
         return logits[..., : self.config.vocab_size]  # without the rows of nobody
-
-
-# %% ../notebooks/16_tensor_parallel.ipynb #get-slices
-def find_share(
-    name: str,
-    shape: list[int],
-    config: "Qwen2Config | Qwen3Config",
-    rank: int,
-    size: int,
-) -> tuple[int, int, int] | None:
-    """Which part of a tensor of a checkpoint is one rank's.
-
-    Args:
-        name: as in the file.
-        shape: of the whole tensor.
-        config: of the whole model.
-        rank, size: whose part, of how many.
-
-    Returns:
-        The dimension that is cut, and where the part begins and ends; None if the rank
-        has nothing of it.
-    """
-    *_, module, kind = name.split(".")
-    if module in ("k_proj", "v_proj"):
-        # Fewer heads than ranks: neighbours hold the same one.
-        num_kv_heads = config.num_key_value_heads or config.num_attention_heads
-        head_dim, count = get_head_dim(config), max(1, num_kv_heads // size)
-        start = rank * num_kv_heads // size * head_dim
-        return 0, start, start + count * head_dim
-    if module in ("q_proj", "gate_proj", "up_proj"):
-        rows = shape[0] // size
-        return 0, rank * rows, (rank + 1) * rows
-    if module in ("o_proj", "down_proj") and kind == "weight":
-        columns = shape[1] // size
-        return 1, rank * columns, (rank + 1) * columns
-    if module in ("o_proj", "down_proj"):  # a bias is added once
-        return (0, 0, shape[0]) if rank == 0 else None
-    if module in ("embed_tokens", "lm_head"):
-        rows = -(-shape[0] // size)
-        return 0, min(rank * rows, shape[0]), min((rank + 1) * rows, shape[0])
-    return 0, 0, shape[0]
 
 
 # %% ../notebooks/16_tensor_parallel.ipynb #read-shard
@@ -480,36 +469,13 @@ def make_worker(
     shard: ShardedForCausalLM, config: EngineConfig, memory: int
 ) -> GPUWorker:
     """The worker of a rank, with a cache of the size that all ranks have room for."""
-    settled = replace(
-        config,
-        dtype="auto",
-        device="auto",
-        attention_backend="auto",
-        kv_cache_memory_bytes=memory,
-    )
-    return GPUWorker(shard, settled)
+    settled: Any = dict.fromkeys(("dtype", "device", "attention_backend"), "auto")
+    return GPUWorker(shard, replace(config, kv_cache_memory_bytes=memory, **settled))
 
 
 # %% ../notebooks/16_tensor_parallel.ipynb #run-rank
 RESET = "reset"
 """What rank 0 sends in place of a plan, when all requests are to be forgotten."""
-
-
-@dataclass(frozen=True)
-class RankFailure:
-    """How a rank ended, as plain data.
-
-    Attributes:
-        message: of the error.
-        details: its traceback.
-        is_refusal: whether it saw before it began that it does not fit the others.
-        is_consequence: whether it ended because another one had.
-    """
-
-    message: str
-    details: str = ""
-    is_refusal: bool = False
-    is_consequence: bool = False
 
 
 def start_rank(rank: int, setup: RankSetup, pipe: Connection) -> GPUWorker:
@@ -573,10 +539,6 @@ GRACE_SECONDS = 3
 """How long ranks have to end when they are asked to, or to say what went wrong."""
 
 
-class RankError(RuntimeError):
-    """A rank has failed, and the engine with it."""
-
-
 class RankProcesses:
     """The ranks other than 0, each in a process that ends when this one does.
 
@@ -624,8 +586,8 @@ class RankProcesses:
         except OSError as error:
             raise LostRankError("a rank does not listen any more") from error
 
-    def listen(self, timeout: float | None = None) -> None:
-        """Waits until something comes, and reads it."""
+    def listen(self, timeout: float | None = None) -> bool:
+        """Waits until something comes, and reads it; returns whether it came."""
         alive = [i for i in self.pipes if i not in self.failures]
         ready = wait([self.pipes[i] for i in alive], timeout)
         for rank in alive:
@@ -640,6 +602,7 @@ class RankProcesses:
                 self.failures[rank] = message
             else:
                 self.answers[rank].append(message)
+        return bool(ready)
 
     def check(self) -> None:
         """Raises what `explain` says, if a rank has failed."""
@@ -671,23 +634,10 @@ class RankProcesses:
         When one fails the others lose it in the middle of a sum, and may say so first;
         so this waits a little for one that has something else to say.
         """
-        deadline = time.monotonic() + GRACE_SECONDS
         while all(one.is_consequence for one in self.failures.values()):
-            left = deadline - time.monotonic()
-            if left < 0 or len(self.failures) == len(self.pipes):
+            if len(self.failures) == len(self.pipes) or not self.listen(GRACE_SECONDS):
                 break
-            self.listen(left)
-        failures = sorted(
-            self.failures.items(), key=lambda item: (item[1].is_consequence, item[0])
-        )
-        if not failures:
-            return RankError("a rank has lost the others, and none of them says why.")
-        rank, failure = failures[0]
-        text = f"rank {rank} of {self.size} failed: {failure.message}"
-        error = ValueError(text) if failure.is_refusal else RankError(text)
-        if failure.details:
-            error.add_note(f"On rank {rank}: {failure.details}")
-        return error
+        return explain_failures(self.failures, self.size)
 
     def kill(self) -> None:
         """Ends them in whatever they do."""
@@ -702,59 +652,12 @@ class RankProcesses:
         deadline = time.monotonic() + GRACE_SECONDS
         for process in self.processes.values():
             process.join(max(0, deadline - time.monotonic()))
-            if process.is_alive():
-                process.kill()
-                process.join()
+            process.kill()
+            process.join()
         for pipe in self.pipes.values():
             pipe.close()
         self.pipes, self.processes = {}, {}
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-# %% ../notebooks/16_tensor_parallel.ipynb #check-checkpoint
-def check_checkpoint(model: Source, config: EngineConfig) -> Path:
-    """Everything that can be wrong before a weight is read; returns the folder.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_model` does, and if the model cannot be
-            cut into that many parts.
-    """
-    folder = find_checkpoint(check_source(model))
-    checkpoint, files = read_config(folder), find_weight_files(folder)
-    check_heads(checkpoint, config.tensor_parallel_size)
-    limits = torch.float32, sys.maxsize, config.max_model_len
-    resolve_max_model_len(checkpoint, *limits)
-    with naming(folder / "config.json"), torch.device("meta"):
-        whole = Qwen3ForCausalLM(checkpoint)
-    with naming(folder):  # on meta: only names and shapes are compared
-        whole.load_weights(read_weights(files, headers_only=True))
-    return folder
-
-
-# %% ../notebooks/16_tensor_parallel.ipynb #hold-interrupts
-@contextmanager
-def hold_interrupts(give_up: Callable[[], None]) -> Iterator[None]:
-    """Lets Ctrl-C wait until the block ends; the second one calls `give_up`.
-
-    A rank that left a step halfway would leave the others in the middle of a sum.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # no other thread gets Ctrl-C
-        return
-    presses: list[int] = []
-
-    def hold(number: int, _: object) -> None:
-        presses.append(number)
-        if len(presses) > 1:
-            give_up()
-
-    before = signal.signal(signal.SIGINT, hold)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if presses:
-            signal.raise_signal(signal.SIGINT)
 
 
 # %% ../notebooks/16_tensor_parallel.ipynb #executor
@@ -799,9 +702,8 @@ class ParallelExecutor(GPUExecutor):
     load = staticmethod(load_shard)
     check = staticmethod(check_checkpoint)
 
-    def __init__(self, model: Source, config: EngineConfig) -> None:
+    def __init__(self, model: "Source", config: EngineConfig) -> None:
         folder = self.check(model, config)
-        size = config.tensor_parallel_size
         setup = RankSetup(
             folder=folder,
             config=replace(config, scheduler="continuous", use_tqdm=False),
@@ -809,7 +711,7 @@ class ParallelExecutor(GPUExecutor):
             group=self.group_name,
             store=os.path.join(tempfile.mkdtemp(prefix="folo-"), "store"),
             identity=identify(folder),
-            num_threads=max(1, torch.get_num_threads() // size),
+            num_threads=max(1, torch.get_num_threads() // config.tensor_parallel_size),
             load=self.load,
         )
         self.error: str | None = None

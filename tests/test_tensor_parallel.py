@@ -27,9 +27,9 @@ from folo_lib.checkpoint import find_weight_files, load_model, read_config
 from folo_lib.config import EXECUTORS, EngineConfig
 from folo_lib.course.ranks import ThreadGroup, run_ranks
 from folo_lib.kv_cache import kv_bytes_per_token
+from folo_lib.parallel_checks import RankError
 from folo_lib.tensor_parallel import (
     GlooGroup,
-    RankError,
     RankProcesses,
     ShardedForCausalLM,
     find_share,

@@ -460,6 +460,7 @@ PARTS = {  # page: left, bottom, width, height, text
     "13": (73.8, 20, 8.4, 11, "13 Paged\nattention"),
     "14": (87, 47, 12, 12, "14 CUDA\ngraphs"),
     "15": (87, 62, 12, 8, "15 Fused\ndecode"),
+    "16": (0, 9, 13, 12, "16 Tensor\nparallel\nmany devices"),
     "17": (0, 61, 13, 9, "17 Serving\nmany clients"),
     "18": (83, 0, 16, 10, "18 Benchmark\nmeasures it all"),
 }
@@ -521,6 +522,7 @@ def draw_map(
     if here != "15":  # or else "you are here" stands there
         ax.plot([93, 93], [59, 62], "k-", lw=1)  # from the graphs to their kernels
     ax.plot([82.2, 83], [25.5, 25.5], "k-", lw=1)  # from the kernels to the cache
+    ax.plot([13, 25], [17, 17], "k-", lw=1)  # from the ranks to what they share
     if here:
         left, bottom, width, height, _ = PARTS[here]
         place = SIGNS.get(here, (left + width / 2, bottom - 2))

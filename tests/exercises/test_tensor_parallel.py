@@ -1,0 +1,97 @@
+"""Plausible mistakes in the exercises of page 16, and what the checks say about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from folo_lib.course.exercises.tensor_parallel import (
+    check_count_sent_bytes,
+    check_cut_rows,
+    check_gather_top,
+)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda n, e, b, size: 4 * n * e * b * size, "with 6 layers"),
+        (lambda n, e, b, size: 2 * n * e * b * size, "with 6 layers"),
+        (lambda n, e, b, size: (2 * n + 1) * e * size, "64 sequences"),
+        (lambda n, e, b, size: (2 * n + 1) * e * b * 4, "and 2 bytes"),
+    ],
+)
+def test_wrong_bytes(wrong: Callable[..., int], message: str) -> None:
+    verdict = check_count_sent_bytes(wrong)
+    assert not verdict
+    assert message in verdict.message
+
+
+def cut_rounded_up(num_rows: int, size: int) -> list[tuple[int, int]]:
+    width = -(-num_rows // size)
+    cuts = [(i * width, (i + 1) * width) for i in range(size)]
+    return [(min(a, num_rows), min(b, num_rows)) for a, b in cuts]
+
+
+def cut_last_more(num_rows: int, size: int) -> list[tuple[int, int]]:
+    return [(i * num_rows // size, (i + 1) * num_rows // size) for i in range(size)]
+
+
+@pytest.mark.parametrize("wrong", [cut_rounded_up, cut_last_more])
+def test_wrong_cuts(wrong: Any) -> None:
+    verdict = check_cut_rows(wrong)
+    assert not verdict
+    assert "10 rows on 4 ranks" in verdict.message
+
+
+def gather_all(scores: Tensor, start: int, group: Any) -> Tensor:
+    wide = torch.nn.functional.pad(scores, (0, 20 - scores.shape[1]), value=-1e9)
+    parts = group.all_gather(wide).unflatten(-1, (group.size, 20))
+    width = -(-11 // group.size)
+    joined = torch.cat([parts[:, i, :width] for i in range(group.size)], -1)
+    return joined.argmax(-1)
+
+
+def gather_local_ids(scores: Tensor, start: int, group: Any) -> Tensor:
+    best = scores.argmax(-1, keepdim=True)
+    own = torch.cat([scores.gather(-1, best), best.float()], -1)
+    pairs = group.all_gather(own).unflatten(-1, (group.size, 2))
+    winner = pairs[..., 0].argmax(-1, keepdim=True)
+    return pairs[..., 1].gather(-1, winner)[:, 0].long()
+
+
+def gather_reshaped(scores: Tensor, start: int, group: Any) -> Tensor:
+    best = scores.argmax(-1, keepdim=True)
+    own = torch.cat([scores.gather(-1, best), (best + start).float()], -1)
+    pairs = group.all_gather(own).view(group.size, -1, 2).transpose(0, 1)
+    winner = pairs[..., 0].argmax(-1, keepdim=True)
+    return pairs[..., 1].gather(-1, winner)[:, 0].long()
+
+
+def gather_late(scores: Tensor, start: int, group: Any) -> Tensor:
+    """Of equal scores the larger id."""
+    best = scores.argmax(-1, keepdim=True)
+    own = torch.cat([scores.gather(-1, best), (best + start).float()], -1)
+    pairs = group.all_gather(own).unflatten(-1, (group.size, 2)).flip(-2)
+    winner = pairs[..., 0].argmax(-1, keepdim=True)
+    return pairs[..., 1].gather(-1, winner)[:, 0].long()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (gather_all, "two for each row are enough"),
+        (gather_local_ids, "rank 0 of 2 finds"),
+        (gather_reshaped, "rank 0 of 2 finds"),
+        (gather_late, "the smaller id wins"),
+        (lambda scores, start, group: scores.argmax(-1)[:, None], "int64 of shape"),
+    ],
+)
+def test_wrong_winners(wrong: Any, message: str) -> None:
+    verdict = check_gather_top(wrong)
+    assert not verdict
+    assert message in " ".join(verdict.message.split())
