@@ -626,7 +626,6 @@ class FusedDecode:
         self.best = zeros(most, dtype=torch.int64)
         self.arrivals = zeros(1, dtype=torch.int32)
         self.pdl = {"PDL": True, "launch_pdl": True} if uses_pdl else {"PDL": False}
-        self.pdl_joined = self.pdl  # of what reads `x` after a `join`
 
     def join(self, num_seqs: int) -> None:
         """Makes `x` of `out`, for as many rows: here they are the same tensor."""
@@ -697,7 +696,7 @@ class FusedDecode:
             len(w) // 2,
             w.shape[1],
             **options,
-            **self.pdl_joined,
+            **self.pdl,
         )
         self.run_residual(self.y, mlp.down_proj.weight, sizes, num_seqs)
 
@@ -741,7 +740,7 @@ class FusedDecode:
         for layer, kv_cache in zip(model.layers, kv_caches, strict=True):
             assert isinstance(layer, Qwen3DecoderLayer)
             self.run_layer(layer, kv_cache, seq_lens, slots, sizes, first_pdl)
-            first_pdl = self.pdl_joined
+            first_pdl = self.pdl
         w = embedding if self.model.lm_head is None else self.model.lm_head.weight
         num_programs = min(MAX_HEAD_PROGRAMS, len(w) // (8 * sizes.head_groups))
         head_kernel[(num_programs,)](
@@ -763,7 +762,7 @@ class FusedDecode:
             num_stages=sizes.head_stages,
             FIRST=self.first_id,
             DRAWS=self.draws,
-            **self.pdl_joined,
+            **self.pdl,
         )
 
 

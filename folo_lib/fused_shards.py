@@ -182,8 +182,9 @@ class ShardedDecode(FusedDecode):
     Args:
         model: the shard, of which `find_obstacle` finds none; its group is a `SharedGroup`.
         max_blocks: of a sequence.
-        uses_pdl: see `FusedDecode`. The kernel after a sum is launched when the sum has ended, as
-            PyTorch's kernel does not let it start before.
+        uses_pdl: see `FusedDecode`. PyTorch's kernel does not let the one after a sum start
+            before it has ended, so that one asks for the begin of its matrix too late; what
+            `part_kernel` has asked for before makes up for it.
     """
 
     draws = False
@@ -202,8 +203,6 @@ class ShardedDecode(FusedDecode):
         size, allocate = model.config.hidden_size, self.group.allocate
         self.out = allocate(MAX_FUSED_SEQS, size, dtype=torch.float32)
         self.x = torch.zeros_like(self.out)
-        # It lets the next one start, but does not start before the sum has ended.
-        self.pdl_joined = self.pdl | ({"launch_pdl": False} if uses_pdl else {})
         shape = self.group.size, MAX_FUSED_SEQS, PIECES.value
         self.shared = allocate(*shape, dtype=torch.float32)
         self.pieces = torch.zeros_like(self.shared)
