@@ -8,11 +8,16 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+import tempfile
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,6 +31,7 @@ from folo_lib.checkpoint import (
 from folo_lib.checkpoint_checks import naming
 from folo_lib.kv_cache import resolve_max_model_len
 from folo_lib.qwen3 import Qwen3ForCausalLM
+from folo_lib.runner import InFlightStep, StepOutput
 
 if TYPE_CHECKING:
     from transformers import Qwen2Config, Qwen3Config
@@ -33,22 +39,32 @@ if TYPE_CHECKING:
     from folo_lib.config import EngineConfig
     from folo_lib.runner import Source
 
+    ModelConfig = Qwen2Config | Qwen3Config
+else:
+    ModelConfig = Any  # transformers takes long to import
+
 __all__ = [
+    "ModelConfig",
     "RankError",
     "RankFailure",
+    "WatchedStep",
+    "catch_warnings",
     "check_checkpoint",
     "check_heads",
     "check_identity",
     "check_source",
     "describe_exit",
-    "end_with_parent",
     "explain_failures",
     "identify",
+    "leave_to_parent",
     "list_sizes",
+    "make_store",
+    "remove_store",
+    "repeat_warnings",
 ]
 
 
-def list_sizes(config: Qwen2Config | Qwen3Config) -> list[int]:
+def list_sizes(config: ModelConfig) -> list[int]:
     """The numbers of ranks that a model can be cut into.
 
     Query heads and the columns of the MLP are divided evenly. Key/value heads are too, or,
@@ -65,7 +81,7 @@ def list_sizes(config: Qwen2Config | Qwen3Config) -> list[int]:
     ]
 
 
-def check_heads(config: Qwen2Config | Qwen3Config, size: int) -> None:
+def check_heads(config: ModelConfig, size: int) -> None:
     """Whether a model can be cut into that many parts.
 
     Raises:
@@ -181,6 +197,14 @@ class RankFailure:
     is_refusal: bool = False
     is_consequence: bool = False
 
+    @classmethod
+    def from_error(
+        cls, error: BaseException, is_refusal: bool, is_consequence: bool
+    ) -> RankFailure:
+        """Of an error that is being handled."""
+        message = f"{type(error).__name__}: {error}"
+        return cls(message, traceback.format_exc(), is_refusal, is_consequence)
+
 
 def explain_failures(failures: Mapping[int, RankFailure], size: int) -> Exception:
     """The error that says which rank was the first to fail, and how.
@@ -216,14 +240,75 @@ def describe_exit(code: int | None) -> str:
     )
 
 
-def end_with_parent(store: str) -> None:
-    """Ends this process as soon as the one that started it is gone, whatever it does.
+def make_store() -> str:
+    """The path of a file that is not there yet, in a folder of its own."""
+    return os.path.join(tempfile.mkdtemp(prefix="folo-ranks-"), "store")
+
+
+def remove_store(store: str) -> None:
+    """Removes the folder of `make_store`; again does nothing."""
+    shutil.rmtree(os.path.dirname(store), ignore_errors=True)
+
+
+def leave_to_parent(store: str) -> None:
+    """Leaves Ctrl-C to the process that started this one, and ends as soon as that is gone.
+
+    It ends whatever it does, in the middle of a sum too.
 
     Args:
-        store: a file whose folder is removed then.
+        store: of `make_store`, removed then.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, args=(store,), daemon=True).start()
+
+
+def _end_with_parent(store: str) -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
-        shutil.rmtree(os.path.dirname(store), ignore_errors=True)
+        remove_store(store)
         os._exit(1)
+
+
+@contextmanager
+def catch_warnings() -> Iterator[list[str]]:
+    """Keeps what a block warns of to itself.
+
+    Yields:
+        A list, which holds the texts of `UserWarning`s after the block.
+    """
+    texts: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield texts
+    texts += [str(one.message) for one in caught if one.category is UserWarning]
+
+
+def repeat_warnings(texts: Iterable[list[str]]) -> None:
+    """Warns of what ranks were warned of, each thing once."""
+    for text in dict.fromkeys(text for some in texts for text in some):
+        warnings.warn(text, stacklevel=4)
+
+
+@dataclass(frozen=True)
+class WatchedStep(InFlightStep):
+    """A step on several GPUs, whose results never come if another rank is gone.
+
+    Attributes:
+        check: raises if it is.
+    """
+
+    check: Callable[[], None] = print
+
+    @classmethod
+    def of(cls, step: InFlightStep, check: Callable[[], None]) -> WatchedStep:
+        """The same step, watched."""
+        parts = {one.name: getattr(step, one.name) for one in fields(step)}
+        return cls(**parts, check=check)
+
+    def read(self) -> StepOutput:
+        """See `InFlightStep.read`."""
+        arrival: Any = self.arrival
+        while arrival is not None and not arrival.query():
+            self.check()
+        return super().read()

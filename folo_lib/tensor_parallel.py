@@ -30,69 +30,57 @@ __all__ = [
     "follow",
     "run_rank",
     "RankProcesses",
-    "WatchedStep",
     "ParallelExecutor",
 ]
 
 # %% ../notebooks/16_tensor_parallel.ipynb #imports
 import copy
 import multiprocessing
-import os
 import pickle
 import pkgutil
-import shutil
-import signal
-import tempfile
-import threading
-import time
-import traceback
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from folo_lib.checkpoint import (
     find_weight_files,
     read_config,
     resolve_attention_backend,
-    resolve_device,
     resolve_dtype,
 )
 from folo_lib.parallel_checks import (
+    ModelConfig,
     RankError,
     RankFailure,
+    WatchedStep,
+    catch_warnings,
     check_checkpoint,
     check_identity,
     describe_exit,
-    end_with_parent,
     explain_failures,
     identify,
+    leave_to_parent,
+    make_store,
+    remove_store,
+    repeat_warnings,
 )
 
 from .checkpoint_checks import warn_of_non_finite
 from .config import EngineConfig
-from .platform import get_kv_cache_memory, hold_interrupts
+from .platform import get_kv_cache_memory, hold_interrupts, resolve_device
 from .qwen3 import Qwen3ForCausalLM, get_head_dim
-from .runner import GPUExecutor, GPUWorker, InFlightStep, StepOutput, StepPlan
-
-if TYPE_CHECKING:
-    from multiprocessing.process import BaseProcess
-
-    from transformers import Qwen2Config, Qwen3Config
-
-    from folo_lib.runner import Source
+from .runner import GPUExecutor, GPUWorker, InFlightStep, Source, StepPlan
 
 
 # %% ../notebooks/16_tensor_parallel.ipynb #rank-group
@@ -250,7 +238,7 @@ class RowParallelLinear(nn.Linear):
 def find_share(
     name: str,
     shape: list[int],
-    config: "Qwen2Config | Qwen3Config",
+    config: ModelConfig,
     rank: int,
     size: int,
 ) -> tuple[int, int, int] | None:
@@ -311,9 +299,7 @@ class VocabParallelEmbedding(nn.Embedding):
 
 
 # %% ../notebooks/16_tensor_parallel.ipynb #shard-config
-def make_shard_config(
-    config: "Qwen2Config | Qwen3Config", size: int
-) -> "Qwen2Config | Qwen3Config":
+def make_shard_config(config: ModelConfig, size: int) -> ModelConfig:
     """The config of one rank's model: fewer heads, a narrower MLP, else the same."""
     local = copy.deepcopy(config)
     local.head_dim = get_head_dim(config)  # no longer `E` by the number of heads
@@ -336,7 +322,7 @@ class ShardedForCausalLM(Qwen3ForCausalLM):
 
     def __init__(
         self,
-        config: "Qwen2Config | Qwen3Config",
+        config: ModelConfig,
         group: RankGroup,
         attention_backend: str = "auto",
     ) -> None:
@@ -361,7 +347,7 @@ class ShardedForCausalLM(Qwen3ForCausalLM):
 
 # %% ../notebooks/16_tensor_parallel.ipynb #read-shard
 def read_shard(
-    files: Iterable[Path], config: "Qwen2Config | Qwen3Config", rank: int, size: int
+    files: Iterable[Path], config: ModelConfig, rank: int, size: int
 ) -> Iterator[tuple[str, Tensor]]:
     """One rank's parts of all tensors, one at a time; the rest stays on the disk.
 
@@ -385,7 +371,7 @@ def read_shard(
                 part = stored[:, start:stop] if dim else stored[start:stop]
                 if name.endswith(("embed_tokens.weight", "lm_head.weight")):
                     missing = -(-shape[0] // size) - len(part)
-                    part = F.pad(part, (0, 0, 0, missing))  # rows of nobody
+                    part = nn.functional.pad(part, (0, 0, 0, missing))  # rows of nobody
                 yield name, part
 
 
@@ -487,10 +473,8 @@ def start_rank(rank: int, setup: RankSetup, pipe: Connection) -> GPUWorker:
     check_identity(setup.folder, setup.identity)
     pipe.send("the same")
     group = setup.make_group(rank)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with catch_warnings() as texts:
         shard = setup.load(setup.folder, setup.config, group)
-    texts = [str(one.message) for one in caught if one.category is UserWarning]
     pipe.send((get_cache_memory(setup.config, group), texts))
     memory = pipe.recv()
     group.connect()
@@ -516,20 +500,16 @@ def follow(rank: int, setup: RankSetup, pipe: Connection) -> None:
     except EOFError:  # rank 0 is gone
         pass
     except BaseException as error:
-        failure = RankFailure(
-            f"{type(error).__name__}: {error}",
-            traceback.format_exc(),
-            is_refusal=worker is None and isinstance(error, ValueError),
-            is_consequence=isinstance(error, LostRankError),
-        )
+        is_refusal = worker is None and isinstance(error, ValueError)
+        is_consequence = isinstance(error, LostRankError)
+        failure = RankFailure.from_error(error, is_refusal, is_consequence)
         with suppress(OSError):
             pipe.send(failure)
 
 
 def run_rank(rank: int, setup: RankSetup, pipe: Connection) -> None:
     """`follow` in a process of its own, which leaves Ctrl-C to rank 0."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, args=(setup.store,), daemon=True).start()
+    leave_to_parent(setup.store)
     torch.set_num_threads(setup.num_threads)
     follow(rank, setup, pipe)
 
@@ -552,9 +532,9 @@ class RankProcesses:
 
     def __init__(self, setup: RankSetup) -> None:
         self.size, self.num_bytes = setup.config.tensor_parallel_size, 0
-        self.folder = os.path.dirname(setup.store)
+        self.store = setup.store
         self.pipes: dict[int, Connection] = {}
-        self.processes: dict[int, BaseProcess] = {}  # or what looks like one
+        self.processes: dict[int, Any] = {}  # or what looks like one
         self.answers: dict[int, deque[Any]] = {}
         self.failures: dict[int, RankFailure] = {}
         for rank in range(1, self.size):
@@ -562,7 +542,7 @@ class RankProcesses:
             self.pipes[rank], theirs = multiprocessing.Pipe()
             self.processes[rank] = self.start(rank, setup, theirs)
 
-    def start(self, rank: int, setup: RankSetup, pipe: Connection) -> "BaseProcess":
+    def start(self, rank: int, setup: RankSetup, pipe: Connection) -> Any:
         """Starts the process of a rank; `pipe` is its end of the pipe."""
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         process = context.Process(
@@ -649,36 +629,17 @@ class RankProcesses:
         for pipe in self.pipes.values():
             with suppress(OSError):
                 pipe.send(None)
-        deadline = time.monotonic() + GRACE_SECONDS
         for process in self.processes.values():
-            process.join(max(0, deadline - time.monotonic()))
+            process.join(GRACE_SECONDS)
             process.kill()
             process.join()
         for pipe in self.pipes.values():
             pipe.close()
         self.pipes, self.processes = {}, {}
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_store(self.store)
 
 
 # %% ../notebooks/16_tensor_parallel.ipynb #executor
-@dataclass(frozen=True)
-class WatchedStep(InFlightStep):
-    """A step on several GPUs, whose results never come if another rank is gone.
-
-    Attributes:
-        check: raises if it is.
-    """
-
-    check: Callable[[], None] = print
-
-    def read(self) -> StepOutput:
-        """See `InFlightStep.read`."""
-        arrival: Any = self.arrival
-        while arrival is not None and not arrival.query():
-            self.check()
-        return super().read()
-
-
 class ParallelExecutor(GPUExecutor):
     """Several workers: rank 0 in this process, each other one in its own.
 
@@ -702,14 +663,14 @@ class ParallelExecutor(GPUExecutor):
     load = staticmethod(load_shard)
     check = staticmethod(check_checkpoint)
 
-    def __init__(self, model: "Source", config: EngineConfig) -> None:
+    def __init__(self, model: Source, config: EngineConfig) -> None:
         folder = self.check(model, config)
         setup = RankSetup(
             folder=folder,
             config=replace(config, scheduler="continuous", use_tqdm=False),
             device=resolve_device(config.device).type,
             group=self.group_name,
-            store=os.path.join(tempfile.mkdtemp(prefix="folo-"), "store"),
+            store=make_store(),
             identity=identify(folder),
             num_threads=max(1, torch.get_num_threads() // config.tensor_parallel_size),
             load=self.load,
@@ -732,8 +693,7 @@ class ParallelExecutor(GPUExecutor):
         group = setup.make_group(0)
         shard = setup.load(setup.folder, setup.config, group, self.ranks.watch)
         told = self.ranks.receive()
-        for text in dict.fromkeys(text for _, texts in told for text in texts):
-            warnings.warn(text, stacklevel=4)
+        repeat_warnings(texts for _, texts in told)
         memory = min(get_cache_memory(setup.config, group), *(one for one, _ in told))
         self.ranks.send(memory)
         group.connect()
@@ -746,10 +706,7 @@ class ParallelExecutor(GPUExecutor):
         with self.together():
             self.ranks.send(plan)
             step = super().launch(plan)
-        if step.arrival is None:
-            return step
-        parts = {one.name: getattr(step, one.name) for one in fields(step)}
-        return WatchedStep(**parts, check=self.check_ranks)
+        return WatchedStep.of(step, self.check_ranks) if step.arrival else step
 
     def reset(self) -> None:
         """Forgets all requests, on all ranks."""

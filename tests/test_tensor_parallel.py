@@ -261,7 +261,7 @@ def wait_for_end(pids: list[int], seconds: float = 10) -> None:
 def two() -> Iterator[LLMEngine]:
     engine = start_engine()
     pids = list_pids(engine)
-    folder = engine.executor.ranks.folder  # type: ignore[attr-defined]
+    folder = os.path.dirname(engine.executor.ranks.store)  # type: ignore[attr-defined]
     assert os.path.isdir(folder)
     yield engine
     engine.executor.close()  # type: ignore[attr-defined]
