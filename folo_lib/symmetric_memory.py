@@ -20,7 +20,10 @@ rounded after each addition: with two ranks once, as a sum in float32 would be.
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -35,12 +38,24 @@ __all__ = ["METHODS", "SymmetricGroup"]
 METHODS = "one_shot", "two_shot", "nccl"
 # Up to how many bytes the first two are the quickest, by rule, so that every start adds alike.
 # Measured by the benchmark's section `tensor_parallel`.
-ONE_SHOT_BYTES = 2**20
+ONE_SHOT_BYTES = 512 * 2**10
 TWO_SHOT_BYTES = 8 * 2**20
 DTYPES = (torch.bfloat16, torch.float32)  # that PyTorch's kernels add
 
-CONNECTED: dict[int, SymmetricGroup] = {}
+CONNECTED: weakref.WeakValueDictionary[int, SymmetricGroup] = (
+    weakref.WeakValueDictionary()
+)
 """The groups of this process; a compiled layer knows its own by a number."""
+
+
+def leave(device: torch.device) -> None:
+    """Ends this process's part of PyTorch's default group.
+
+    A sum that waits for a rank which is gone never ends, and nothing that waits for it would; then
+    the group is left as it is until the process ends.
+    """
+    if dist.is_initialized() and torch.cuda.current_stream(device).query():
+        dist.destroy_process_group()
 
 
 class SymmetricGroup:
@@ -59,6 +74,7 @@ class SymmetricGroup:
         self.rank, self.size, self.store = rank, size, store
         self.device = torch.device("cuda", rank)
         self.number = next(self.numbers)
+        self.end: Callable[[], object] = list  # nothing is to be left yet
         CONNECTED[self.number] = self
         torch.cuda.set_device(self.device)  # Triton launches there
 
@@ -67,7 +83,15 @@ class SymmetricGroup:
 
         Raises:
             LostRankError: if they do not come, or cannot read each other's memory.
+            ValueError: if this process has a default group already.
         """
+        if dist.is_initialized():
+            gc.collect()  # perhaps it is that of an engine which nobody holds any more
+        if dist.is_initialized():
+            raise ValueError(
+                "this process has a torch.distributed group already: end that first, or the "
+                "engine that has it; a process has one engine of several GPUs at a time."
+            )
         c10d: Any = dist
         with naming_lost_rank():
             dist.init_process_group(
@@ -80,6 +104,9 @@ class SymmetricGroup:
             )
             world: Any = dist.group.WORLD
             self.world, self.name = world, str(world.group_name)
+            end = weakref.finalize(self, leave, self.device)
+            end.atexit = False  # the end of the process does it
+            self.end = end
             self.buffer = self.allocate(TWO_SHOT_BYTES, dtype=torch.uint8)
 
     def allocate(self, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -136,8 +163,7 @@ class SymmetricGroup:
 
     def close(self) -> None:
         """Lets the others go."""
-        if CONNECTED.pop(self.number, None) is not None and dist.is_initialized():
-            dist.destroy_process_group()
+        self.end()
 
 
 @torch.library.custom_op("folo_lib::all_reduce", mutates_args=())

@@ -91,9 +91,11 @@ def run_ranks(size: int, work: Callable[[TurnSum], Any]) -> list[Any]:
     return [one.result() for one in futures]
 
 
-def make_shard(whole: Qwen3ForCausalLM, group: Any) -> ShardedForCausalLM:
+def make_shard(
+    whole: Qwen3ForCausalLM, group: Any, backend: str = "torch_naive"
+) -> ShardedForCausalLM:
     """One rank's part of a model."""
-    shard = ShardedForCausalLM(whole.config, group, "torch_naive").eval()
+    shard = ShardedForCausalLM(whole.config, group, backend).eval()
     weight = whole.model.embed_tokens.weight
     parts = []
     for name, tensor in whole.hf_weights().items():
