@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from folo_lib import fused_checks
 from folo_lib.benchmark import BenchmarkError, Result
 from folo_lib.config import EngineConfig
 from folo_lib.cuda_graph import GraphRunner, GraphSize
@@ -66,6 +67,8 @@ QWEN3: Mapping[str, Mapping[str, int]] = {
 SIZE = 2  # ranks
 CONTEXT = 128  # tokens of a sequence before the first step
 BLOCK_SIZE = 16
+NUM_LATE = fused_checks.NUM_LATE
+OTHER_LATE = 0, 128, 512  # programs that ask for the next matrix, 64 kB each
 MAX_SECONDS = 160  # that the whole may take
 
 
@@ -313,24 +316,37 @@ def run_case(
     meet: Callable[[], None],
     num_layers: int | None = None,
 ) -> list[Result]:
-    """A step of that case; with two devices once more, with copies in place of sums."""
+    """A step of that case; on two devices in several variants."""
     model = make_model(case, group if case.devices > 1 else None, num_layers)
     runner = make_runner(model, case, sizes.num_steps)
-    rows = []
-    for is_muted in (False, True) if case.devices > 1 else (False,):
-        if is_muted:
-            group.is_muted = True
+    rows: list[Result] = []
+    for variant in list_variants(runner, case):
+        group.is_muted = group.is_muted or not variant["has_sums"]
+        if rows:
+            fused_checks.NUM_LATE = variant["num_late"]
             record(runner, case)
         try:
-            alone = is_muted or case.devices == 1
+            alone = group.is_muted or case.devices == 1
             seconds = time_steps(runner, case, sizes, (lambda: None) if alone else meet)
         finally:
             group.is_muted = not dist.is_initialized()
-        row: Result = asdict(case) | {"has_sums": case.devices > 1 and not is_muted}
-        row |= {"runner": type(runner).__name__}
+            fused_checks.NUM_LATE = NUM_LATE
+        row: Result = asdict(case) | variant | {"runner": type(runner).__name__}
         row |= {"graphs": type(runner.graphs).__name__}
         rows.append(row | describe(seconds, 1e3, "ms"))
     return rows
+
+
+def list_variants(runner: GraphRunner, case: Case) -> list[Result]:
+    """As it is; with copies in place of sums; asking for less or more before a sum."""
+    if case.devices == 1:
+        return [{"has_sums": False}]
+    variants = [{"has_sums": True, "num_late": NUM_LATE}]
+    variants.append({"has_sums": False, "num_late": NUM_LATE})
+    is_fused = getattr(runner.graphs, "is_fused", lambda size: False)
+    if is_fused(GraphSize(case.requests, case.requests, True)):
+        variants += [{"has_sums": True, "num_late": n} for n in OTHER_LATE]
+    return variants
 
 
 def try_case(case: Case, group: MutedGroup, sizes: ParallelSizes) -> list[Result]:
@@ -474,7 +490,9 @@ def measure_ranks(
 
 def find_row(rows: Sequence[Result], case: Case, has_sums: bool) -> Result | None:
     """The row of a case."""
-    wanted = asdict(case) | {"has_sums": has_sums}
+    wanted: Result = asdict(case) | {"has_sums": has_sums}
+    if case.devices > 1:
+        wanted["num_late"] = NUM_LATE
     return next((row for row in rows if wanted.items() <= row.items()), None)
 
 

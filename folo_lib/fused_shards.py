@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import fused_checks
 from .config import EngineConfig
 from .cuda_graph import GraphSize, StepGraphs
 from .fused_attention import let_next_start, wait_for_previous
@@ -47,7 +48,6 @@ from .tensor_parallel import RankGroup, ShardedForCausalLM, VocabParallelEmbeddi
 
 __all__ = ["ShardedDecode", "ShardedGraphs", "ShardedRunner", "SharedGroup"]
 
-NUM_LATE = 256  # programs that ask for 64 kB each of the matrix after a sum
 PIECES = tl.constexpr(4)  # of a winner; the last one is always 0, for a row of 16 bytes
 
 
@@ -198,7 +198,7 @@ class ShardedDecode(FusedDecode):
         assert isinstance(embedding, VocabParallelEmbedding)
         self.group: SharedGroup = cast(SharedGroup, model.group)
         self.first_id = embedding.start
-        self.num_late = NUM_LATE if uses_pdl else 0
+        self.num_late = fused_checks.NUM_LATE if uses_pdl else 0
         self.following = find_following(model)
         size, allocate = model.config.hidden_size, self.group.allocate
         self.out = allocate(MAX_FUSED_SEQS, size, dtype=torch.float32)
