@@ -483,6 +483,7 @@ def start_rank(rank: int, setup: RankSetup, pipe: Connection) -> GPUWorker:
     return worker
 
 
+# %% ../notebooks/16_tensor_parallel.ipynb #follow
 def follow(rank: int, setup: RankSetup, pipe: Connection) -> None:
     """The life of a rank other than 0: a plan comes, a step runs, until none comes.
 

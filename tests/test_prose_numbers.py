@@ -1,4 +1,4 @@
-"""Numbers in the prose of pages 00 to 07 are those of an output on the same page."""
+"""Numbers in the prose of pages 00 to 07 and 16 are those of an output on the same page."""
 
 from __future__ import annotations
 
@@ -86,6 +86,72 @@ CLAIMS = (
     ("07_sampler", "needs four operations", "07-82", "  4 operations", "07-81"),
     ("07_sampler", "a pig in it", "07-85", "friendly pig", "07-84"),
     ("07_sampler", "An owl takes her place", "07-159", "friendly owl", "07-158"),
+    ("16_tensor_parallel", "has 65.5 GB of weights", "16-06", "32B : 65.5 GB", "16-05"),
+    (
+        "16_tensor_parallel",
+        "sum of the four is 260",
+        "16-16",
+        "= [260.0, 260.0",
+        "16-15",
+    ),
+    (
+        "16_tensor_parallel",
+        "Four read 27.5 %",
+        "16-32",
+        "4 ranks: 1.68 MB each, 27.5%",
+        "16-31",
+    ),
+    (
+        "16_tensor_parallel",
+        "Two ranks read half each",
+        "16-32",
+        "2 ranks: 3.05 MB each, 50.1%",
+        "16-31",
+    ),
+    ("16_tensor_parallel", "takes 13 sums", "16-35", "13 sums and 1 gather", "16-34"),
+    (
+        "16_tensor_parallel",
+        "three biases too many",
+        "16-37",
+        "too much by 3.0 biases",
+        "16-36",
+    ),
+    ("16_tensor_parallel", "1.36 times as long", "16-39", "['1.36', '0.83']", "16-38"),
+    (
+        "16_tensor_parallel",
+        "ranks 0 and 1 both hold",
+        "16-23",
+        "k_proj: [[0], [0], [1], [1]]",
+        "16-22",
+    ),
+    (
+        "16_tensor_parallel",
+        "less than 2.6 µs",
+        "16-65",
+        "a sum may take  2.6 µs",
+        "16-64",
+    ),
+    (
+        "16_tensor_parallel",
+        "half of 0.30 ms, and 57",
+        "16-65",
+        "reads for  0.30 ms, has  57",
+        "16-64",
+    ),
+    (
+        "16_tensor_parallel",
+        "allows 28.1 µs",
+        "16-65",
+        "a sum may take 28.1 µs",
+        "16-64",
+    ),
+    (
+        "16_tensor_parallel",
+        "Qwen3-32B 63.5 µs",
+        "16-65",
+        "a sum may take 63.5 µs",
+        "16-64",
+    ),
 )
 
 
