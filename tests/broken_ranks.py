@@ -127,7 +127,3 @@ class FailsInStep(ParallelExecutor):
 
 class KilledInStep(ParallelExecutor):
     load = staticmethod(partial(fail_in_step, be_killed))
-
-
-class FailsInThread(ThreadExecutor):
-    load = staticmethod(partial(fail_in_step, run_out_of_memory))
