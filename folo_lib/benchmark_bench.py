@@ -201,7 +201,11 @@ QUICK = Sizes(
 
 @dataclass
 class Bench:
-    """What the sections share. Systems are started when first needed."""
+    """What the sections share. Systems are started when first needed.
+
+    Attributes:
+        waterfall_rungs: that the section `waterfall` runs; none: all.
+    """
 
     folder: Path
     device: torch.device
@@ -209,6 +213,7 @@ class Bench:
     sizes: Sizes
     num_runs: int = MIN_RUNS
     max_spread: float = MAX_SPREAD
+    waterfall_rungs: Sequence[str] = ()
 
     @cached_property
     def config(self) -> Qwen2Config | Qwen3Config:

@@ -27,6 +27,7 @@ from folo_lib.benchmark_bench import QUICK, Bench, Sizes
 from folo_lib.benchmark_records import describe_setup, open_record, save_record
 from folo_lib.benchmark_sections import SECTIONS, parse_alone
 from folo_lib.benchmark_systems import QWEN3_0_6B, write_random_checkpoint
+from folo_lib.benchmark_waterfall import RUNGS
 from folo_lib.checkpoint import (
     find_checkpoint,
     read_config,
@@ -54,6 +55,14 @@ def make_parser(prog: str = "python -m folo_lib.benchmark") -> argparse.Argument
         metavar="NAME",
         help=f"run these ({', '.join(SECTIONS)}), even if FILE has them; "
         "default: those that FILE has not",
+    )
+    add(
+        "--rungs",
+        nargs="+",
+        choices=list(RUNGS),
+        default=[],
+        metavar="RUNG",
+        help=f"only these of `waterfall` ({', '.join(RUNGS)}); a file may hold parts",
     )
     add("--model", help="a folder or hub id instead of random weights")
     add("--device", default="auto", help="cpu, cuda, cuda:1; default: a GPU if any")
@@ -167,7 +176,8 @@ def main(
             sizes = (QUICK if args.quick else Sizes()).cut(
                 config.max_position_embeddings
             )
-            bench = Bench(folder, device, dtype, sizes, args.runs, args.max_spread)
+            options = args.runs, args.max_spread, args.rungs
+            bench = Bench(folder, device, dtype, sizes, *options)
             run_all(bench, args.sections, weights, args.out, command)
     except (ValueError, OSError, BenchmarkError) as error:
         sys.exit(f"{parser.prog}: error: {error}")

@@ -305,6 +305,7 @@ def run_tasks(
                 if "left_out" not in first:
                     first = measure_checked(task, one, first["answers"], check)
                 results.append(first)
+                print(f"{len(results)} of {len(tasks)} starts are measured", flush=True)
     return results
 
 

@@ -682,6 +682,9 @@ class TestWaterfall:
         assert row["requests"] == 4 and row["options"] == {"decode": "eager"}
         assert made["left_out"].keys() == {"odd", "bad", "late"}
         assert made["left_out"]["late"] == "not with this model"
+        part = replace(bench, waterfall_rungs=["bad", "late"])
+        made = waterfall.run_waterfall(part)
+        assert made["rows"] == [] and [*made["left_out"]] == ["bad", "late"]
 
 
 class TestTimeline:

@@ -244,6 +244,12 @@ def test_lines(record: Result) -> None:
         "fast: 200 tokens/s, 3 starts 190 to 230, 4.00 times the rung before",
         "odd was left out: no such option",
     ]
+    [whole] = record["sections"]["waterfall"]
+    first, *others = whole["rows"]
+    parts = [whole | {"rows": [dict(first, tokens_per_second=9)], "left_out": {}}]
+    parts += [whole | {"rows": [first, others[0]]}, whole | {"rows": others[1:]}]
+    in_parts = record | {"sections": {**record["sections"], "waterfall": parts}}
+    assert shown.list_waterfall(in_parts) == shown.list_waterfall(record)
     assert shown.list_latency(record) == [
         "after   128 tokens: 1.23 ms per token",
         "longest gap of 64 requests: 10.0 ms, and 40.0 ms when a prompt of 8,192 tokens "
@@ -376,7 +382,8 @@ def test_the_recording_is_of_the_real_workload() -> None:
 @pytest.mark.xfail(raises=(KeyError, AssertionError), reason="the rest is not recorded")
 def test_the_recording_is_whole() -> None:
     record = shown.read_recording(RECORD)
-    rungs = shown.latest(record, "waterfall")["rows"]
+    rungs = shown.join_waterfall(record)["rows"]
+    assert len(rungs) == 8
     assert [len(rung["starts"]) for rung in rungs[-3:]] == [5, 5, 5]
     assert len(record["sections"]["vllm"]) >= 2
 

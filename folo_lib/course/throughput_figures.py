@@ -34,6 +34,7 @@ __all__ = [
     "draw_systems",
     "draw_tpot",
     "draw_waterfall",
+    "join_waterfall",
     "latest",
     "list_latency",
     "list_throughput",
@@ -59,6 +60,19 @@ def latest(record: Result, section: str) -> Result:
     """The last recording of a section; `{}` if there is none."""
     recordings: list[Result] = record["sections"].get(section, [])
     return recordings[-1] if recordings else {}
+
+
+def join_waterfall(record: Result) -> Result:
+    """The section `waterfall`, which may have been recorded in parts; `{}` if there is none.
+
+    Of a rung that was recorded twice the last recording counts.
+    """
+    parts: list[Result] = record["sections"].get("waterfall", [])
+    if not parts:
+        return {}
+    rows = {row["rung"]: row for part in parts for row in part["rows"]}
+    left_out = {name: why for part in parts for name, why in part["left_out"].items()}
+    return parts[-1] | {"rows": list(rows.values()), "left_out": left_out}
 
 
 def describe(record: Result, section: str) -> str:
@@ -217,7 +231,7 @@ def draw_waterfall(ax: Axes, record: Result) -> None:
 
     Rungs that were too slow for all of its requests are pale, and say how many they got.
     """
-    rows = latest(record, "waterfall").get("rows", [])
+    rows = join_waterfall(record).get("rows", [])
     if not rows:
         return say_nothing_yet(ax)
     most = max(row["requests"] for row in rows)
@@ -361,7 +375,7 @@ def list_throughput(record: Result) -> list[str]:
 
 def list_waterfall(record: Result) -> list[str]:
     """The section `waterfall` in lines of text, and what it left out, with the reason."""
-    made = latest(record, "waterfall")
+    made = join_waterfall(record)
     if not made:
         return [NOTHING_YET]
     rows, lines = made["rows"], list[str]()
