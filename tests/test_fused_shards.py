@@ -254,3 +254,79 @@ def test_pieces_of_a_winner() -> None:
     low, middle, high, rest = shared.to(torch.int64).unbind(1)
     assert (low + middle * 2**24 + high * 2**40).equal(numbers) and not rest.any()
     assert fused_decode.MAX_FUSED_SEQS == 16
+
+
+class CountingGroup(TurnSum):
+    """One rank of two, whose logits are its own ones twice."""
+
+    gathers = 0
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        self.gathers += 1
+        return torch.cat([x, x + 1], -1)
+
+
+def test_logits_are_gathered_where_a_draw_needs_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And the benchmark's requests run in the graph that it records."""
+    from folo_lib import benchmark_tensor_parallel as benchmark, fused_shards
+    from folo_lib.runner import NewRequest, ScheduledRequest, StepPlan
+    from folo_lib.sampling_kernels import TritonDraw
+    from folo_lib.sampling_params import SamplingParams
+
+    def run(self: Any, columns: Any, rows: Any, caches: Any, *out: Tensor) -> None:
+        out[0].copy_(torch.arange(out[0].shape[1]))
+        out[1].fill_(191)
+
+    monkeypatch.setattr(fused_shards.ShardedDecode, "run", run)
+    monkeypatch.setattr(TritonDraw, "__call__", lambda self, *arguments: None)
+    whole = make_model(
+        heads=16, kv_heads=4, backend="triton", intermediate_size=2048, vocab_size=192
+    )
+    group = CountingGroup(0, Turns(2))
+    shard = make_shard(whole, group, "triton")
+    case = benchmark.Case("8B", 1, 2)
+    runner = benchmark.make_runner(shard, case, 8)
+    assert isinstance(runner, fused_shards.ShardedRunner)
+    graphs = runner.graphs
+    assert isinstance(graphs, fused_shards.ShardedGraphs)
+
+    group.gathers = 0
+    plan = benchmark.start_requests(runner, case)
+    assert runner.launch(plan).read().tokens["0"].token_id == 191
+    assert group.gathers == 0
+
+    for params, gathers in (
+        (SamplingParams(temperature=1.0), 1),
+        (SamplingParams(temperature=1.0, top_k=3), 1),
+        (SamplingParams(temperature=0, repetition_penalty=1.5), 1),
+    ):
+        runner.rows.reset()
+        group.gathers = 0
+        graphs.logits.fill_(float("nan"))
+        new = NewRequest(
+            request_id="a", token_ids=[1, 2], num_prompt_tokens=2, params=params,
+            num_computed_tokens=1,
+        )  # fmt: skip
+        step = runner.launch(StepPlan([ScheduledRequest("a", 1, [0])], [new])).read()
+        assert group.gathers == gathers, params
+        expected = torch.cat([torch.arange(96.0), torch.arange(96.0) + 1])
+        assert graphs.logits[0].equal(expected)
+    assert step.tokens["a"].token_id == 191  # of the sampler, from all logits
+
+
+def test_ranks_that_share_no_memory_run_graphs() -> None:
+    from folo_lib.config import EngineConfig
+    from folo_lib.cuda_graph import StepGraphs
+    from folo_lib.fused_shards import ShardedRunner
+
+    class Group(TurnSum):
+        add_up = property()  # type: ignore[assignment]
+
+    whole = make_model(
+        heads=16, kv_heads=4, backend="triton", intermediate_size=2048, vocab_size=192
+    )
+    shard = make_shard(whole, Group(0, Turns(2)), "triton")
+    runner = ShardedRunner(shard, EngineConfig(tensor_parallel_size=2))
+    assert runner.graphs_class is StepGraphs
