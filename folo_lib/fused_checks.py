@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .qwen3 import Attention, Qwen3ForCausalLM, Qwen3MLP
+from .qwen3 import Attention, Qwen3ForCausalLM
 
 __all__ = ["NUM_LATE", "FusionSizes", "choose_fusion_sizes", "find_obstacle"]
 
@@ -16,13 +16,11 @@ def find_obstacle(model: Qwen3ForCausalLM) -> str | None:
     config = model.config
     attention = next(one for one in model.modules() if isinstance(one, Attention))
     num_heads, num_kv_heads, _ = attention.heads
-    mlp = next(one for one in model.modules() if isinstance(one, Qwen3MLP))
     embedding = model.model.embed_tokens.weight
-    # Of a shard these are its own, and smaller than the config says.
-    inner, vocab_size = mlp.down_proj.weight.shape[1], len(embedding)
+    vocab_size = len(embedding)  # of a shard fewer than the config says
     sizes = {
         "hidden_size": config.hidden_size,
-        "intermediate_size": inner,
+        "intermediate_size": config.intermediate_size,
         "num_attention_heads * head_dim": num_heads * attention.head_dim,
     }
     odd = [f"{name}={size}" for name, size in sizes.items() if size % 1024]

@@ -74,7 +74,7 @@ from .config import EngineConfig
 from .fused_checks import FusionSizes, choose_fusion_sizes, find_obstacle
 from .kv_cache import AttentionMetadata
 from .paged_attention import paged_attention
-from .qwen3 import Attention, Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3MLP
+from .qwen3 import Attention, Qwen3DecoderLayer, Qwen3ForCausalLM
 from .runner import RequestRows
 from .sampler import FILTERS
 from .sampling_kernels import TritonDraw
@@ -619,8 +619,7 @@ class FusedDecode:
         self.x = self.out = narrow(most, config.hidden_size)
         self.qkv = narrow(most, len(attention.qkv_proj.weight))
         self.attended = narrow(most, attention.o_proj.weight.shape[1])
-        mlps = (one for one in model.modules() if isinstance(one, Qwen3MLP))
-        self.y = narrow(most, next(mlps).down_proj.weight.shape[1])
+        self.y = narrow(most, config.intermediate_size)
         self.table = zeros(most, max_blocks, dtype=torch.int32)
         self.scratch = AttentionScratch.allocate(most, attention.heads, weight.device)
         self.best = zeros(most, dtype=torch.int64)

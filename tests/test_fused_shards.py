@@ -176,7 +176,7 @@ def check_shards(whole: Qwen3ForCausalLM, seq_lens: Sequence[int], size: int) ->
             torch.testing.assert_close(mine, other, rtol=0, atol=1e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.more)])
 def test_two_ranks(tied: bool) -> None:
     model = make_model(
         heads=16, kv_heads=4, layers=2, intermediate_size=2048, vocab_size=192,
@@ -223,8 +223,13 @@ def test_the_winner_of_all_ranks() -> None:
         ((1024, 3072, 16, 8), 2, "intermediate_size=1536, not a multiple of 1024"),
         ((2048, 6144, 16, 8), 2, None),  # 1.7B
         ((5120, 25600, 64, 8), 2, "intermediate_size=12800, not a multiple of 1024"),
+        (
+            (4096, 32768, 64, 8),
+            8,
+            "vocab_size=18992",
+        ),  # rows of a rank, not of the model
     ],
-    ids=["8B on 2", "8B on 4", "0.6B on 2", "1.7B on 2", "32B on 2"],
+    ids=["8B on 2", "8B on 4", "0.6B on 2", "1.7B on 2", "32B on 2", "rows on 8"],
 )
 def test_obstacles_of_shards(
     fields: tuple[int, int, int, int], size: int, message: str | None
