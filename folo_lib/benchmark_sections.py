@@ -29,6 +29,7 @@ from folo_lib.benchmark_batch import run_batch
 from folo_lib.benchmark_bench import Bench
 from folo_lib.benchmark_latency import run_latency
 from folo_lib.benchmark_serving import run_serving
+from folo_lib.benchmark_tensor_parallel import run_tensor_parallel
 from folo_lib.benchmark_throughput import run_throughput
 from folo_lib.benchmark_timeline import run_timeline
 from folo_lib.benchmark_tpot import run_tpot
@@ -234,4 +235,5 @@ SECTIONS: Mapping[str, Callable[[Bench], Result]] = {
     "latency": run_latency,
     "tpot": run_tpot,
     "serving": run_serving,
+    "tensor_parallel": run_tensor_parallel,
 }

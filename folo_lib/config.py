@@ -33,6 +33,8 @@ MODEL_RUNNERS = {
     "graph": "folo_lib.cuda_graph:GraphRunner",
     "fused": "folo_lib.fused_decode:FusedRunner",
 }
+SHARD_RUNNERS = {"fused": "folo_lib.fused_shards:ShardedRunner"}
+"""Those that run a model on several devices in another way."""
 SCHEDULERS = {
     "continuous": "folo_lib.scheduler:ContinuousScheduler",
     "fcfs": "folo_lib.engine:FCFSScheduler",
@@ -213,7 +215,8 @@ class EngineConfig:
             name = "fused" if device.type == "cuda" else "eager"
         if name == "fused" and find_spec("triton") is None:
             name = "graph"  # which says what is missing
-        runner: type[ModelRunner] = _find("decode", name, MODEL_RUNNERS, "auto")
+        paths = MODEL_RUNNERS | (SHARD_RUNNERS if self.tensor_parallel_size > 1 else {})
+        runner: type[ModelRunner] = _find("decode", name, paths, "auto")
         return runner
 
     def get_num_ahead(self, device: torch.device) -> int:

@@ -20,6 +20,7 @@ factor `log2(e)`), so softmax is made of `exp2`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import e, log2
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ from .rope import RotaryEmbedding
 
 __all__ = [
     "AttentionScratch",
+    "has_pdl",
     "launch_attention",
     "let_next_start",
     "norm_and_rotate",
@@ -363,6 +365,12 @@ def attention_kernel(
             tl.store(arrivals + group, 0)
 
 
+def has_pdl(device: torch.device) -> bool:
+    """Whether a kernel can start there before the last one has ended."""
+    is_cuda = device.type == "cuda"
+    return is_cuda and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 class AttentionScratch(NamedTuple):
     """What the splits of an attention leave for each other; zeros at first.
 
@@ -379,10 +387,13 @@ class AttentionScratch(NamedTuple):
 
     @classmethod
     def allocate(
-        cls, num_seqs: int, num_heads: int, num_kv_heads: int, device: torch.device
+        cls, num_seqs: int, heads: Sequence[int], device: torch.device
     ) -> AttentionScratch:
-        """For at most that many sequences, and `MAX_SPLITS` splits of all together."""
-        splits = max(num_seqs, MAX_SPLITS)
+        """For at most that many sequences, and `MAX_SPLITS` splits of all together.
+
+        `heads` are the numbers of query, key and value heads.
+        """
+        splits, (num_heads, num_kv_heads, _) = max(num_seqs, MAX_SPLITS), heads
         parts = torch.zeros(splits * num_heads, 128, device=device)
         arrivals = torch.zeros(
             num_seqs * num_kv_heads, dtype=torch.int32, device=device

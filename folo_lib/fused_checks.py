@@ -8,7 +8,7 @@ import torch
 
 from .qwen3 import Attention, Qwen3ForCausalLM
 
-__all__ = ["FusionSizes", "choose_fusion_sizes", "find_obstacle"]
+__all__ = ["NUM_LATE", "FusionSizes", "choose_fusion_sizes", "find_obstacle"]
 
 
 def find_obstacle(model: Qwen3ForCausalLM) -> str | None:
@@ -16,13 +16,15 @@ def find_obstacle(model: Qwen3ForCausalLM) -> str | None:
     config = model.config
     attention = next(one for one in model.modules() if isinstance(one, Attention))
     num_heads, num_kv_heads, _ = attention.heads
+    embedding = model.model.embed_tokens.weight
+    vocab_size = len(embedding)  # of a shard fewer than the config says
     sizes = {
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
         "num_attention_heads * head_dim": num_heads * attention.head_dim,
     }
     odd = [f"{name}={size}" for name, size in sizes.items() if size % 1024]
-    dtype, group = model.model.embed_tokens.weight.dtype, num_heads // num_kv_heads
+    dtype, group = embedding.dtype, num_heads // num_kv_heads
     rules = {
         "no q/k norm": attention.q_norm is None,
         "biases": attention.qkv_proj.bias is not None
@@ -31,10 +33,14 @@ def find_obstacle(model: Qwen3ForCausalLM) -> str | None:
         f"hidden_size={config.hidden_size}, above 4096": config.hidden_size > 4096,
         f"head_dim={attention.head_dim}, not 128": attention.head_dim != 128,
         f"{group} query heads per key head": group not in (1, 2, 4, 8),
-        f"vocab_size={config.vocab_size}": config.vocab_size % 32 != 0,
+        f"vocab_size={vocab_size}": vocab_size % 32 != 0,
         f"{dtype}": dtype not in (torch.bfloat16, torch.float16, torch.float32),
     }
     return next((name for name, is_broken in rules.items() if is_broken), None)
+
+
+NUM_LATE = 256
+"""Programs of a shard's product that ask for the next matrix, 64 kB each; 16 MB in all."""
 
 
 class FusionSizes(NamedTuple):

@@ -63,6 +63,7 @@ from folo_lib.cuda_graph import (
 )
 from folo_lib.fused_attention import (
     AttentionScratch,
+    has_pdl,
     launch_attention,
     let_next_start,
     norm_and_rotate,
@@ -329,7 +330,7 @@ def weigh(x, norm, tile, num_seqs, scale, squares, K: tl.constexpr, ROWS: tl.con
     wide = load_inputs(x, tile, num_seqs, K, ROWS, "").to(tl.float32)
     squares += tl.sum(wide * wide, 1)
     wide *= scale * norm[tile].to(tl.float32)
-    return as_left(wide.to(x.dtype.element_ty), ROWS), squares
+    return as_left(wide.to(norm[tile].dtype), ROWS), squares
 
 
 # %% ../notebooks/15_fused_decode.ipynb #multiply
@@ -354,7 +355,7 @@ def multiply(
     `load_norm`; without `NORM` there is none. `tiles` come from `load_first_tiles`,
     with the same `w`, `row` and `row_step`; the rest are loaded here.
     """
-    FIRST: tl.constexpr = NORM and (K > 2048 or x.dtype.element_ty == tl.float16)
+    FIRST: tl.constexpr = NORM and (K > 2048 or w.dtype.element_ty == tl.float16)
     scale = find_scale(x, num_seqs, eps, K, ROWS) if FIRST else 1.0
     squares = tl.zeros([ROWS], tl.float32)
     product = tl.zeros([8, 16, 8 * GROUPS], tl.float32)
@@ -497,8 +498,14 @@ def head_kernel(
     GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
+    FIRST: tl.constexpr = 0,
+    DRAWS: tl.constexpr = True,
 ):
-    """Norm, all logits, and the likeliest token of each sequence."""
+    """Norm, all logits, and the likeliest token of each sequence.
+
+    `FIRST` is the id of the first row of `w`. Without `DRAWS` the winners stay packed
+    in `best`.
+    """
     let_next_start(PDL)
     STEP: tl.constexpr = 8 * GROUPS
     stride = tl.num_programs(0) * STEP
@@ -508,7 +515,7 @@ def head_kernel(
     sequences = tl.arange(0, ROWS)[:, None]
     scale = find_scale(x, num_seqs, eps, K, ROWS)
     squares, inputs = tl.zeros([ROWS], tl.float32), ()  # `squares` are not needed here
-    KEEPS: tl.constexpr = K <= 2048 or x.dtype.element_ty != tl.float32
+    KEEPS: tl.constexpr = K <= 2048 or w.dtype.element_ty != tl.float32
     for i in tl.static_range(K // 1024 if KEEPS else 0):  # else there is no room
         left, _ = weigh(x, norm, i, num_seqs, scale, squares, K, ROWS)
         inputs = inputs + (left,)
@@ -532,11 +539,11 @@ def head_kernel(
         scores = add_warps(product, ROWS, STEP).to(logits.dtype.element_ty)
         ids = first + tl.arange(0, STEP)[None, :]
         tl.store(logits + sequences * V + ids, scores, mask=sequences < num_seqs)
-        top = tl.maximum(top, pack_scores(scores.to(tl.float32), ids))
+        top = tl.maximum(top, pack_scores(scores.to(tl.float32), FIRST + ids))
     each = tl.arange(0, ROWS)
     tl.atomic_max(best + each, tl.max(top, 1), mask=each < num_seqs, sem="relaxed")
     tl.debug_barrier()
-    if tl.atomic_add(arrivals, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+    if DRAWS and tl.atomic_add(arrivals, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         packed = tl.load(best + each, each < num_seqs, other=0, cache_modifier=".cg")
         drawn = unpack_token(packed)
         tl.store(token_ids + each, drawn, mask=each < num_seqs)
@@ -558,24 +565,32 @@ def begin_kernel(
     x,
     table,  # [B, E], int32 [B, max_blocks]
     max_blocks,
+    V: tl.constexpr,
     E: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    FIRST: tl.constexpr = 0,
 ):
-    """Looks up the embedding and the blocks of one sequence."""
+    """Looks up the embedding and the blocks of one sequence.
+
+    `FIRST` is the id of the first row of `embedding`; a token without a row is zeros.
+    """
     sequence = tl.program_id(0)
     row = tl.load(rows + sequence)
     token = tl.load(input_ids + sequence)
     token = tl.where(token < 0, tl.load(last_token_ids + row), token)
+    own = token - FIRST
+    width = tl.where((own >= 0) & (own < V), E, 0)
     for i in tl.static_range(E // 1024):
         columns = i * 1024 + tl.arange(0, 1024)
-        tl.store(x + sequence * E + columns, tl.load(embedding + token * E + columns))
+        found = tl.load(embedding + own * E + columns, columns < width, 0.0)
+        tl.store(x + sequence * E + columns, found)
     num_blocks = tl.cdiv(tl.load(seq_lens + sequence), BLOCK_SIZE)
     for first in tl.range(0, num_blocks, 1024):
         places = first + tl.arange(0, 1024)
-        exist = places < num_blocks
-        blocks = tl.load(block_table + row * max_blocks + places, mask=exist)
+        used = places < num_blocks
+        blocks = tl.load(block_table + row * max_blocks + places, mask=used)
         blocks = blocks.to(tl.int32)
-        tl.store(table + sequence * max_blocks + places, blocks, mask=exist)
+        tl.store(table + sequence * max_blocks + places, blocks, mask=used)
 
 
 # %% ../notebooks/15_fused_decode.ipynb #fused-decode
@@ -589,26 +604,47 @@ class FusedDecode:
             capability 9.0 can.
     """
 
+    # What differs for a shard of a model, page 16: the token of the first row of its
+    # embedding and head, and whether it draws by itself.
+    first_id, draws = 0, True
+
     def __init__(
         self, model: Qwen3ForCausalLM, max_blocks: int, uses_pdl: bool = False
     ) -> None:
         self.model, config, most = model, model.config, MAX_FUSED_SEQS
         attention = next(one for one in model.modules() if isinstance(one, Attention))
-        (num_heads, num_kv_heads, _), head_dim = attention.heads, attention.head_dim
         weight = model.model.embed_tokens.weight
         zeros = partial(torch.zeros, device=weight.device)
         narrow = partial(zeros, dtype=weight.dtype)
-        self.x = narrow(most, config.hidden_size)
-        self.qkv = narrow(most, sum(attention.heads) * head_dim)
-        self.attended = narrow(most, num_heads * head_dim)
+        self.x = self.out = narrow(most, config.hidden_size)
+        self.qkv = narrow(most, len(attention.qkv_proj.weight))
+        self.attended = narrow(most, attention.o_proj.weight.shape[1])
         self.y = narrow(most, config.intermediate_size)
         self.table = zeros(most, max_blocks, dtype=torch.int32)
-        self.scratch = AttentionScratch.allocate(
-            most, num_heads, num_kv_heads, weight.device
-        )
+        self.scratch = AttentionScratch.allocate(most, attention.heads, weight.device)
         self.best = zeros(most, dtype=torch.int64)
         self.arrivals = zeros(1, dtype=torch.int32)
         self.pdl = {"PDL": True, "launch_pdl": True} if uses_pdl else {"PDL": False}
+
+    def join(self, num_seqs: int) -> None:
+        """Makes `x` of `out`, for as many rows: here they are the same tensor."""
+
+    def run_residual(
+        self, y: Tensor, w: Tensor, sizes: FusionSizes, num_seqs: int
+    ) -> None:
+        """Launches `x += y @ w.T`."""
+        groups = sizes.residual_groups
+        residual_kernel[(len(w) // (8 * groups),)](
+            y,
+            w,
+            self.x,
+            num_seqs,
+            *w.shape,
+            groups,
+            sizes.rows,
+            num_warps=8,
+            **self.pdl,
+        )
 
     def run_layer(
         self,
@@ -647,11 +683,7 @@ class FusedDecode:
             self.scratch,
             self.pdl,
         )
-        options |= self.pdl
-        groups, w = sizes.residual_groups, attention.o_proj.weight
-        residual_kernel[(len(w) // (8 * groups),)](
-            self.attended, w, self.x, num_seqs, *w.shape, groups, **options
-        )
+        self.run_residual(self.attended, attention.o_proj.weight, sizes, num_seqs)
         norm, w = layer.post_attention_layernorm, mlp.gate_up_proj.weight
         gate_up_kernel[(len(w) // 16,)](
             self.x,
@@ -663,11 +695,9 @@ class FusedDecode:
             len(w) // 2,
             w.shape[1],
             **options,
+            **self.pdl,
         )
-        w = mlp.down_proj.weight
-        residual_kernel[(len(w) // (8 * groups),)](
-            self.y, w, self.x, num_seqs, *w.shape, groups, **options
-        )
+        self.run_residual(self.y, mlp.down_proj.weight, sizes, num_seqs)
 
     def run(
         self,
@@ -688,26 +718,29 @@ class FusedDecode:
         """
         row_index, seq_lens, _, input_ids, _, slots = columns
         model, num_seqs = self.model.model, len(seq_lens)
+        embedding = model.embed_tokens.weight
         begin_kernel[(num_seqs,)](
-            model.embed_tokens.weight,
+            embedding,
             rows.last_token_ids,
             rows.block_table,
             row_index,
             input_ids,
             seq_lens,
-            self.x,
+            self.out,
             self.table,
             self.table.shape[1],
-            E=self.x.shape[1],
+            *embedding.shape,
             BLOCK_SIZE=kv_caches[0][0].shape[1],
+            FIRST=self.first_id,
         )
-        sizes = choose_fusion_sizes(num_seqs, self.x.dtype, self.x.shape[1])
+        self.join(num_seqs)
+        sizes = choose_fusion_sizes(num_seqs, embedding.dtype, embedding.shape[1])
         first_pdl = {"PDL": False}  # what begins there is complete for all that follow
         for layer, kv_cache in zip(model.layers, kv_caches, strict=True):
             assert isinstance(layer, Qwen3DecoderLayer)
             self.run_layer(layer, kv_cache, seq_lens, slots, sizes, first_pdl)
             first_pdl = self.pdl
-        w = (self.model.lm_head or model.embed_tokens).weight
+        w = embedding if self.model.lm_head is None else self.model.lm_head.weight
         num_programs = min(MAX_HEAD_PROGRAMS, len(w) // (8 * sizes.head_groups))
         head_kernel[(num_programs,)](
             self.x,
@@ -726,6 +759,8 @@ class FusedDecode:
             sizes.rows,
             num_warps=8,
             num_stages=sizes.head_stages,
+            FIRST=self.first_id,
+            DRAWS=self.draws,
             **self.pdl,
         )
 
@@ -738,6 +773,8 @@ class FusedGraphs(StepGraphs):
         filtered: what draws with top_k and top_p, by the number of sequences.
     """
 
+    decode_class = FusedDecode
+
     def is_fused(self, size: GraphSize) -> bool:
         """Whether steps of that size run in `FusedDecode`."""
         return size.is_decode and size.num_seqs <= MAX_FUSED_SEQS
@@ -745,11 +782,10 @@ class FusedGraphs(StepGraphs):
     @torch.inference_mode()
     def record(self) -> None:
         """Records all steps and draws."""
-        rows, device = self.runner.rows, self.runner.device
-        is_cuda = device.type == "cuda"
-        has_pdl = is_cuda and torch.cuda.get_device_capability(device) >= (9, 0)
-        self.fused = FusedDecode(self.runner.model, rows.block_table.shape[1], has_pdl)
-        self.draw_kernels = TritonDraw(len(self.logits), self.logits.shape[1], device)
+        runner, max_blocks = self.runner, self.runner.rows.block_table.shape[1]
+        self.fused = self.decode_class(runner.model, max_blocks, has_pdl(runner.device))
+        num_seqs, vocab_size = self.logits.shape
+        self.draw_kernels = TritonDraw(num_seqs, vocab_size, runner.device)
         self.filtered: dict[int, Callable[[], None]] = {}
         super().record()
 
@@ -763,10 +799,8 @@ class FusedGraphs(StepGraphs):
         """The model on `inputs`; what a graph records."""
         if not self.is_fused(size):
             return super().run_step(size)
-        runner, columns = self.runner, self.inputs.split(size)
-        self.fused.run(
-            columns, runner.rows, runner.kv_caches, self.logits, self.token_ids
-        )
+        step = self.inputs.split(size), self.runner.rows, self.runner.kv_caches
+        self.fused.run(*step, self.logits, self.token_ids)
 
     def run_draw(self, size: GraphSize, is_random: bool, filters: bool = False) -> None:
         """From `logits` to `token_ids`; what a graph records."""
@@ -802,8 +836,7 @@ class FusedRunner(GraphRunner):
         super().__init__(model, config)
         if not self.is_static:
             return
-        obstacle = find_obstacle(model)
-        if obstacle is not None:
+        if (obstacle := find_obstacle(model)) is not None:
             message = "decode='fused' is 'graph' for this model: it has %s."
             logger.info(message, obstacle)
             return

@@ -156,7 +156,8 @@ def compile_fused(capability: int, model: str, number: str, num_seqs: int) -> No
 
     options["num_stages"] = sizes.head_stages
     groups = sizes.head_groups
-    compile_kernel(fused_decode.head_kernel, V=vocab, K=hidden, GROUPS=groups)
+    whole = {"FIRST": 0, "DRAWS": True}  # no shard
+    compile_kernel(fused_decode.head_kernel, V=vocab, K=hidden, GROUPS=groups, **whole)
     if number == "fp32":  # for checks, and slow to compile: only what is fullest
         return
     options["num_stages"], groups = 3, sizes.qkv_groups
@@ -169,7 +170,9 @@ def compile_fused(capability: int, model: str, number: str, num_seqs: int) -> No
     if num_seqs == 1:  # what is the same for any number of sequences
         compile_attention(capability, heads, number, fused_attention.TILE)
         options["launch_pdl"] = False
-        compile_kernel(fused_decode.begin_kernel, E=hidden, BLOCK_SIZE=16)
+        compile_kernel(
+            fused_decode.begin_kernel, V=vocab, E=hidden, BLOCK_SIZE=16, FIRST=0
+        )
 
 
 def main_fused(capability: int) -> None:

@@ -1,4 +1,4 @@
-"""Numbers in the prose of pages 08 and 18 are those of the recordings that they quote."""
+"""Numbers in the prose of pages 08, 16, 17 and 18 are those of the recordings that they quote."""
 
 from __future__ import annotations
 
@@ -139,3 +139,31 @@ def test_page_17_compares_its_loops_in_the_middle_draw() -> None:
         in prose
     )
     assert round(int(middle) / 5.6) == 7 and "about seven times" in prose
+
+
+def test_page_16_says_what_its_recording_holds() -> None:
+    text = (NOTEBOOKS / "data/tensor_parallel_h200.json").read_text("utf-8")
+    measured = json.loads(text)["sections"]["tensor_parallel"][-1]
+    assert (measured["devices"], measured["link"]) == (2, "NV18")  # eighteen NVLinks
+
+    def find(shape: str, requests: int, devices: int, has_sums: bool = False) -> float:
+        wanted = {"shape": shape, "requests": requests, "devices": devices}
+        wanted |= {"has_sums": has_sums}
+        [row] = [row for row in measured["steps"] if wanted.items() <= row.items()]
+        milliseconds: float = row["ms"]
+        return milliseconds
+
+    one, two = find("8B", 1, 1), find("8B", 1, 2, has_sums=True)
+    many = find("8B", 64, 2, has_sums=True) / find("8B", 64, 1)
+    small = find("0.6B", 1, 2, has_sums=True) / find("0.6B", 1, 1)
+    assert two / one > 0.65 and many > 1 / 1.6 and find("8B", 64, 1) < one
+    prose = read_prose("16_tensor_parallel")
+    for words in (
+        f"it makes it {small:.1f} times as long",
+        f"runs on two cards in {find('32B', 1, 2, has_sums=True):.2f} ms",
+        f"with one sequence, and it takes {two / one:.2f}",
+        f"which is a ratio of {1 / 1.6}, and it is {many:.2f}",
+        f"of one sequence would take {find('8B', 1, 2):.2f} ms",
+        f"and half of the {one:.2f} ms would be {one / 2:.2f}",
+    ):
+        assert words in prose

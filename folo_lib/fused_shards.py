@@ -1,0 +1,326 @@
+"""The fused step of page 15 for a shard of a model: the sums of page 16 between its kernels.
+
+A rank has some heads and some columns of the MLP, so its output projection and its down projection
+give one part of what the residual stream grows by. Rank 0 adds the stream itself. All write into a
+buffer that all can read, and the sum of those buffers is the new stream, on every rank.
+
+The stream and the parts are float32 here, whatever the model's dtype is. In bfloat16 each part
+would be rounded, rank 0's to the last digits of the stream, and the sum again; in float32 the
+stream is nearer to the exact one than on a single GPU.
+
+The embedding and the head are cut by tokens. A token that is another rank's has zeros, so the
+sum of all is its embedding. Of the head each rank knows its own winner, packed as on page 15 in a
+whole number below 2**56. Three pieces of it, of 24 and 16 bits, are exact as float32. Every rank
+writes its pieces to a place of its own, where all others have zeros, so that the same sum hands
+everybody's winners to everybody: 12 bytes for each sequence and rank.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import fused_checks
+from .config import EngineConfig
+from .cuda_graph import GraphSize, StepGraphs
+from .fused_attention import let_next_start, wait_for_previous
+from .fused_checks import FusionSizes
+from .fused_decode import (
+    MAX_FUSED_SEQS,
+    FusedDecode,
+    FusedGraphs,
+    FusedRunner,
+    load_first_tiles,
+    logger,
+    multiply,
+    unpack_token,
+)
+from .qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
+from .runner import InFlightStep, RequestRows, StepLayout
+from .tensor_parallel import RankGroup, ShardedForCausalLM, VocabParallelEmbedding
+
+__all__ = ["ShardedDecode", "ShardedGraphs", "ShardedRunner", "SharedGroup"]
+
+PIECES = tl.constexpr(4)  # of a winner; the last one is always 0, for a row of 16 bytes
+
+
+class SharedGroup(RankGroup, Protocol):
+    """What a fused shard needs of its ranks; `SymmetricGroup` has it."""
+
+    def allocate(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Zeros that all ranks can read."""
+        ...
+
+    def add_up(self, shared: Tensor, out: Tensor) -> None:
+        """Writes into `out` the sum over ranks of what is in `shared`."""
+
+
+@triton.jit
+def bring(w, first, SECOND: tl.constexpr, HALF: tl.constexpr):
+    """Lets 64 kB of a matrix travel to the cache of the GPU, and does not wait for them.
+
+    They begin `first` bytes after the matrix does; what is `HALF` bytes or more after that
+    begin is taken from `SECOND` bytes on. Of the 256 threads 64 ask for 1 kB each.
+    """
+    i = tl.arange(0, 256)
+    place = first + i.to(tl.int64) * 1024
+    place = tl.where(place < HALF, place, place - HALF + SECOND)
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.lt.s32 p, $2, 64;"
+        " @p cp.async.bulk.prefetch.L2.global [$1], 1024; mov.b32 $0, 0; }",
+        "=r,l,r",
+        [w.to(tl.int64) + place, i],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def part_kernel(
+    y,
+    w,
+    x,
+    out,
+    following,
+    num_seqs,
+    E: tl.constexpr,
+    K: tl.constexpr,  # of the matrix
+    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PDL: tl.constexpr,
+    ADDS: tl.constexpr,
+    LATE: tl.constexpr,
+    SECOND: tl.constexpr,
+):
+    """`residual_kernel` of a shard: `out = y @ w.T`, and `x` beside it if it `ADDS` that.
+
+    After that the memory of the GPU would have nothing to do until the sum is made. So the last
+    `LATE` programs ask for the begin of the matrix that is multiplied then, 64 kB each; half of
+    them for what begins at `SECOND` bytes, if that is not 0.
+    """
+    let_next_start(PDL)
+    row = tl.program_id(0) * 8 * GROUPS
+    tiles = load_first_tiles(w, row, 8, K, GROUPS)
+    wait_for_previous(PDL)
+    sequences = tl.arange(0, ROWS)[:, None]
+    place = sequences * E + row + tl.arange(0, 8 * GROUPS)[None, :]
+    exist = sequences < num_seqs
+    before = tl.load(x + place, exist, 0.0) if ADDS else 0.0
+    more = multiply(y, (), tiles, w, row, 8, num_seqs, 0.0, K, GROUPS, ROWS, False)
+    tl.store(out + place, before + more, mask=exist)
+    late = tl.program_id(0) - tl.num_programs(0) + LATE
+    if LATE > 0 and late >= 0:
+        bring(following, late * 65536, SECOND, LATE * (32768 if SECOND > 0 else 65536))
+
+
+@triton.jit
+def share_kernel(best, shared, ROWS: tl.constexpr):
+    """Packed winners `[B]` to their pieces `[B, PIECES]`; `best` is zeros afterwards."""
+    each = tl.arange(0, ROWS)
+    packed = tl.load(best + each)
+    place = shared + each * PIECES
+    tl.store(place, (packed % 16777216).to(tl.float32))
+    tl.store(place + 1, (packed // 16777216 % 65536).to(tl.float32))
+    tl.store(place + 2, (packed // 1099511627776).to(tl.float32))
+    tl.store(best + each, tl.zeros([ROWS], tl.int64))
+
+
+@triton.jit(do_not_specialize_on_alignment=["rows"])
+def choose_kernel(
+    pieces,  # [RANKS, ROWS, PIECES]
+    rows,
+    token_ids,
+    last_token_ids,  # [B], [B], [R]
+    num_seqs,
+    RANKS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The best of the winners of all ranks, for each sequence."""
+    each = tl.arange(0, ROWS)
+    top = tl.zeros([ROWS], tl.int64)
+    for rank in tl.static_range(RANKS):
+        place = pieces + (rank * ROWS + each) * PIECES
+        low, middle = tl.load(place).to(tl.int64), tl.load(place + 1).to(tl.int64)
+        high = tl.load(place + 2).to(tl.int64)
+        top = tl.maximum(top, high * 1099511627776 + middle * 16777216 + low)
+    drawn, exist = unpack_token(top), each < num_seqs
+    row = tl.load(rows + each, mask=exist, other=0)
+    tl.store(token_ids + each, drawn, mask=exist)
+    tl.store(last_token_ids + row, tl.maximum(drawn, 0), mask=exist)
+
+
+def find_following(model: ShardedForCausalLM) -> dict[int, tuple[Tensor, int]]:
+    """By address of a matrix before a sum: the matrix after it, and where its half begins.
+
+    Only gate and up are read from two places at a time; the second begins at that byte.
+    """
+    found, before = {}, None
+    for layer in model.model.layers:
+        assert isinstance(layer, Qwen3DecoderLayer)
+        attention, mlp = layer.self_attn, layer.mlp
+        if before is not None:
+            found[before.data_ptr()] = attention.qkv_proj.weight, 0
+        w, before = mlp.gate_up_proj.weight, mlp.down_proj.weight
+        found[attention.o_proj.weight.data_ptr()] = w, w.nbytes // 2
+    assert before is not None
+    head = model.lm_head or model.model.embed_tokens
+    found[before.data_ptr()] = head.weight, 0
+    return found
+
+
+class ShardedDecode(FusedDecode):
+    """`FusedDecode` of one rank's shard; all ranks run the same steps at the same time.
+
+    Args:
+        model: the shard, of which `find_obstacle` finds none; its group is a `SharedGroup`.
+        max_blocks: of a sequence.
+        uses_pdl: see `FusedDecode`. PyTorch's kernel does not let the one after a sum start
+            before it has ended, so that one asks for the begin of its matrix too late; what
+            `part_kernel` has asked for before makes up for it.
+    """
+
+    draws = False
+
+    def __init__(
+        self, model: Qwen3ForCausalLM, max_blocks: int, uses_pdl: bool = False
+    ) -> None:
+        super().__init__(model, max_blocks, uses_pdl)
+        assert isinstance(model, ShardedForCausalLM)
+        embedding = model.model.embed_tokens
+        assert isinstance(embedding, VocabParallelEmbedding)
+        self.group: SharedGroup = cast(SharedGroup, model.group)
+        self.first_id = embedding.start
+        self.num_late = fused_checks.NUM_LATE if uses_pdl else 0
+        self.following = find_following(model)
+        size, allocate = model.config.hidden_size, self.group.allocate
+        self.out = allocate(MAX_FUSED_SEQS, size, dtype=torch.float32)
+        self.x = torch.zeros_like(self.out)
+        shape = self.group.size, MAX_FUSED_SEQS, PIECES.value
+        self.shared = allocate(*shape, dtype=torch.float32)
+        self.pieces = torch.zeros_like(self.shared)
+
+    def join(self, num_seqs: int) -> None:
+        """`x` becomes the sum of `out` over all ranks."""
+        self.group.add_up(self.out[:num_seqs], self.x[:num_seqs])
+
+    def run_residual(
+        self, y: Tensor, w: Tensor, sizes: FusionSizes, num_seqs: int
+    ) -> None:
+        """Launches a product and the sum of it over ranks; rank 0 adds the old `x`."""
+        launch: Any = part_kernel
+        groups, following = sizes.residual_groups, self.following[w.data_ptr()]
+        matrix, second = following
+        num_programs = len(w) // (8 * groups)
+        num_late = min(self.num_late, num_programs, matrix.nbytes // 65536)
+        launch[(num_programs,)](
+            y,
+            w,
+            self.x,
+            self.out,
+            matrix,
+            num_seqs,
+            *w.shape,
+            groups,
+            sizes.rows,
+            ADDS=self.group.rank == 0,
+            LATE=num_late // 2 * 2,
+            SECOND=second,
+            num_warps=8,
+            **self.pdl,
+        )
+        self.join(num_seqs)
+
+    def run(
+        self,
+        columns: Sequence[Tensor],
+        rows: RequestRows,
+        kv_caches: Sequence[tuple[Tensor, Tensor]],
+        logits: Tensor,
+        token_ids: Tensor,
+    ) -> None:
+        """See `FusedDecode.run`; `logits` `[B, V / ranks]` are those of the shard."""
+        super().run(columns, rows, kv_caches, logits, token_ids)
+        share: Any = share_kernel
+        share[(1,)](self.best, self.shared[self.group.rank], ROWS=MAX_FUSED_SEQS)
+        self.group.add_up(self.shared, self.pieces)
+        choose: Any = choose_kernel
+        choose[(1,)](
+            self.pieces,
+            columns[0],
+            token_ids,
+            rows.last_token_ids,
+            len(columns[1]),
+            RANKS=self.group.size,
+            ROWS=MAX_FUSED_SEQS,
+        )
+
+
+class ShardedGraphs(FusedGraphs):
+    """`FusedGraphs` of a shard, whose logits come together only where a draw needs them.
+
+    Attributes:
+        own_logits: `[MAX_FUSED_SEQS, V / ranks]`, of the shard.
+    """
+
+    decode_class = ShardedDecode
+
+    @torch.inference_mode()
+    def record(self) -> None:
+        """Records all steps and draws."""
+        num_tokens = len(self.runner.model.model.embed_tokens.weight)
+        self.own_logits = self.logits.new_zeros(MAX_FUSED_SEQS, num_tokens)
+        super().record()
+
+    def gather(self, size: GraphSize) -> None:
+        """Fills `logits` with what all ranks have, after a fused step."""
+        model, num_seqs = self.runner.model, size.num_seqs
+        assert isinstance(model, ShardedForCausalLM)
+        everybody = model.group.all_gather(self.own_logits[:num_seqs])
+        self.logits[:num_seqs].copy_(everybody[:, : self.logits.shape[1]])
+
+    def run_step(self, size: GraphSize) -> None:
+        """The model on `inputs`; what a graph records."""
+        if not self.is_fused(size):
+            return super().run_step(size)
+        step = self.inputs.split(size), self.runner.rows, self.runner.kv_caches
+        self.fused.run(*step, self.own_logits, self.token_ids)
+
+    def run_draw(self, size: GraphSize, is_random: bool, filters: bool = False) -> None:
+        """From `logits` to `token_ids`; what a graph records."""
+        if self.is_fused(size):
+            self.gather(size)
+        super().run_draw(size, is_random, filters)
+
+
+class ShardedRunner(FusedRunner):
+    """`FusedRunner` for a shard of a model, if its ranks can read each other's memory."""
+
+    def __init__(
+        self, model: Qwen3ForCausalLM, config: EngineConfig | None = None
+    ) -> None:
+        super().__init__(model, config)
+        if self.graphs_class is not FusedGraphs:
+            return
+        if hasattr(getattr(model, "group", None), "add_up"):
+            self.graphs_class = ShardedGraphs
+        else:
+            self.graphs_class = StepGraphs
+            logger.info("decode='fused' is 'graph' for ranks without shared memory.")
+
+    def draw_step(
+        self, graphs: StepGraphs, step: StepLayout, size: GraphSize
+    ) -> InFlightStep:
+        """See `GraphRunner.draw_step`; what is not in a graph needs all logits too."""
+        if isinstance(graphs, ShardedGraphs) and graphs.is_fused(size) and step.drawing:
+            wishes = self.rows.sampling.get_wishes(step.draw_rows)
+            if graphs.find_draw(size, wishes) is None:
+                graphs.gather(size)
+        return super().draw_step(graphs, step, size)
