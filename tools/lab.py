@@ -130,7 +130,7 @@ def trust(folder: Path, state: Path) -> None:
 
 
 def make_command(root: Path, first: str, state: Path, flags: list[str]) -> list[str]:
-    """JupyterLab, which shows the files under `root`, `first` of them, and keeps its own in `state`."""
+    """JupyterLab on the files under `root`, with `first` open; what it keeps goes to `state`."""
     return [
         sys.executable,
         "-m",
