@@ -34,7 +34,11 @@ def copies(tmp_path: Path, pages: Path) -> Path:
 
 
 def test_pages_and_what_lies_beside_them_are_copied(copies: Path) -> None:
-    assert lab.list_files(copies) == ["00_tour.ipynb", "07_sampler.ipynb", "data/a.json"]
+    assert lab.list_files(copies) == [
+        "00_tour.ipynb",
+        "07_sampler.ipynb",
+        "data/a.json",
+    ]
 
 
 def test_a_newer_page_replaces_one_that_nobody_wrote_in(

@@ -87,7 +87,9 @@ def copy_pages(pages: Path, copies: Path, fresh: str | None = None) -> list[str]
         stem = fresh.removesuffix(".ipynb")
         chosen = [n for n in names if n.endswith(".ipynb") and n.startswith(stem)]
         if not stem or len(chosen) != 1:
-            known = ", ".join(n.partition("_")[0] for n in names if n.endswith(".ipynb"))
+            known = ", ".join(
+                n.partition("_")[0] for n in names if n.endswith(".ipynb")
+            )
             raise ValueError(f"no page, or several, begin with {fresh!r}: {known}")
         keep_aside(copies / chosen[0])
         copied.pop(chosen[0], None)
@@ -186,7 +188,9 @@ def main() -> None:
             copy_pages(PAGES, COPIES, options.fresh)
         except ValueError as error:
             sys.exit(str(error))
-        print(f"{options.fresh} is as it was. What you wrote is beside it, *.old*.ipynb.")
+        print(
+            f"{options.fresh} is as it was. What you wrote is beside it, *.old*.ipynb."
+        )
         return
     root, pages = ROOT, COPIES
     if options.edit:
@@ -194,12 +198,18 @@ def main() -> None:
     elif options.folder:
         root = pages = options.folder.resolve()
         if not (pages / FIRST).is_file():
-            sys.exit(f"{pages} has no {FIRST}: make student writes one into build/student")
+            sys.exit(
+                f"{pages} has no {FIRST}: make student writes one into build/student"
+            )
     else:
         for name in copy_pages(PAGES, COPIES):
             page = name.endswith(".ipynb")
-            way = f"make fresh PAGE={name.partition('_')[0]}" if page else "delete yours"
-            print(f"lab/{name}: there is a newer one, and you wrote in yours. To have it: {way}")
+            way = (
+                f"make fresh PAGE={name.partition('_')[0]}" if page else "delete yours"
+            )
+            print(
+                f"lab/{name}: there is a newer one, and you wrote in yours. To have it: {way}"
+            )
     state = (COPIES if options.edit else pages) / ".jupyter"
     seed_workspace(state)
     trust(pages, state)

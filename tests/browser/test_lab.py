@@ -117,8 +117,7 @@ def test_the_arrow_keys_turn_the_knobs(window: Any, lab: Lab, name: str) -> None
     assert run_page(window, lab, name) == "ran", trouble_in(window)
     for label, there in PAGES[name].items():
         widget = window.locator(
-            ".jp-OutputArea-output:has(img.widget-image)"
-            f':has(label:text-is("{label}"))'
+            f'.jp-OutputArea-output:has(img.widget-image):has(label:text-is("{label}"))'
         )
         expect(widget).to_have_count(1)
         image = widget.locator("img.widget-image")

@@ -66,8 +66,9 @@ LOOK = """
 HELP = """
 const box = this.closest('.folo-widget');
 if (box) {
-  box.setAttribute('data-lm-suppress-shortcuts', 'true');
   const name = () => {
+    for (const knob of box.querySelectorAll('select, button, [role=slider]'))
+      knob.setAttribute('data-lm-suppress-shortcuts', 'true');
     for (const knob of box.querySelectorAll('.widget-slider')) {
       const handle = knob.querySelector('[role=slider], .ui-slider-handle');
       const label = knob.querySelector('.widget-label');
