@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
-import reading_time  # noqa: E402  tools/ is not a package
 import layout  # noqa: E402
+import reading_time  # noqa: E402  tools/ is not a package
 import run_pages  # noqa: E402
 
 code, text = nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell
