@@ -83,6 +83,57 @@ def test_a_page_that_is_not_one_is_refused(
         lab.copy_pages(pages, copies, fresh=name)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "first", "root"),
+    [
+        ([], "lab/00_tour.ipynb", "."),
+        (["--edit"], "notebooks/00_tour.ipynb", "."),
+        (["student"], "00_tour.ipynb", "student"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_what_is_opened(
+    arguments: list[str],
+    first: str,
+    root: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The pages of the course only by `--edit`, and nothing is written into them."""
+    page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")])
+    for folder in ("notebooks", "student"):
+        (tmp_path / folder).mkdir()
+        nbformat.write(page, tmp_path / folder / "00_tour.ipynb")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lab, "ROOT", tmp_path)
+    monkeypatch.setattr(lab, "PAGES", tmp_path / "notebooks")
+    monkeypatch.setattr(lab, "COPIES", tmp_path / "lab")
+    called = []
+    monkeypatch.setattr(
+        lab.subprocess, "call", lambda command, env: called.append((command, env)) or 0
+    )
+    flags = ["--", "--no-browser", "--ServerApp.port=1"]
+    monkeypatch.setattr(sys, "argv", ["lab.py", *arguments, *flags])
+    with pytest.raises(SystemExit) as ended:
+        lab.main()
+    assert ended.value.code == 0
+    [(command, env)] = called
+    assert f"--LabApp.default_url=/lab/tree/{first}" in command
+    assert f"--ServerApp.root_dir={(tmp_path / root).resolve()}" in command
+    assert command[-2:] == flags[1:]
+    off = lab.COPIES / ".jupyter" / "edit"
+    assert (str(off) in env["JUPYTER_CONFIG_PATH"]) is (arguments == ["--edit"])
+    assert [p.name for p in (tmp_path / "notebooks").iterdir()] == ["00_tour.ipynb"]
+
+
+def test_a_folder_without_pages_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lab.py", str(tmp_path)])
+    with pytest.raises(SystemExit, match="make student"):
+        lab.main()
+
+
 def test_git_ignores_the_copies() -> None:
     assert "lab/" in (ROOT / ".gitignore").read_text().splitlines()
 

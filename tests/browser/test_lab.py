@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
 
 import nbformat
 import pytest
-from lab_server import Lab
+from lab_server import ROOT, Lab
 
 expect = pytest.importorskip(
     "playwright.sync_api", reason="Playwright is missing: pip install -e '.[browser]'"
@@ -110,6 +111,35 @@ def test_a_failing_cell_is_noticed(window: Any, lab: Lab) -> None:
     assert run_page(window, lab, "allowed") == "ran"
     assert run_page(window, lab, "failing") == "failed"
     assert "ZeroDivisionError" in trouble_in(window)
+
+
+def test_it_opens_at_the_tour_with_its_contents_beside_it(
+    window: Any, lab: Lab
+) -> None:
+    """The settings of tools/jupyter are applied, and saving writes into the copy alone."""
+    status = ["git", "status", "--porcelain"]
+    before = subprocess.check_output(status, cwd=ROOT)
+    page = lab.folder / "00_tour.ipynb"
+    cells = nbformat.read(page, as_version=4).cells
+    window.goto(f"{lab.url}/")
+    shown = window.locator(".jp-Notebook .jp-Cell")
+    shown.nth(len(cells) - 1).wait_for(state="attached")  # all, seen or not
+    contents = window.locator(".jp-TableOfContents:visible")
+    expect(contents).to_contain_text("2. It writes")
+    expect(window.locator(".jp-FileBrowser:visible")).to_have_count(0)
+    expect(window.get_by_text("| Idle")).to_be_visible()
+    folded = [c.id for c in cells if c.metadata.get("jupyter", {}).get("source_hidden")]
+    hidden = window.locator(".jp-Notebook .jp-Cell .jp-InputPlaceholder")
+    expect(hidden).to_have_count(len(folded))
+    asked = window.locator(".jp-toastContainer, .Toastify__toast")
+    assert not asked.filter(has_text="news").count()
+    written = page.stat().st_mtime_ns
+    window.keyboard.press("Control+s")  # as autosave does after two minutes
+    deadline = time.monotonic() + 30
+    while page.stat().st_mtime_ns == written and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert page.stat().st_mtime_ns != written
+    assert subprocess.check_output(status, cwd=ROOT) == before
 
 
 @pytest.mark.parametrize("name", PAGES)
