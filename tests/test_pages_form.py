@@ -397,7 +397,7 @@ class TestLayout:
         assert "Binder](" in first and "← " not in first
         assert f"  \n[01 · Attention]({pages[1].name}) →\n\nC" in first
         second = layout.link_neighbours(first, pages[1], pages)
-        assert f"  \n← [00 · Tour]({pages[0].name}) · [02 · RoPE]" in second
+        assert f"  \n← [00 · Tour]({pages[0].name}) | [02 · RoPE]" in second
         assert layout.link_neighbours(second, pages[1], pages) == second
         last = layout.link_neighbours(second, pages[-1], pages)
         assert last.count("←") == 1 and "→" not in last

@@ -138,7 +138,6 @@ def make_command(root: Path, first: str, state: Path, flags: list[str]) -> list[
         "-m",
         "jupyterlab",
         f"--ServerApp.root_dir={root}",
-        f"--ServerApp.static_custom_path={SETTINGS / 'custom'}",
         f"--NotebookNotary.db_file={state / 'signatures.db'}",
         f"--NotebookNotary.secret_file={state / 'secret'}",
         f"--LabApp.default_url=/lab/tree/{first}",

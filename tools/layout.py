@@ -89,7 +89,7 @@ def link_neighbours(head: str, page: Path, pages: list[Path]) -> str:
     if place + 1 < len(pages):
         after = pages[place + 1]
         links.append(f"[{read_title(after)}]({after.name}) →")
-    line = " · ".join(links)
+    line = " | ".join(links)
     return LINKS.sub(lambda found: f"{found[1]}  \n{line}", head, count=1)
 
 

@@ -52,7 +52,8 @@ STATE = """([may_fail, trouble]) => {
   const cells = [...document.querySelectorAll('.jp-Notebook .jp-Cell')];
   if (cells.some((cell, i) => !may_fail.includes(i) && cell.querySelector(trouble)))
     return 'failed';
-  const code = cells.filter(cell => cell.matches('.jp-CodeCell'));
+  const code = cells.filter(  // a folded cell shows no number
+    cell => cell.matches('.jp-CodeCell') && !cell.querySelector('.jp-InputPlaceholder'));
   const prompts = code.map(cell => cell.querySelector('.jp-InputPrompt').textContent);
   return code.length && prompts.every(text => /\\[\\d+\\]/.test(text)) ? 'ran' : null;
 }"""
