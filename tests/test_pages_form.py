@@ -384,6 +384,26 @@ class TestLayout:
             layout.fold(cells)
             assert "jupyter" not in cells[1].metadata
 
+    @pytest.mark.parametrize(
+        ("drawn", "later", "is_folded"),
+        [
+            ("scores = [1]", "print(scores)", False),
+            ("scores = [1]", "def f():\n    return scores", False),
+            ("scores = [1]", "scores = [2]\nprint(scores)", True),
+            ("scores = [1]", "def f(scores):\n    return scores", True),
+            ("scores = [1]", "%%time\n%pip list\nprint(1)", True),
+            ("for i in range(3): ax.plot(i)", "for i in range(2): print(i)", True),
+        ],
+    )
+    def test_what_computes_for_later_cells_stays_open(
+        self, drawn: str, later: str, is_folded: bool
+    ) -> None:
+        cells = self.make_cells()
+        cells[4].source = f"{drawn}\nplt.show()"
+        cells[5].source = later
+        layout.fold(cells)
+        assert ("jupyter" in cells[4].metadata) is is_folded
+
     def test_saving_a_page_keeps_it(self) -> None:
         page = nbformat.v4.new_notebook(cells=self.make_cells())
         run_pages.settle(page)

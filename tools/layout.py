@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import symtable
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,39 @@ def only_draws(cell: Cell) -> bool:
     return bool(outputs) and pictures and source_of(cell).endswith("plt.show()")
 
 
+def find_names(source: str) -> tuple[set[str], set[str]]:
+    """The global names that a cell binds, and those that it reads and does not bind."""
+    lines = source.splitlines()
+    if lines and lines[0].startswith("%%"):
+        lines[0] = ""
+    plain = [re.sub(r"^(\s*)[%!].*", r"\1pass", line) for line in lines]
+    table = symtable.symtable("\n".join(plain), "cell", "exec")
+    bound = {each.get_name() for each in table.get_symbols() if each.is_assigned()}
+    read, scopes = set(), [table]
+    while scopes:
+        scope = scopes.pop()
+        scopes += scope.get_children()
+        top = scope is table
+        read |= {
+            each.get_name()
+            for each in scope.get_symbols()
+            if each.is_referenced() and (top or each.is_global())
+        }
+    return bound, read - bound
+
+
+def is_needed(cell: Cell, later: list[Cell]) -> bool:
+    """Whether a later cell reads a name that this one has bound."""
+    bound, _ = find_names(source_of(cell))
+    for other in later:
+        if other["cell_type"] == "code":
+            rebound, read = find_names(source_of(other))
+            if bound & read:
+                return True
+            bound -= rebound
+    return False
+
+
 def is_open(cell: Cell) -> bool:
     """Whether a reader writes in a cell, or is taught by it wherever it stands."""
     tags = cell["metadata"].get("tags", [])
@@ -65,7 +99,8 @@ def fold(cells: list[Cell]) -> None:
             continue
         jupyter = dict(cell["metadata"].get("jupyter", {}))
         jupyter.pop("source_hidden", None)
-        if (number < first or only_draws(cell)) and not is_open(cell):
+        draws = only_draws(cell) and not is_needed(cell, cells[number + 1 :])
+        if (number < first or draws) and not is_open(cell):
             jupyter["source_hidden"] = True
         if jupyter:
             cell["metadata"]["jupyter"] = jupyter
