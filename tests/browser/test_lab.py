@@ -118,7 +118,7 @@ def test_it_opens_at_the_tour_with_its_contents_beside_it(
     window: Any, lab: Lab
 ) -> None:
     """The settings of tools/jupyter are applied, and saving writes into the copy alone."""
-    status = ["git", "status", "--porcelain"]
+    status = ["git", "status", "--porcelain", "notebooks"]
     before = subprocess.check_output(status, cwd=ROOT)
     page = lab.folder / "00_tour.ipynb"
     cells = nbformat.read(page, as_version=4).cells

@@ -54,7 +54,7 @@ BUSY = "folo-busy"
 LOOK = """
 .folo-widget { position: relative }
 .folo-widget::after {
-  content: "drawing \\2026"; position: absolute; right: 12px; bottom: 12px; padding: 3px 9px;
+  content: "drawing \\2026"; position: absolute; left: 50%; top: 50%; padding: 3px 9px;
   background: #fff3c4; color: black; border: 1px solid #999; border-radius: 4px;
   visibility: hidden;
 }
