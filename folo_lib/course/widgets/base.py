@@ -210,7 +210,8 @@ def add_note(png: bytes, text: str) -> bytes:
     below = np.pad(below, ((0, 0), (0, width - below.shape[1]), (0, 0)), mode="edge")
     buffer = io.BytesIO()
     both = np.concatenate((above, below))
-    png_files.imsave(buffer, both, format="png", metadata={"Software": None})
+    save: Any = png_files.imsave  # its types know no None
+    save(buffer, both, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
