@@ -20,12 +20,13 @@ PAGES := $(wildcard notebooks/[0-9][0-9]_*.ipynb) $(wildcard notebooks/appendix_
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help run test test-more test-oldest test-browser test-batch lab export notebooks evaluate
-.PHONY: student docs clean api soak coverage
+.PHONY: help run test test-more test-oldest test-browser test-batch lab edit fresh export notebooks
+.PHONY: evaluate student docs clean api soak coverage
 
 help:
 	@echo "make run        hear the bundled model speak, then execute every page"
-	@echo "make lab        open the pages in JupyterLab"
+	@echo "make lab        open the pages in JupyterLab: copies in lab/, yours to write in"
+	@echo "make fresh PAGE=07  bring page 07 of lab/ back as it was at first"
 	@echo "make test       linters, types, export check, unit tests, outputs of every page"
 	@echo "make test-more  what is slow, and Qwen3's own tokenizer, which npm fetches"
 	@echo "make coverage   how many lines and branches of the engine the unit tests run"
@@ -36,10 +37,11 @@ help:
 	@echo "make test-batch    run the batch inference example on a local Ray"
 	@echo "make test-oldest   unit tests on the lowest versions of constraints-oldest.txt"
 	@echo "make api        accept a change of the public API into tests/api.txt"
+	@echo "make edit       open the pages themselves, to change the course"
 	@echo "make export     write the modules of folo_lib from the pages"
 	@echo "make notebooks  execute the pages and save their outputs in place"
 	@echo "make evaluate   measure the bundled model"
-	@echo "make clean      remove build/ and caches; what begins with .venv stays"
+	@echo "make clean      remove build/ and caches; lab/ and what begins with .venv stay"
 
 run: $(READY)
 	@$(PY) -m folo_lib "Once upon a time" --temperature 0
@@ -79,7 +81,13 @@ test-oldest: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest -m "not more" -n $(JOBS) --dist loadfile
 
 lab: $(READY)
-	$(PY) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb $(LAB_FLAGS)
+	$(PY) tools/lab.py -- $(LAB_FLAGS)
+
+edit: $(READY)
+	$(PY) tools/lab.py --edit -- $(LAB_FLAGS)
+
+fresh: $(READY)
+	$(PY) tools/lab.py --fresh "$(PAGE)"
 
 export: $(READY)
 	$(PY) tools/export.py

@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(ROOT.glob("notebooks/*.ipynb"))
 
 sys.path.insert(0, str(ROOT / "tools"))
-import run_pages  # noqa: E402  tools/ is not a package
+import layout  # noqa: E402  tools/ is not a package
+import run_pages  # noqa: E402
 import student  # noqa: E402
 
 Notebook = nbformat.NotebookNode
@@ -158,7 +159,7 @@ class TestPages:
         first = next(cell for cell in cells_of(page) if cell.cell_type == "code")
         assert first.id == "install"
         assert first.source == INSTALL
-        assert not first.metadata
+        assert first.metadata == {"jupyter": {"source_hidden": True}}
         assert not first.outputs
 
     def test_links_to_its_copies_under_the_summary(self, page: Path) -> None:
@@ -346,3 +347,83 @@ class TestAltText:
         exporter = nbconvert.HTMLExporter(template_name="classic")
         html, _ = exporter.from_notebook_node(page)
         assert 'alt="a &lt; b."' in html
+
+
+class TestLayout:
+    """tools/layout.py folds cells and links the pages."""
+
+    def make_cells(self) -> list[Notebook]:
+        png = nbformat.v4.new_output("display_data", {"image/png": "iVBORw0KGgo="})
+        said = nbformat.v4.new_output("stream", text="1\n")
+        code, text = nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell
+        return [
+            text("# 01 · Attention"),
+            code("import os"),
+            text("## 1. A start"),
+            code("import os"),
+            code("ax.plot(1)\nplt.show()", outputs=[png]),
+            code("print(1)\nplt.show()", outputs=[said, png]),
+            code("explorer()", outputs=[png]),
+            code("plt.show()"),
+            code("plt.show()", outputs=[png], metadata={"tags": ["open"]}),
+        ]
+
+    def test_what_sets_up_or_only_draws_is_folded(self) -> None:
+        cells = self.make_cells()
+        cells[6].metadata["jupyter"] = {"source_hidden": True, "other": 1}
+        layout.fold(cells)
+        folded = [c.metadata.get("jupyter", {}).get("source_hidden") for c in cells]
+        assert [i for i, is_folded in enumerate(folded) if is_folded] == [1, 4]
+        assert cells[6].metadata == {"jupyter": {"other": 1}}
+        assert cells[8].metadata == {"tags": ["open"]}
+
+    def test_what_is_written_in_is_open(self) -> None:
+        for tag in ("exercise", "student"):
+            cells = self.make_cells()
+            cells[1].metadata["tags"] = [tag]
+            layout.fold(cells)
+            assert "jupyter" not in cells[1].metadata
+
+    @pytest.mark.parametrize(
+        ("drawn", "later", "is_folded"),
+        [
+            ("scores = [1]", "print(scores)", False),
+            ("scores = [1]", "def f():\n    return scores", False),
+            ("scores = [1]", "scores = [2]\nprint(scores)", True),
+            ("scores = [1]", "def f(scores):\n    return scores", True),
+            ("scores = [1]", "%%time\n%pip list\nprint(1)", True),
+            ("for i in range(3): ax.plot(i)", "for i in range(2): print(i)", True),
+        ],
+    )
+    def test_what_computes_for_later_cells_stays_open(
+        self, drawn: str, later: str, is_folded: bool
+    ) -> None:
+        cells = self.make_cells()
+        cells[4].source = f"{drawn}\nplt.show()"
+        cells[5].source = later
+        layout.fold(cells)
+        assert ("jupyter" in cells[4].metadata) is is_folded
+
+    def test_saving_a_page_keeps_it(self) -> None:
+        page = nbformat.v4.new_notebook(cells=self.make_cells())
+        run_pages.settle(page)
+        assert page.cells[4].metadata == {"jupyter": {"source_hidden": True}}
+        assert page.cells[5].metadata == {}
+
+    def test_links_are_written_once_and_follow_the_pages(self) -> None:
+        pages = layout.find_pages()
+        head = f"# 01 · A\n\n> B\n\n[Open in Colab]({COLAB}/a) · [Open in Binder]({BINDER}/a)\n\nC"
+        first = layout.link_neighbours(head, pages[0], pages)
+        assert "Binder](" in first and "← " not in first
+        assert f"  \n[01 · Attention]({pages[1].name}) →\n\nC" in first
+        second = layout.link_neighbours(first, pages[1], pages)
+        assert f"  \n← [00 · Tour]({pages[0].name}) | [02 · RoPE]" in second
+        assert layout.link_neighbours(second, pages[1], pages) == second
+        last = layout.link_neighbours(second, pages[-1], pages)
+        assert last.count("←") == 1 and "→" not in last
+        assert layout.link_neighbours(last, pages[0], pages) == first
+
+    @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+    def test_every_page_is_laid_out(self, page: Path) -> None:
+        text = layout.lay_out(page, layout.find_pages())
+        assert text == page.read_text(encoding="utf-8"), "python tools/layout.py"

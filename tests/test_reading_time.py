@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
+import layout  # noqa: E402
 import reading_time  # noqa: E402  tools/ is not a package
 import run_pages  # noqa: E402
 
@@ -70,7 +71,7 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("README.md", "README.zh.md", "docs/syllabus.md"):
         shutil.copy(ROOT / name, tmp_path / name)
     monkeypatch.setattr(reading_time, "ROOT", tmp_path)
-    monkeypatch.setattr(run_pages, "PAGES", tmp_path / "notebooks")
+    monkeypatch.setattr(layout, "PAGES", tmp_path / "notebooks")
     return tmp_path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import math
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import matplotlib as mpl
 import pytest
 import torch
+from PIL import Image, ImageChops
 from transformers import Qwen2Config, Qwen3Config
 
 from folo_lib import LLMEngine, bundled_model_path, load_model, load_tokenizer
@@ -32,7 +34,7 @@ from folo_lib.course.widgets import (
     sampling_playground,
 )
 from folo_lib.course.widgets.attention import copy_targets
-from folo_lib.course.widgets.base import drawable, read_control, token_label
+from folo_lib.course.widgets.base import BUSY, drawable, read_control, token_label
 from folo_lib.course.widgets.generation import (
     Piece,
     cut_text,
@@ -164,6 +166,52 @@ def check_bundle(widget: CourseWidget) -> None:
     assert data["text/plain"].startswith(widget.name)
     assert "0x" not in data["text/plain"]  # the same in every run
     assert len(metadata["image/png"]["alt"]) > 40
+
+
+def test_a_still_picture_says_how_to_get_the_widget() -> None:
+    """In a strip below; the picture of the widget itself has none."""
+    widget = rope_explorer()
+    plain, noted = (
+        Image.open(io.BytesIO(b)) for b in (widget.picture(), widget.still())
+    )
+    assert noted.width == plain.width and 20 < noted.height - plain.height < 40
+    above = noted.crop((0, 0, plain.width, plain.height)).convert("RGB")
+    assert (
+        ImageChops.difference(above, plain.convert("RGB")).getextrema() == ((0, 0),) * 3
+    )
+    strip = noted.crop((0, plain.height, plain.width, noted.height)).convert("L")
+    assert strip.getextrema()[0] < 64  # there is ink
+    data, _ = widget._repr_mimebundle_()
+    assert base64.b64decode(data["image/png"]) == widget.still()
+    assert LiveGeneration.purpose != CourseWidget.purpose
+
+
+def test_a_picture_that_is_drawn_anew_says_so_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    widget = rope_explorer()
+    seen: list[bool] = []
+    draw = widget._draw
+
+    def watch(**values: Any) -> Any:
+        seen.append(BUSY in widget.box._dom_classes)
+        if values["position"] == 99:
+            raise RuntimeError("a bug")
+        return draw(**values)
+
+    monkeypatch.setattr(widget, "_draw", watch)
+    widget.controls["position"].value = 40
+    assert seen == [True] and BUSY not in widget.box._dom_classes
+    with pytest.raises(RuntimeError):
+        widget.controls["position"].value = 99
+    assert BUSY not in widget.box._dom_classes
+
+
+def test_names_are_chosen_from_a_list() -> None:
+    controls = kv_memory_calculator().controls
+    kinds = {name: type(control).__name__ for name, control in controls.items()}
+    assert kinds["model"] == kinds["dtype"] == "Dropdown"
+    assert kinds["context"] == kinds["batch"] == "SelectionSlider"
 
 
 def test_the_same_widget_draws_the_same_picture() -> None:
@@ -487,6 +535,35 @@ def test_stop_aborts_and_frees_the_blocks(
     assert free_blocks(engine) == free
     assert not engine.has_unfinished_requests() and not engine._table.groups
     assert not live.controls["stop"].click()  # does nothing
+
+
+def test_it_shows_an_example_before_anybody_presses(live: LiveGeneration) -> None:
+    empty = len(live.text.value)
+    live._repr_mimebundle_()
+    assert len(live.text.value) > empty + 500 and "example" in live.status.value
+    text = live.text.value
+    live.picture()
+    assert live.text.value == text
+
+
+def test_enter_generates_and_stop_is_there_while_something_runs(
+    live: LiveGeneration,
+) -> None:
+    stop, prompt = live.controls["stop"], live.controls["prompt"]
+    assert stop.disabled and not stop.button_style
+    assert prompt.continuous_update  # or Enter would come before the text
+    live.controls["pace"].value = 15
+    prompt.value = "The little dog"
+    prompt._handle_custom_msg({"event": "something else"}, [])
+    assert not live.is_running
+    prompt._handle_custom_msg({"event": "submit"}, [])
+    assert live.is_running and not stop.disabled and stop.button_style == "danger"
+    wait_until(lambda: "tokens/s" in live.status.value)
+    assert "Generating: " in live.status.value
+    stop.click()
+    assert live.wait(5)
+    assert stop.disabled and not stop.button_style
+    assert "tokens/s" in live.status.value and "The little dog" in live.text.value
 
 
 def test_a_generation_runs_to_its_end_and_again(

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import nbformat
+from layout import PAGES as PAGES, ROOT, find_pages, fold
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = ROOT / "notebooks"
 COPIES = ROOT / "build" / "pages"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 CAPTION = re.compile(r"\*\*Figure \d+\.\*\* (.+?)(?:\n\n|\Z)", re.DOTALL)
@@ -28,12 +27,6 @@ Notebook = nbformat.NotebookNode
 
 class PageError(Exception):
     """A page that did not run to its end; the message is for the reader."""
-
-
-def find_pages() -> list[Path]:
-    """The pages in the order of the course; notebooks with other names are no pages."""
-    patterns = ("[0-9][0-9]_*.ipynb", "appendix_*.ipynb")
-    return [p for pattern in patterns for p in sorted(PAGES.glob(pattern))]
 
 
 class Head(NamedTuple):
@@ -152,8 +145,8 @@ def settle(notebook: Notebook) -> None:
         }
     )
     for cell in notebook.cells:
-        cell.metadata = (
-            {"tags": cell.metadata.tags} if cell.metadata.get("tags") else {}
+        cell.metadata = nbformat.from_dict(
+            {k: v for k, v in cell.metadata.items() if k == "tags" and v}
         )
         for output in cell.get("outputs", []):
             # A widget lives only as long as its kernel; the picture or text beside it stays.
@@ -167,6 +160,7 @@ def settle(notebook: Notebook) -> None:
                     if not plain(frame).startswith("File ")
                 ]
     describe(notebook)
+    fold(notebook.cells)
 
 
 def main() -> None:

@@ -220,7 +220,7 @@ def main() -> None:
 
     write_graders(pages, options.graders)
     print(f"\nThe pages are in {folder}; open them with")
-    print(f"  {PYTHON} -m jupyterlab {folder}")
+    print(f"  {PYTHON} tools/lab.py {folder}")
     print(f"For nbgrader, otter and pytest, with the solutions: {options.graders}")
     if ROOT / "build" in folder.resolve().parents:
         print("`make clean` removes that folder. Keep what you write in another:")

@@ -465,8 +465,14 @@ PARTS = {  # page: left, bottom, width, height, text
     "18": (83, 0, 16, 10, "18 Benchmark\nmeasures it all"),
 }
 ASIDE = ("18",)
-SIGNS = {"08": (74, 61), "09": (25, 61), "10": (46.5, 45)}
-"""Where "you are here" stands if an arrow or a word is below the box."""
+SIGNS = {
+    "04": (49, 17),
+    "08": (74, 61),
+    "09": (25, 61),
+    "10": (46.5, 45),
+    "13": (80, 14),
+}
+"""Where "you are here" stands if an arrow or a word is right below the box."""
 WAYS: tuple[
     tuple[Point, Point, str, Point], ...
 ] = (  # from, to, what travels, where that is written

@@ -1,9 +1,8 @@
-"""A JupyterLab of the test's own: its settings, its folders, its copy of the pages."""
+"""JupyterLab as `make lab` starts it, with folders and a copy of the pages of its own."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -22,14 +21,8 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ROOT / "notebooks"
-# All cells are in the document, seen or not; and nobody asks the network for news.
-OVERRIDES = {
-    "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"},
-    "@jupyterlab/apputils-extension:notification": {
-        "fetchNews": "false",
-        "checkForUpdates": False,
-    },
-}
+sys.path.insert(0, str(ROOT / "tools"))
+import lab as course  # noqa: E402  tools/ is not a package
 
 
 @dataclass
@@ -66,16 +59,15 @@ def run_lab() -> Iterator[Lab]:
         shutil.copytree(PAGES, folder, ignore=hidden)
         for page in folder.glob("*.ipynb"):
             clear_outputs(page)
-        overrides = home / "config" / "labconfig" / "default_setting_overrides.json"
-        overrides.parent.mkdir(parents=True)
-        overrides.write_text(json.dumps(OVERRIDES))
+        course.seed_workspace(home)
+        course.trust(folder, home)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         log = home / "log"
         with log.open("w") as sink:
             server = subprocess.Popen(
-                make_command(port, folder),
+                make_command(port, folder, home),
                 env=make_environment(home),
                 stdout=sink,
                 stderr=subprocess.STDOUT,
@@ -93,21 +85,18 @@ def run_lab() -> Iterator[Lab]:
                 server.wait()
 
 
-def make_command(port: int, folder: Path) -> list[str]:
+def make_command(port: int, folder: Path, home: Path) -> list[str]:
     """Open to whoever is on this machine, for as long as the test runs."""
-    return [
-        sys.executable,
-        "-m",
-        "jupyterlab",
+    flags = [
         "--no-browser",
         "--allow-root",
-        f"--ServerApp.root_dir={folder}",
         "--ServerApp.ip=127.0.0.1",
         f"--ServerApp.port={port}",
         "--ServerApp.port_retries=0",
         "--ServerApp.disable_check_xsrf=True",
         "--IdentityProvider.token=",
     ]
+    return course.make_command(folder, course.FIRST, home, flags)
 
 
 def make_environment(home: Path) -> dict[str, str]:
@@ -121,8 +110,8 @@ def make_environment(home: Path) -> dict[str, str]:
     own = {variable: str(home / name) for variable, name in folders.items()}
     own |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     foreign = ("FOLO_MODEL", "COLAB_RELEASE_TAG", "JUPYTER_TOKEN", "JUPYTER_PATH")
-    kept = {name: value for name, value in os.environ.items() if name not in foreign}
-    return kept | own
+    ours = course.make_environment(home, autosave=True)
+    return {name: value for name, value in ours.items() if name not in foreign} | own
 
 
 def wait_for(lab: Lab, server: subprocess.Popen[bytes], log: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
 
 import nbformat
 import pytest
-from lab_server import Lab
+from lab_server import ROOT, Lab
 
 expect = pytest.importorskip(
     "playwright.sync_api", reason="Playwright is missing: pip install -e '.[browser]'"
@@ -18,7 +19,7 @@ expect.set_options(timeout=60_000)
 
 SLOW = 180_000  # milliseconds: a page runs in under 25 s on an idle machine
 # What to turn, and which way there is room.
-BUGS = {"Bug": "ArrowRight", "Its name": "ArrowRight"}
+BUGS = {"Bug": "ArrowRight", "Its name": "ArrowDown"}
 PAGES = {
     "01_attention": BUGS,
     "03_layers": BUGS,
@@ -26,14 +27,23 @@ PAGES = {
     "02_rope": {"Position": "ArrowRight", "Frequency pair": "ArrowLeft"},
     "05_checkpoint": {"Layer": "ArrowLeft", "Head": "ArrowLeft"},
     "06_kv_cache": {
-        "Model": "ArrowRight",
+        "Model": "ArrowDown",
         "Context, tokens": "ArrowRight",
-        "dtype": "ArrowLeft",
+        "dtype": "ArrowUp",
         "Batch, requests": "ArrowLeft",
         **BUGS,
     },
     "07_sampler": {"Temperature": "ArrowRight", "Top-p (1: off)": "ArrowLeft"},
 }
+
+BACK = {
+    "ArrowLeft": "ArrowRight",
+    "ArrowRight": "ArrowLeft",
+    "ArrowDown": "ArrowUp",
+    "ArrowUp": "ArrowDown",
+}
+# What a slider or a drop-down list says to those who hear it.
+VALUE = "knob => knob.getAttribute('aria-valuetext') ?? knob.value"
 
 # JupyterLab shows errors and what goes to stderr alike; a page has neither.
 TROUBLE = '[data-mime-type="application/vnd.jupyter.stderr"]'
@@ -42,7 +52,8 @@ STATE = """([may_fail, trouble]) => {
   const cells = [...document.querySelectorAll('.jp-Notebook .jp-Cell')];
   if (cells.some((cell, i) => !may_fail.includes(i) && cell.querySelector(trouble)))
     return 'failed';
-  const code = cells.filter(cell => cell.matches('.jp-CodeCell'));
+  const code = cells.filter(  // a folded cell shows no number
+    cell => cell.matches('.jp-CodeCell') && !cell.querySelector('.jp-InputPlaceholder'));
   const prompts = code.map(cell => cell.querySelector('.jp-InputPrompt').textContent);
   return code.length && prompts.every(text => /\\[\\d+\\]/.test(text)) ? 'ran' : null;
 }"""
@@ -103,31 +114,58 @@ def test_a_failing_cell_is_noticed(window: Any, lab: Lab) -> None:
     assert "ZeroDivisionError" in trouble_in(window)
 
 
+def test_it_opens_at_the_tour_with_its_contents_beside_it(
+    window: Any, lab: Lab
+) -> None:
+    """The settings of tools/jupyter are applied, and saving writes into the copy alone."""
+    status = ["git", "status", "--porcelain", "notebooks"]
+    before = subprocess.check_output(status, cwd=ROOT)
+    page = lab.folder / "00_tour.ipynb"
+    cells = nbformat.read(page, as_version=4).cells
+    window.goto(f"{lab.url}/")
+    shown = window.locator(".jp-Notebook .jp-Cell")
+    shown.nth(len(cells) - 1).wait_for(state="attached")  # all, seen or not
+    contents = window.locator(".jp-TableOfContents:visible")
+    expect(contents).to_contain_text("2. It writes")
+    expect(window.locator(".jp-FileBrowser:visible")).to_have_count(0)
+    expect(window.get_by_text("| Idle")).to_be_visible()
+    folded = [c.id for c in cells if c.metadata.get("jupyter", {}).get("source_hidden")]
+    hidden = window.locator(".jp-Notebook .jp-Cell .jp-InputPlaceholder")
+    expect(hidden).to_have_count(len(folded))
+    asked = window.locator(".jp-toastContainer, .Toastify__toast")
+    assert not asked.filter(has_text="news").count()
+    written = page.stat().st_mtime_ns
+    window.keyboard.press("Control+s")  # as autosave does after two minutes
+    deadline = time.monotonic() + 30
+    while page.stat().st_mtime_ns == written and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert page.stat().st_mtime_ns != written
+    assert subprocess.check_output(status, cwd=ROOT) == before
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_the_arrow_keys_turn_the_knobs(window: Any, lab: Lab, name: str) -> None:
     assert run_page(window, lab, name) == "ran", trouble_in(window)
     for label, there in PAGES[name].items():
         widget = window.locator(
-            ".jp-OutputArea-output:has(img.widget-image)"
-            f':has(.widget-slider label:text-is("{label}"))'
+            f'.jp-OutputArea-output:has(img.widget-image):has(label:text-is("{label}"))'
         )
         expect(widget).to_have_count(1)
         image = widget.locator("img.widget-image")
         first = wait_for_picture(image, bool)
         sentence = widget.get_by_role("status")
-        knob = widget.locator(f'.widget-slider:has(label:text-is("{label}"))')
-        handle = knob.get_by_role("slider")
-        value, words = handle.get_attribute("aria-valuetext"), sentence.inner_text()
+        slider = widget.get_by_role("slider", name=label, exact=True)
+        handle = slider.or_(widget.get_by_role("combobox", name=label, exact=True))
+        value, words = handle.evaluate(VALUE), sentence.inner_text()
         handle.focus()
         window.keyboard.press(there)
         wait_for_picture(image, lambda picture, first=first: picture != first)
-        assert handle.get_attribute("aria-valuetext") != value
+        assert handle.evaluate(VALUE) != value
         expect(sentence).not_to_have_text(words)
-        back = "ArrowLeft" if there == "ArrowRight" else "ArrowRight"
-        window.keyboard.press(back)
+        window.keyboard.press(BACK[there])
         wait_for_picture(image, lambda picture, first=first: picture == first)
         expect(sentence).to_have_text(words)
-        assert handle.get_attribute("aria-valuetext") == value
+        assert handle.evaluate(VALUE) == value
         expect(handle).to_be_focused()
     assert not window.locator(".jupyter-widgets-error-widget").count()
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 import matplotlib as mpl
+import numpy as np
 from cycler import cycler
-from matplotlib import font_manager
+from matplotlib import font_manager, image as png_files
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -46,6 +47,50 @@ STYLE: Any = {
 }
 drawing_lock = threading.Lock()  # matplotlib's settings are global
 
+NOTE = "A still picture. In Jupyter, run this cell to {purpose}."
+"""Stands below the picture of a widget where no kernel runs."""
+
+BUSY = "folo-busy"
+LOOK = """
+.folo-widget { position: relative }
+.folo-widget::after {
+  content: "drawing \\2026"; position: absolute; left: 50%; top: 50%; padding: 3px 9px;
+  background: #fff3c4; color: black; border: 1px solid #999; border-radius: 4px;
+  visibility: hidden;
+}
+.folo-widget.folo-busy::after { visibility: visible; transition: visibility 0s 0.3s }
+.folo-widget.folo-busy .widget-image { opacity: 0.45; transition: opacity 0s 0.3s }
+"""
+"""A picture that takes longer than 0.3 s to draw says so."""
+
+HELP = """
+const box = this.closest('.folo-widget');
+if (box) {
+  const name = () => {
+    for (const knob of box.querySelectorAll('select, button, [role=slider]'))
+      knob.setAttribute('data-lm-suppress-shortcuts', 'true');
+    for (const knob of box.querySelectorAll('.widget-slider')) {
+      const handle = knob.querySelector('[role=slider], .ui-slider-handle');
+      const label = knob.querySelector('.widget-label');
+      const value = knob.querySelector('.widget-readout');
+      if (!handle || !label) continue;
+      const wanted = {'aria-label': label.textContent};
+      if (value) wanted['aria-valuetext'] = value.textContent;
+      if (value && !isNaN(value.textContent)) wanted['aria-valuenow'] = value.textContent;
+      for (const [key, text] of Object.entries(wanted))
+        if (handle.getAttribute(key) !== text) handle.setAttribute(key, text);
+    }
+  };
+  new MutationObserver(name).observe(box, {
+    childList: true, subtree: true, characterData: true,
+    attributes: true, attributeFilter: ['aria-valuenow'],
+  });
+  name();
+}
+"""
+"""Names and exact values of sliders for those who hear them, which ipywidgets does not give, and
+the arrow keys for a drop-down list, which JupyterLab keeps for itself where it is not told so."""
+
 
 class CourseWidget(ABC):
     """Shows itself as a live widget and, in the same output, as a picture.
@@ -59,10 +104,15 @@ class CourseWidget(ABC):
     name: str
     controls: dict[str, Any]
     box: Any
+    purpose = "move the sliders"
 
     @abstractmethod
     def picture(self) -> bytes:
         """What stands for the widget where no kernel runs, as PNG."""
+
+    def still(self) -> bytes:
+        """The picture, and below it a line that says how to get the widget."""
+        return add_note(self.picture(), NOTE.format(purpose=self.purpose))
 
     @abstractmethod
     def alt_text(self) -> str:
@@ -77,7 +127,7 @@ class CourseWidget(ABC):
         """One output with the live view and the picture; each front end takes its best."""
         data = {
             "text/plain": repr(self),
-            "image/png": base64.b64encode(self.picture()).decode(),
+            "image/png": base64.b64encode(self.still()).decode(),
             WIDGET_VIEW: {
                 "version_major": 2,
                 "version_minor": 0,
@@ -129,10 +179,13 @@ class Explorer(CourseWidget):
         self.caption.value = paragraph(sentence)
 
     def _on_change(self, change: Any) -> None:
+        self.box.add_class(BUSY)
         try:
             self._refresh()
         except ValueError as error:
             self.caption.value = paragraph(f"Nothing new to show: {error}")
+        finally:
+            self.box.remove_class(BUSY)
 
 
 def to_png(figure: Figure) -> bytes:
@@ -140,6 +193,25 @@ def to_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     canvas: Any = FigureCanvasAgg(figure)
     canvas.print_png(buffer, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def add_note(png: bytes, text: str) -> bytes:
+    """A picture with a line of small text below it."""
+    above = png_files.imread(io.BytesIO(png))[..., :3]  # [height, width, 3] from 0 to 1
+    width = above.shape[1]
+    with drawing_lock, mpl.rc_context(STYLE):
+        dpi = mpl.rcParams["figure.dpi"]
+        strip = Figure(figsize=(width / dpi, 0.26))
+        strip.set_layout_engine("none")
+        strip.text(0.012, 0.45, text, fontsize=9, va="center", style="italic")
+        below = png_files.imread(io.BytesIO(to_png(strip)))[:, :width, :3]
+    # Rounding may have taken a column.
+    below = np.pad(below, ((0, 0), (0, width - below.shape[1]), (0, 0)), mode="edge")
+    buffer = io.BytesIO()
+    both = np.concatenate((above, below))
+    save: Any = png_files.imsave  # its types know no None
+    save(buffer, both, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
@@ -156,30 +228,42 @@ def row(children: Any) -> Any:
 
 
 def stack(children: Sequence[Any]) -> Any:
-    """One below the other."""
-    return widgets.VBox(list(children), layout={"overflow": "hidden"})
+    """One below the other, with the look and the help that every widget has."""
+    assistance = html.escape(HELP, quote=True)
+    look = widgets.HTML(f'<style onload="{assistance}">{LOOK}</style>')
+    look.layout.height = look.layout.margin = "0"
+    box = widgets.VBox([*children, look], layout={"overflow": "hidden"})
+    box.add_class("folo-widget")
+    return box
 
 
 def options(description: str, width: str = "370px") -> dict[str, Any]:
     """What every control has: a label, and one update when the hand lets go."""
     return {
-        "description": description,
-        "style": {"description_width": "145px"},
-        "layout": {"width": width, "max_width": "98%"},
+        **describe(description, width),
         "continuous_update": False,
     }
 
 
-def choice_slider(
-    description: str, choices: Sequence[Any], value: Any, readout: bool = True
-) -> Any:
-    """A slider, as JupyterLab takes the arrow keys away from a drop-down list.
+def describe(description: str, width: str = "370px") -> dict[str, Any]:
+    """A label, and a width that the window may cut."""
+    return {
+        "description": description,
+        "style": {"description_width": "145px"},
+        "layout": {"width": width, "max_width": "98%"},
+    }
 
-    Its readout has room for nine letters.
-    """
+
+def choice_slider(description: str, choices: Sequence[Any], value: Any) -> Any:
+    """A slider over a list in order; its readout has room for nine letters."""
     return widgets.SelectionSlider(
-        options=list(choices), value=value, readout=readout, **options(description)
+        options=list(choices), value=value, **options(description)
     )
+
+
+def choice_menu(description: str, choices: Sequence[Any], value: Any) -> Any:
+    """A drop-down list of names."""
+    return widgets.Dropdown(options=list(choices), value=value, **describe(description))
 
 
 def int_slider(description: str, low: int, high: int, value: int) -> Any:

@@ -16,7 +16,12 @@ from torch.nn import functional as F
 from folo_lib.course import story as plain
 from folo_lib.course.figures import OTHER, US
 from folo_lib.course.story import NUM_NEW_TOKENS, Story, load_story
-from folo_lib.course.widgets.base import Explorer, choice_slider, token_label
+from folo_lib.course.widgets.base import (
+    Explorer,
+    choice_menu,
+    choice_slider,
+    token_label,
+)
 
 Parts = Mapping[str, Callable[..., Any]]
 
@@ -406,7 +411,7 @@ def bug_laboratory(page: str = "01") -> Explorer:
     numbers = [("none", 0), *((str(i + 1), i + 1) for i in range(len(BUGS[page])))]
     controls = {
         "number": choice_slider("Bug", numbers, 1),
-        "named": choice_slider("Its name", [("hidden", False), ("shown", True)], False),
+        "named": choice_menu("Its name", [("hidden", False), ("shown", True)], False),
     }
 
     def draw(number: int, named: bool) -> tuple[Figure, str]:

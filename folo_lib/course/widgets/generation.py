@@ -145,6 +145,8 @@ class LiveGeneration(CourseWidget):
         prompt: to begin with.
     """
 
+    purpose = "generate"
+
     def __init__(self, engine: LLMEngine, prompt: str) -> None:
         if engine.tokenizer is None:
             raise ValueError("the engine has no tokenizer, and so no text to show.")
@@ -160,8 +162,11 @@ class LiveGeneration(CourseWidget):
             "generate": widgets.Button(description="Generate", icon="play"),
             "stop": widgets.Button(description="Stop", icon="stop"),
         }
+        self.controls["prompt"].continuous_update = True  # Enter finds it up to date
+        self.controls["prompt"].on_msg(self._on_enter)
+        self._show_buttons(running=False)
         self.text = widgets.HTML(html_text(prompt, []))
-        self.status = widgets.HTML(paragraph("Press Generate. Stop ends the request."))
+        self.status = widgets.HTML(paragraph("Press Generate, or Enter in the prompt."))
         self.controls["generate"].on_click(lambda button: self.generate())
         self.controls["stop"].on_click(lambda button: self.stop())
         *settings, start, stop = self.controls.values()
@@ -185,6 +190,7 @@ class LiveGeneration(CourseWidget):
             return
         self._stopping.clear()
         self.status.value = paragraph("Generating.")
+        self._show_buttons(running=True)
         self._thread = threading.Thread(
             target=self._run, daemon=True, name="live_generation"
         )
@@ -200,12 +206,30 @@ class LiveGeneration(CourseWidget):
             self._thread.join(timeout)
         return not self.is_running
 
+    def _on_enter(self, field: Any, content: Any, buffers: Any) -> None:
+        if content.get("event") == "submit":
+            self.generate()
+
+    def _show_buttons(self, running: bool) -> None:
+        """Stop can be pressed while there is something to stop, and is red then."""
+        start, stop = self.controls["generate"], self.controls["stop"]
+        stop.disabled, stop.button_style = not running, "danger" if running else ""
+        start.button_style = "" if running else "primary"
+
     def picture(self) -> bytes:
-        """A generation of the prompt as it was at first, run to its end."""
+        """A generation of the prompt as it was at first, run to its end.
+
+        The first call shows it in the widget too.
+        """
         if self._example is None:
-            self._example_prompt = read_control(self.controls["prompt"])
-            stream = self.engine.stream(self._example_prompt, self._params())
+            prompt = self._example_prompt = read_control(self.controls["prompt"])
+            stream = self.engine.stream(prompt, self._params())
             self._example = [p for _, new in split_by_token(stream) for p in new]
+            if self._thread is None:
+                self.text.value = html_text(prompt, self._example)
+                self.status.value = paragraph(
+                    "This is an example. Press Generate, or Enter in the prompt, to make another."
+                )
         with drawing_lock, mpl.rc_context(STYLE):
             return to_png(draw_generation(self._example_prompt, self._example)[0])
 
@@ -222,12 +246,15 @@ class LiveGeneration(CourseWidget):
             self._follow(read_control(self.controls["prompt"]))
         except Exception as error:  # a thread has nobody else to tell
             self.status.value = paragraph(f"Not generated: {error}")
+        finally:
+            self._show_buttons(running=False)
 
     def _follow(self, prompt: str) -> None:
         """Streams a request to its end, or aborts it."""
         self.text.value = html_text(prompt, [])
         pieces: list[Piece] = []
         started, shown = time.perf_counter(), 0.0
+        told = started
         for output, new in split_by_token(self.engine.stream(prompt, self._params())):
             pieces += new
             now = time.perf_counter()
@@ -236,6 +263,10 @@ class LiveGeneration(CourseWidget):
             if output.finished:
                 self.status.value = paragraph(self._summary(output, now - started))
             else:
+                if now - told > 1:  # not at every token, since it is read aloud
+                    speed, told = len(pieces) / (now - started), now
+                    said = f"Generating: {len(pieces)} tokens, {speed:.0f} tokens/s."
+                    self.status.value = paragraph(said)
                 due = started + len(pieces) / self.controls["pace"].value
                 if self._stopping.wait(max(0.0, due - now)):
                     self.engine.abort_request(output.request_id)
@@ -251,7 +282,8 @@ class LiveGeneration(CourseWidget):
         count = len(sample.token_ids)
         text = (
             f"{ends[sample.finish_reason or 'error']}: finish_reason is "
-            f"\u201c{sample.finish_reason}\u201d, {count} tokens in {seconds:.1f} s."
+            f"\u201c{sample.finish_reason}\u201d, "
+            f"{count} tokens in {seconds:.1f} s, {count / seconds:.0f} tokens/s."
         )
         stats = self.engine.stats()
         free = stats.num_blocks - stats.num_used_blocks

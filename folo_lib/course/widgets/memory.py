@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from folo_lib.course.figures import CACHE, US
-from folo_lib.course.widgets.base import Explorer, choice_slider
+from folo_lib.course.widgets.base import Explorer, choice_menu, choice_slider
 from folo_lib.kv_cache import kv_bytes_per_token
 from folo_lib.platform import GPU_MEMORY_SHARE
 
@@ -106,9 +106,9 @@ def kv_memory_calculator() -> Explorer:
     contexts = [(f"{2**i:,}", 2**i) for i in range(9, 18)]
     batches = [(str(2**i), 2**i) for i in range(9)]
     controls = {
-        "model": choice_slider("Model", list(MODEL_SHAPES), "Qwen3-0.6B", False),
+        "model": choice_menu("Model", list(MODEL_SHAPES), "Qwen3-0.6B"),
         "context": choice_slider("Context, tokens", contexts, 4096),
-        "dtype": choice_slider("dtype", list(CACHE_DTYPES), "bfloat16"),
+        "dtype": choice_menu("dtype", list(CACHE_DTYPES), "bfloat16"),
         "batch": choice_slider("Batch, requests", batches, 8),
     }
     return Explorer("kv_memory_calculator", controls, memory_figure)
