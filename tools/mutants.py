@@ -1,0 +1,307 @@
+"""Plant bugs in a copy of the engine, one at a time, and see whether the tests notice.
+
+    python tools/mutants.py [--module NAME ...] [--only ID ...] [--jobs N] [--again] [--gpu]
+
+`make mutants` calls it. The bugs stand in `tests/mutants/MODULE.toml`. What comes of each is kept
+in `tests/mutants/report.json`, from which `docs/mutants.md` is written. A result stands as long as
+mutant, module and tests are unchanged, so a run that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import multiprocessing
+import os
+import queue
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLES = ROOT / "tests" / "mutants"
+REPORT, PAGE = TABLES / "report.json", ROOT / "docs" / "mutants.md"
+COPIED = ("folo_lib", "tests", "pyproject.toml")  # all that the tests of mutants need
+PRELOADED = [
+    "torch._dynamo",
+    "triton.language",
+    "transformers.models.qwen2.modeling_qwen2",
+    "transformers.models.qwen3.modeling_qwen3",
+    "transformers.generation.utils",
+    "safetensors.torch",
+    "pytest",
+    "hypothesis",
+    "openai",
+    "uvicorn",
+    "fastapi",
+]
+SECONDS = 120  # after which tests are stopped: they hang
+NOTICED = {"killed": "a test fails", "timeout": "hangs", "crashed": "ends Python"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mutant:
+    """A bug, and who is to notice it.
+
+    Attributes:
+        module, id: where it is, and its name there.
+        bug: what it is, in a sentence.
+        old, new: a text that stands once in the module, and what replaces it.
+        tests: what pytest is to run, as files or node ids.
+        gpu: whether that needs a card.
+        survives: why nobody notices it, if nobody does.
+    """
+
+    module: str
+    id: str
+    bug: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    gpu: bool = False
+    survives: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}/{self.id}"
+
+    @property
+    def path(self) -> Path:
+        return ROOT / "folo_lib" / f"{self.module}.py"
+
+    def mutate(self, source: str) -> str:
+        """The module with the bug; a ValueError if it cannot be planted."""
+        if (count := source.count(self.old)) != 1:
+            raise ValueError(
+                f"{self.name}: its old text occurs {count} times, not once"
+            )
+        mutated = source.replace(self.old, self.new)
+        if ast.dump(ast.parse(mutated)) == ast.dump(ast.parse(source)):
+            raise ValueError(f"{self.name}: its new text changes nothing")
+        return mutated
+
+    def digest(self) -> str:
+        """Of all that the result depends on: the mutant, its module, its tests."""
+        files = sorted({ROOT / test.partition("::")[0] for test in self.tests})
+        texts = [path.read_text(encoding="utf-8") for path in (self.path, *files)]
+        known = asdict(self) | {"bug": "", "survives": "", "texts": texts}
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+
+
+def read_mutants() -> list[Mutant]:
+    """All of them; `tests` at the top of a file is for those that name none."""
+    found = []
+    for path in sorted(TABLES.glob("*.toml")):
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        for entry in table["mutants"]:
+            tests = tuple(entry.get("tests", table["tests"]))
+            found.append(Mutant(**entry | {"module": path.stem, "tests": tests}))
+    return found
+
+
+def make_copies(folder: Path, number: int) -> queue.SimpleQueue[Path]:
+    """Copies of what the tests need, to be taken from the queue and put back."""
+    free: queue.SimpleQueue[Path] = queue.SimpleQueue()
+    for i in range(number):
+        for name in COPIED:
+            source, target = ROOT / name, folder / str(i) / name
+            target.parent.mkdir(exist_ok=True)
+            (shutil.copytree if source.is_dir() else shutil.copy2)(source, target)
+        free.put(folder / str(i))
+    return free
+
+
+def run_pytest(copy: Path, tests: Sequence[str]) -> None:
+    """Runs in a process of its own, which has imported what is slow to import already."""
+    os.setsid()
+    with (copy / "said").open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.chdir(copy)
+    shutil.rmtree(".hypothesis", ignore_errors=True)  # no hint from another run
+    os.environ["PYTHONPATH"] = str(copy)
+    sys.path.insert(0, str(copy))
+    import folo_lib
+
+    assert folo_lib.__file__ == str(copy / "folo_lib" / "__init__.py")
+    options = ["-x", "-q", "-m", "not more", "--tb=line", "-rpfE", "--basetemp=temp"]
+    for plugin in ("cacheprovider", "unraisableexception"):  # the latter takes seconds
+        options += ["-p", f"no:{plugin}"]
+    import pytest
+
+    os._exit(pytest.main([*tests, *options]))
+
+
+def run_tests(copy: Path, tests: Sequence[str], limit: float) -> tuple[int | None, str]:
+    """Pytest's exit status, None if it hangs, and what it said."""
+    # A process is forked from one that has only imported; with a card it has to be a fresh one.
+    method = "forkserver" if "TRITON_INTERPRET" in os.environ else "spawn"
+    context: Any = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=run_pytest, args=(copy, tests))
+    process.start()
+    process.join(limit)
+    status = process.exitcode
+    with suppress(ProcessLookupError):  # with what it has started
+        os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+    return status, (copy / "said").read_text(errors="replace")
+
+
+def check_baseline(copies: queue.SimpleQueue[Path], tests: list[str]) -> None:
+    """Exits unless the tests of a file pass without a bug, and each of them runs."""
+    copy = copies.get()
+    status, said = run_tests(copy, tests, 10 * SECONDS)
+    copies.put(copy)
+    passed = re.findall(r"^PASSED (.*)$", said, re.MULTILINE)
+    idle = [test for test in tests if not any(p.startswith(test) for p in passed)]
+    if status != 0 or idle:
+        sys.exit(f"without a bug: status {status}, idle {idle}\n{said[-3000:]}")
+
+
+def try_mutant(copies: queue.SimpleQueue[Path], mutant: Mutant) -> dict[str, Any]:
+    """Plants a bug and runs its tests; what came of it, for the report."""
+    copy, begin = copies.get(), time.perf_counter()
+    path = copy / "folo_lib" / mutant.path.name
+    source = path.read_text(encoding="utf-8")
+    path.write_text(mutant.mutate(source), encoding="utf-8")
+    status, said = run_tests(copy, mutant.tests, SECONDS)
+    path.write_text(source, encoding="utf-8")
+    copies.put(copy)
+    result = {0: "survived", 1: "killed", None: "timeout"}.get(status, "crashed")
+    if status is not None and status > 1:  # no test has run
+        raise RuntimeError(f"{mutant.name}: status {status}\n{said[-3000:]}")
+    by = re.search(r"^(?:FAILED|ERROR) tests/(.*?)(?: - |$)", said, re.MULTILINE)
+    return {
+        "result": result,
+        "by": by[1] if by and result == "killed" else "",
+        "seconds": round(time.perf_counter() - begin),
+        "date": date.today().isoformat(),
+        "digest": mutant.digest(),
+    }
+
+
+def read_report() -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = json.loads(REPORT.read_text(encoding="utf-8"))
+    return found
+
+
+def write_report(mutants: Sequence[Mutant], report: dict[str, dict[str, Any]]) -> None:
+    """Writes the report, and the page that is drawn from it."""
+    known = {one.name: report[one.name] for one in mutants if one.name in report}
+    REPORT.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(draw_page(mutants, known), encoding="utf-8")
+
+
+def describe_score(results: Sequence[str]) -> str:
+    """How many are noticed, in a sentence."""
+    counts, number = Counter(results), sum(result in NOTICED for result in results)
+    ways = ", ".join(f"{counts[way]} {how}" for way, how in NOTICED.items())
+    share = 100 * number / max(1, len(results))
+    return f"Of {len(results)} bugs {number} are noticed ({share:.1f} %): {ways}."
+
+
+def draw_page(mutants: Sequence[Mutant], report: dict[str, dict[str, Any]]) -> str:
+    """`docs/mutants.md`: the score, who survives and why, and each bug by module."""
+    dates = sorted(entry["date"] for entry in report.values())
+    lines = [
+        "# Bugs that the tests must notice",
+        "",
+        "Tests are worth what they catch. `make mutants` plants bugs in a copy of the engine, one at a",
+        "time, of the kinds that people make when they write one, and runs the tests of the module. A bug",
+        "that no test notices is a test that is missing. This page is written by the command.",
+    ]
+    for gpu, where in ((False, "On a CPU"), (True, "On a card")):
+        own = [one for one in mutants if one.gpu is gpu]
+        tried = [report[one.name]["result"] for one in own if one.name in report]
+        waits = len(own) - len(tried)
+        said = f" {waits} more are not tried yet." if waits else ""
+        lines += ["", f"**{where}.** {describe_score(tried)}{said}"]
+    if dates:
+        lines += ["", f"Tried from {dates[0]} to {dates[-1]}."]
+    for module in dict.fromkeys(one.module for one in mutants):
+        lines += ["", f"## {module}", "", "| bug | noticed by |", "|---|---|"]
+        for one in mutants:
+            if one.module == module:
+                entry = report.get(one.name, {"result": "not tried yet", "by": ""})
+                by = entry["by"].rpartition("::")[2].partition("[")[0]
+                how = f"`{by}`" if by else NOTICED.get(entry["result"], entry["result"])
+                if entry["result"] == "survived":
+                    how = f"**nobody**: {one.survives}"
+                lines.append(f"| {one.bug} | {how} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--module", nargs="*", help="of these modules only")
+    parser.add_argument("--only", nargs="*", help="these only: id or module/id")
+    parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
+    parser.add_argument("--again", action="store_true", help="also what is known")
+    parser.add_argument("--gpu", action="store_true", help="those that need a card")
+    args = parser.parse_args()
+    settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    settings["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    os.environ |= settings if args.gpu else settings | {"TRITON_INTERPRET": "1"}
+    mutants, report = read_mutants(), read_report()
+    for one in mutants:
+        one.mutate(one.path.read_text(encoding="utf-8"))  # all, before any work
+    chosen = [
+        one
+        for one in mutants
+        if one.gpu is args.gpu
+        and (args.module is None or one.module in args.module)
+        and (args.only is None or {one.id, one.name} & set(args.only))
+        and (args.again or report.get(one.name, {}).get("digest") != one.digest())
+    ]
+    tests = dict.fromkeys(test for one in chosen for test in one.tests)
+    files = dict.fromkeys(test.partition("::")[0] for test in tests)
+    groups = [[t for t in tests if t.partition("::")[0] == file] for file in files]
+    print(
+        f"{len(chosen)} mutants; {len(files)} files of tests without one ...",
+        flush=True,
+    )
+    with (
+        tempfile.TemporaryDirectory(prefix="mutants-") as folder,
+        ThreadPoolExecutor(args.jobs) as pool,
+    ):
+        copies = make_copies(Path(folder), args.jobs)
+        for _ in pool.map(lambda group: check_baseline(copies, group), groups):
+            pass
+        futures = {pool.submit(try_mutant, copies, one): one for one in chosen}
+        for future in as_completed(futures):
+            one, entry = futures[future], future.result()
+            report[one.name] = entry
+            write_report(mutants, report)
+            said = entry["by"] or entry["result"].upper()
+            print(
+                f"{entry['result']:8} {entry['seconds']:4} s  {one.name}: {said}",
+                flush=True,
+            )
+    write_report(mutants, report)
+    own = [
+        report[one.name]["result"]
+        for one in mutants
+        if one.gpu is args.gpu and one.name in report
+    ]
+    print(describe_score(own))
+    sys.exit(any(report[one.name]["result"] == "survived" for one in chosen))
+
+
+if __name__ == "__main__":
+    main()
