@@ -3,11 +3,13 @@
 #   make run TORCH_INDEX=<address>    a package index to take torch from (a CPU build, say)
 #   make lab LAB_FLAGS=--no-browser   flags for JupyterLab
 #   make test JOBS=8                  worker processes
+#   make mutants MUTANTS="--module rope"   which of them; `--help` of tools/mutants.py
 
 PYTHON ?= python3 python3.13 python3.12 python3.11
 TORCH_INDEX ?=
 LAB_FLAGS ?=
 JOBS ?= 2
+MUTANTS ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -19,7 +21,7 @@ PAGES := $(wildcard notebooks/[0-9][0-9]_*.ipynb) $(wildcard notebooks/appendix_
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: help run test test-more test-oldest test-browser test-batch lab export notebooks evaluate
-.PHONY: student docs clean
+.PHONY: student docs mutants clean
 
 help:
 	@echo "make run        hear the bundled model speak, then execute every page"
@@ -31,6 +33,7 @@ help:
 	@echo "make test-browser  use the widgets in a real browser (Chromium)"
 	@echo "make test-batch    run the batch inference example on a local Ray"
 	@echo "make test-oldest   unit tests on the lowest versions of constraints-oldest.txt"
+	@echo "make mutants    plant bugs in the engine, and see whether the tests notice them"
 	@echo "make export     write the modules of folo_lib from the pages"
 	@echo "make notebooks  execute the pages and save their outputs in place"
 	@echo "make evaluate   measure the bundled model"
@@ -81,6 +84,9 @@ test-browser: $(VENV)/.browser
 
 test-batch: $(VENV)/.batch
 	$(PY) -m pytest tests/batch
+
+mutants: $(READY)
+	$(PY) tools/mutants.py --jobs $(JOBS) $(MUTANTS)
 
 evaluate: $(READY)
 	cd notebooks && ../$(PY) -m tiny_model.evaluate

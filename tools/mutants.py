@@ -3,8 +3,8 @@
     python tools/mutants.py [--module NAME ...] [--only ID ...] [--jobs N] [--again] [--gpu]
 
 `make mutants` calls it. The bugs stand in `tests/mutants/MODULE.toml`. What comes of each is kept
-in `tests/mutants/report.json`, from which `docs/mutants.md` is written. A result stands as long as
-mutant, module and tests are unchanged, so a run that was interrupted goes on where it stopped.
+in `tests/mutants/report.json`, which `docs/mutants.md` shows. A result stands as long as mutant,
+module and tests are unchanged, so a run that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -23,34 +23,37 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = ROOT / "tests" / "mutants"
-REPORT, PAGE = TABLES / "report.json", ROOT / "docs" / "mutants.md"
-COPIED = ("folo_lib", "tests", "pyproject.toml")  # all that the tests of mutants need
-PRELOADED = [
-    "torch._dynamo",
-    "triton.language",
-    "transformers.models.qwen2.modeling_qwen2",
-    "transformers.models.qwen3.modeling_qwen3",
-    "transformers.generation.utils",
-    "safetensors.torch",
-    "pytest",
-    "hypothesis",
-    "openai",
-    "uvicorn",
-    "fastapi",
+REPORT = TABLES / "report.json"
+# fmt: off
+PRELOADED = [  # what is slow to import, once for all
+    "torch._dynamo", "triton.language", "safetensors.torch", "transformers.generation.utils",
+    "transformers.models.qwen2.modeling_qwen2", "transformers.models.qwen3.modeling_qwen3",
+    "pytest", "hypothesis", "_hypothesis_pytestplugin", "openai", "uvicorn", "fastapi",
 ]
+# fmt: on
 SECONDS = 120  # after which tests are stopped: they hang
-NOTICED = {"killed": "a test fails", "timeout": "hangs", "crashed": "ends Python"}
+NOTICED = {"killed": "a test fails", "timeout": "one hangs", "crashed": "Python ends"}
+
+
+Report = dict[str, dict[str, Any]]
+
+
+@cache
+def dump(source: str) -> str:
+    """What Python reads, without comments."""
+    return ast.dump(ast.parse(source))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +93,7 @@ class Mutant:
                 f"{self.name}: its old text occurs {count} times, not once"
             )
         mutated = source.replace(self.old, self.new)
-        if ast.dump(ast.parse(mutated)) == ast.dump(ast.parse(source)):
+        if dump(mutated) == dump(source):
             raise ValueError(f"{self.name}: its new text changes nothing")
         return mutated
 
@@ -116,12 +119,11 @@ def read_mutants() -> list[Mutant]:
 def make_copies(folder: Path, number: int) -> queue.SimpleQueue[Path]:
     """Copies of what the tests need, to be taken from the queue and put back."""
     free: queue.SimpleQueue[Path] = queue.SimpleQueue()
-    for i in range(number):
-        for name in COPIED:
-            source, target = ROOT / name, folder / str(i) / name
-            target.parent.mkdir(exist_ok=True)
-            (shutil.copytree if source.is_dir() else shutil.copy2)(source, target)
-        free.put(folder / str(i))
+    for copy in (folder / str(i) for i in range(number)):
+        for name in ("folo_lib", "tests"):
+            shutil.copytree(ROOT / name, copy / name)
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        free.put(copy)
     return free
 
 
@@ -139,8 +141,13 @@ def run_pytest(copy: Path, tests: Sequence[str]) -> None:
 
     assert folo_lib.__file__ == str(copy / "folo_lib" / "__init__.py")
     options = ["-x", "-q", "-m", "not more", "--tb=line", "-rpfE", "--basetemp=temp"]
-    for plugin in ("cacheprovider", "unraisableexception"):  # the latter takes seconds
-        options += ["-p", f"no:{plugin}"]
+    options += ["-p", "no:cacheprovider", "-p", "no:unraisableexception"]  # it is slow
+    if find_spec("hypothesis"):
+        options += [
+            "-p",
+            "_hypothesis_pytestplugin",
+            "--hypothesis-profile=ci",
+        ]  # no luck
     import pytest
 
     os._exit(pytest.main([*tests, *options]))
@@ -196,55 +203,20 @@ def try_mutant(copies: queue.SimpleQueue[Path], mutant: Mutant) -> dict[str, Any
     }
 
 
-def read_report() -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = json.loads(REPORT.read_text(encoding="utf-8"))
-    return found
-
-
-def write_report(mutants: Sequence[Mutant], report: dict[str, dict[str, Any]]) -> None:
-    """Writes the report, and the page that is drawn from it."""
+def write_report(mutants: Sequence[Mutant], report: Report) -> None:
+    """Writes what is known, in the order of the mutants, and forgets those that are gone."""
     known = {one.name: report[one.name] for one in mutants if one.name in report}
     REPORT.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(draw_page(mutants, known), encoding="utf-8")
 
 
-def describe_score(results: Sequence[str]) -> str:
-    """How many are noticed, in a sentence."""
-    counts, number = Counter(results), sum(result in NOTICED for result in results)
-    ways = ", ".join(f"{counts[way]} {how}" for way, how in NOTICED.items())
-    share = 100 * number / max(1, len(results))
-    return f"Of {len(results)} bugs {number} are noticed ({share:.1f} %): {ways}."
-
-
-def draw_page(mutants: Sequence[Mutant], report: dict[str, dict[str, Any]]) -> str:
-    """`docs/mutants.md`: the score, who survives and why, and each bug by module."""
-    dates = sorted(entry["date"] for entry in report.values())
-    lines = [
-        "# Bugs that the tests must notice",
-        "",
-        "Tests are worth what they catch. `make mutants` plants bugs in a copy of the engine, one at a",
-        "time, of the kinds that people make when they write one, and runs the tests of the module. A bug",
-        "that no test notices is a test that is missing. This page is written by the command.",
-    ]
-    for gpu, where in ((False, "On a CPU"), (True, "On a card")):
-        own = [one for one in mutants if one.gpu is gpu]
-        tried = [report[one.name]["result"] for one in own if one.name in report]
-        waits = len(own) - len(tried)
-        said = f" {waits} more are not tried yet." if waits else ""
-        lines += ["", f"**{where}.** {describe_score(tried)}{said}"]
-    if dates:
-        lines += ["", f"Tried from {dates[0]} to {dates[-1]}."]
-    for module in dict.fromkeys(one.module for one in mutants):
-        lines += ["", f"## {module}", "", "| bug | noticed by |", "|---|---|"]
-        for one in mutants:
-            if one.module == module:
-                entry = report.get(one.name, {"result": "not tried yet", "by": ""})
-                by = entry["by"].rpartition("::")[2].partition("[")[0]
-                how = f"`{by}`" if by else NOTICED.get(entry["result"], entry["result"])
-                if entry["result"] == "survived":
-                    how = f"**nobody**: {one.survives}"
-                lines.append(f"| {one.bug} | {how} |")
-    return "\n".join(lines) + "\n"
+def describe_score(mutants: Sequence[Mutant], report: Report) -> str:
+    """How many of them are noticed, in a sentence."""
+    tried = [report[one.name]["result"] for one in mutants if one.name in report]
+    number = sum(result in NOTICED for result in tried)
+    ways = ", ".join(f"{how} {tried.count(way)} times" for way, how in NOTICED.items())
+    share = f"{100 * number / max(1, len(tried)):.1f} %"
+    left = f" {n} are not tried yet." if (n := len(mutants) - len(tried)) else ""
+    return f"Of {len(tried)} bugs {number} are noticed ({share}): {ways}.{left}"
 
 
 def main() -> None:
@@ -257,8 +229,10 @@ def main() -> None:
     args = parser.parse_args()
     settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     settings["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    settings["PYTHONWARNINGS"] = "ignore:resource_tracker"  # of what was killed
     os.environ |= settings if args.gpu else settings | {"TRITON_INTERPRET": "1"}
-    mutants, report = read_mutants(), read_report()
+    mutants = read_mutants()
+    report: Report = json.loads(REPORT.read_text(encoding="utf-8"))
     for one in mutants:
         one.mutate(one.path.read_text(encoding="utf-8"))  # all, before any work
     chosen = [
@@ -272,10 +246,8 @@ def main() -> None:
     tests = dict.fromkeys(test for one in chosen for test in one.tests)
     files = dict.fromkeys(test.partition("::")[0] for test in tests)
     groups = [[t for t in tests if t.partition("::")[0] == file] for file in files]
-    print(
-        f"{len(chosen)} mutants; {len(files)} files of tests without one ...",
-        flush=True,
-    )
+    say = partial(print, flush=True)
+    say(f"{len(chosen)} mutants; first {len(files)} files of tests without any ...")
     with (
         tempfile.TemporaryDirectory(prefix="mutants-") as folder,
         ThreadPoolExecutor(args.jobs) as pool,
@@ -289,17 +261,9 @@ def main() -> None:
             report[one.name] = entry
             write_report(mutants, report)
             said = entry["by"] or entry["result"].upper()
-            print(
-                f"{entry['result']:8} {entry['seconds']:4} s  {one.name}: {said}",
-                flush=True,
-            )
+            say(f"{entry['seconds']:4} s  {one.name}: {said}")
     write_report(mutants, report)
-    own = [
-        report[one.name]["result"]
-        for one in mutants
-        if one.gpu is args.gpu and one.name in report
-    ]
-    print(describe_score(own))
+    say(describe_score([one for one in mutants if one.gpu is args.gpu], report))
     sys.exit(any(report[one.name]["result"] == "survived" for one in chosen))
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import course_benchmark
+import course_mutants
 from course_pages import ROOT, find_pages, read_page
 from sphinx.application import Sphinx
 
@@ -65,6 +66,7 @@ WRITERS: dict[str, Callable[[], str]] = {
     "names": names_table,
     "checks": checks_list,
     "benchmark": course_benchmark.write_page,
+    "mutants": course_mutants.write_page,
 }
 PLACE = re.compile(r"^<!-- made at build time: (\w+) -->$", re.MULTILINE)
 
