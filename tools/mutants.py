@@ -137,17 +137,18 @@ def run_pytest(copy: Path, tests: Sequence[str]) -> None:
     shutil.rmtree(".hypothesis", ignore_errors=True)  # no hint from another run
     os.environ["PYTHONPATH"] = str(copy)
     sys.path.insert(0, str(copy))
+    sys.dont_write_bytecode = False  # all but the module is the same in the next run
     import folo_lib
 
     assert folo_lib.__file__ == str(copy / "folo_lib" / "__init__.py")
     options = ["-x", "-q", "-m", "not more", "--tb=line", "-rpfE", "--basetemp=temp"]
     options += ["-p", "no:cacheprovider", "-p", "no:unraisableexception"]  # it is slow
-    if find_spec("hypothesis"):
-        options += [
-            "-p",
-            "_hypothesis_pytestplugin",
-            "--hypothesis-profile=ci",
-        ]  # no luck
+    if find_spec("hypothesis"):  # the same examples each time, and none made smaller
+        from hypothesis import Phase, settings
+
+        chosen, phases = settings.get_profile("ci"), (Phase.explicit, Phase.generate)
+        settings.register_profile("mutants", chosen, phases=phases)
+        options += ["-p", "_hypothesis_pytestplugin", "--hypothesis-profile=mutants"]
     import pytest
 
     os._exit(pytest.main([*tests, *options]))
@@ -187,6 +188,8 @@ def try_mutant(copies: queue.SimpleQueue[Path], mutant: Mutant) -> dict[str, Any
     path = copy / "folo_lib" / mutant.path.name
     source = path.read_text(encoding="utf-8")
     path.write_text(mutant.mutate(source), encoding="utf-8")
+    for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
+        compiled.unlink()  # Python trusts it if time and size are those of this one
     status, said = run_tests(copy, mutant.tests, SECONDS)
     path.write_text(source, encoding="utf-8")
     copies.put(copy)
