@@ -187,7 +187,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert again.stdout.startswith("0 mutants") and again.returncode == 0
     (tmp_path / "tests/test_small.py").write_text(TESTS.replace("== 4", "== 5"))
     broken = run_tool(tmp_path, "--only", "triples")
-    assert broken.returncode != 0 and "without a bug: status 1" in broken.stderr
+    assert broken.returncode != 0 and "small/triples: 1 without it" in broken.stdout
     (tmp_path / "folo_lib/small.py").write_text("")
     gone = run_tool(tmp_path)
     assert gone.returncode != 0 and "occurs 0 times" in gone.stderr

@@ -171,35 +171,37 @@ def run_tests(copy: Path, tests: Sequence[str], limit: float) -> tuple[int | Non
     return status, (copy / "said").read_text(errors="replace")
 
 
-def check_baseline(copies: queue.SimpleQueue[Path], tests: list[str]) -> None:
-    """Exits unless the tests of a file pass without a bug, and each of them runs."""
-    copy = copies.get()
-    status, said = run_tests(copy, tests, 10 * SECONDS)
-    copies.put(copy)
-    passed = re.findall(r"^PASSED (.*)$", said, re.MULTILINE)
-    idle = [test for test in tests if not any(p.startswith(test) for p in passed)]
-    if status != 0 or idle:
-        sys.exit(f"without a bug: status {status}, idle {idle}\n{said[-3000:]}")
+def try_mutant(copy: Path, clean: set[Sequence[str]], mutant: Mutant) -> dict[str, Any]:
+    """Plants a bug in a copy and runs its tests; what came of it, for the report.
 
+    `clean` are tests that are known to pass without a bug. Those that notice this one are tried
+    and added: tests that fail without it have noticed nothing.
 
-def try_mutant(copies: queue.SimpleQueue[Path], mutant: Mutant) -> dict[str, Any]:
-    """Plants a bug and runs its tests; what came of it, for the report."""
-    copy, begin = copies.get(), time.perf_counter()
-    path = copy / "folo_lib" / mutant.path.name
+    Raises:
+        RuntimeError: if they do, or if no test has run.
+    """
+    begin, path = time.perf_counter(), copy / "folo_lib" / mutant.path.name
     source = path.read_text(encoding="utf-8")
     path.write_text(mutant.mutate(source), encoding="utf-8")
     for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
         compiled.unlink()  # Python trusts it if time and size are those of this one
     status, said = run_tests(copy, mutant.tests, SECONDS)
     path.write_text(source, encoding="utf-8")
-    copies.put(copy)
     result = {0: "survived", 1: "killed", None: "timeout"}.get(status, "crashed")
-    if status is not None and status > 1:  # no test has run
+    by = re.search(r"^(?:FAILED|ERROR) (tests/.*?)(?: - |$)", said, re.MULTILINE)
+    idle = [test for test in mutant.tests if f"PASSED {test}" not in said]
+    if {0: bool(idle), 1: by is None}.get(status, (status or 0) > 1):
         raise RuntimeError(f"{mutant.name}: status {status}\n{said[-3000:]}")
-    by = re.search(r"^(?:FAILED|ERROR) tests/(.*?)(?: - |$)", said, re.MULTILINE)
+    killed = by is not None and result == "killed"
+    tests = (by[1].partition("[")[0],) if by and killed else mutant.tests
+    if result != "survived" and tests not in clean:
+        status, said = run_tests(copy, tests, 5 * SECONDS)
+        if status != 0:
+            raise RuntimeError(f"{mutant.name}: {status} without it\n{said[-3000:]}")
+        clean.add(tests)
     return {
         "result": result,
-        "by": by[1] if by and result == "killed" else "",
+        "by": by[1].removeprefix("tests/") if by and killed else "",
         "seconds": round(time.perf_counter() - begin),
         "date": date.today().isoformat(),
         "digest": mutant.digest(),
@@ -246,28 +248,39 @@ def main() -> None:
         and (args.only is None or {one.id, one.name} & set(args.only))
         and (args.again or report.get(one.name, {}).get("digest") != one.digest())
     ]
-    tests = dict.fromkeys(test for one in chosen for test in one.tests)
-    files = dict.fromkeys(test.partition("::")[0] for test in tests)
-    groups = [[t for t in tests if t.partition("::")[0] == file] for file in files]
-    say = partial(print, flush=True)
-    say(f"{len(chosen)} mutants; first {len(files)} files of tests without any ...")
+    say, clean, faults = partial(print, flush=True), set[Sequence[str]](), 0
+    say(f"{len(chosen)} mutants")
     with (
         tempfile.TemporaryDirectory(prefix="mutants-") as folder,
         ThreadPoolExecutor(args.jobs) as pool,
     ):
         copies = make_copies(Path(folder), args.jobs)
-        for _ in pool.map(lambda group: check_baseline(copies, group), groups):
-            pass
-        futures = {pool.submit(try_mutant, copies, one): one for one in chosen}
+
+        def work(one: Mutant) -> dict[str, Any]:
+            copy = copies.get()
+            try:
+                return try_mutant(copy, clean, one)
+            finally:
+                copies.put(copy)
+
+        futures = {pool.submit(work, one): one for one in chosen}
         for future in as_completed(futures):
-            one, entry = futures[future], future.result()
-            report[one.name] = entry
+            one = futures[future]
+            try:
+                entry = report[one.name] = future.result()
+            except RuntimeError as fault:
+                say(fault)
+                faults += 1
+                continue
             write_report(mutants, report)
             said = entry["by"] or entry["result"].upper()
             say(f"{entry['seconds']:4} s  {one.name}: {said}")
     write_report(mutants, report)
     say(describe_score([one for one in mutants if one.gpu is args.gpu], report))
-    sys.exit(any(report[one.name]["result"] == "survived" for one in chosen))
+    alive = [
+        one for one in chosen if report.get(one.name, {}).get("result") == "survived"
+    ]
+    sys.exit(bool(faults or alive))
 
 
 if __name__ == "__main__":
