@@ -23,12 +23,12 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import date
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -116,15 +116,12 @@ def read_mutants() -> list[Mutant]:
     return found
 
 
-def make_copies(folder: Path, number: int) -> queue.SimpleQueue[Path]:
-    """Copies of what the tests need, to be taken from the queue and put back."""
-    free: queue.SimpleQueue[Path] = queue.SimpleQueue()
-    for copy in (folder / str(i) for i in range(number)):
-        for name in ("folo_lib", "tests"):
-            shutil.copytree(ROOT / name, copy / name)
-        shutil.copy(ROOT / "pyproject.toml", copy)
-        free.put(copy)
-    return free
+def make_copy(copy: Path) -> Path:
+    """What the tests need."""
+    for name in ("folo_lib", "tests"):
+        shutil.copytree(ROOT / name, copy / name)
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    return copy
 
 
 def run_pytest(copy: Path, tests: Sequence[str]) -> None:
@@ -167,6 +164,7 @@ def run_tests(copy: Path, tests: Sequence[str], limit: float) -> tuple[int | Non
     status = process.exitcode
     with suppress(ProcessLookupError):  # with what it has started
         os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     process.join()
     return status, (copy / "said").read_text(errors="replace")
 
@@ -206,6 +204,35 @@ def try_mutant(copy: Path, clean: set[Sequence[str]], mutant: Mutant) -> dict[st
         "date": date.today().isoformat(),
         "digest": mutant.digest(),
     }
+
+
+def try_mutants(
+    chosen: Sequence[Mutant], jobs: int
+) -> Iterator[tuple[Mutant, dict[str, Any]]]:
+    """Each of them with what came of it, as they come; what cannot be tried is printed."""
+    clean: set[Sequence[str]] = set()
+    copies: queue.SimpleQueue[Path] = queue.SimpleQueue()
+
+    def work(one: Mutant) -> dict[str, Any]:
+        copy = copies.get()
+        try:
+            return try_mutant(copy, clean, one)
+        finally:
+            copies.put(copy)
+
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        for i in range(jobs):
+            copies.put(make_copy(Path(folder, str(i))))
+        pool = ThreadPoolExecutor(jobs)
+        try:
+            futures = {pool.submit(work, one): one for one in chosen}
+            for future in as_completed(futures):
+                try:
+                    yield futures[future], future.result()
+                except RuntimeError as fault:
+                    print(fault, flush=True)
+        finally:  # of Ctrl-C too
+            pool.shutdown(cancel_futures=True)
 
 
 def write_report(mutants: Sequence[Mutant], report: Report) -> None:
@@ -248,39 +275,17 @@ def main() -> None:
         and (args.only is None or {one.id, one.name} & set(args.only))
         and (args.again or report.get(one.name, {}).get("digest") != one.digest())
     ]
-    say, clean, faults = partial(print, flush=True), set[Sequence[str]](), 0
-    say(f"{len(chosen)} mutants")
-    with (
-        tempfile.TemporaryDirectory(prefix="mutants-") as folder,
-        ThreadPoolExecutor(args.jobs) as pool,
-    ):
-        copies = make_copies(Path(folder), args.jobs)
-
-        def work(one: Mutant) -> dict[str, Any]:
-            copy = copies.get()
-            try:
-                return try_mutant(copy, clean, one)
-            finally:
-                copies.put(copy)
-
-        futures = {pool.submit(work, one): one for one in chosen}
-        for future in as_completed(futures):
-            one = futures[future]
-            try:
-                entry = report[one.name] = future.result()
-            except RuntimeError as fault:
-                say(fault)
-                faults += 1
-                continue
-            write_report(mutants, report)
-            said = entry["by"] or entry["result"].upper()
-            say(f"{entry['seconds']:4} s  {one.name}: {said}")
+    print(f"{len(chosen)} mutants")
+    number = 0
+    for one, entry in try_mutants(chosen, args.jobs):
+        report[one.name] = entry
+        write_report(mutants, report)
+        said = entry["by"] or entry["result"].upper()
+        print(f"{entry['seconds']:4} s  {one.name}: {said}", flush=True)
+        number += entry["result"] in NOTICED
     write_report(mutants, report)
-    say(describe_score([one for one in mutants if one.gpu is args.gpu], report))
-    alive = [
-        one for one in chosen if report.get(one.name, {}).get("result") == "survived"
-    ]
-    sys.exit(bool(faults or alive))
+    print(describe_score([one for one in mutants if one.gpu is args.gpu], report))
+    sys.exit(number < len(chosen))
 
 
 if __name__ == "__main__":
