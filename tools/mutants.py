@@ -242,12 +242,14 @@ def write_report(mutants: Sequence[Mutant], report: Report) -> None:
 
 
 def describe_score(mutants: Sequence[Mutant], report: Report) -> str:
-    """How many of them are noticed, in a sentence."""
+    """How many of them are noticed, in a sentence or two."""
     tried = [report[one.name]["result"] for one in mutants if one.name in report]
+    if not tried:
+        return f"None of {len(mutants)} bugs has been tried."
     number = sum(result in NOTICED for result in tried)
     ways = ", ".join(f"{how} {tried.count(way)} times" for way, how in NOTICED.items())
-    share = f"{100 * number / max(1, len(tried)):.1f} %"
-    left = f" {n} are not tried yet." if (n := len(mutants) - len(tried)) else ""
+    share = f"{100 * number / len(tried):.1f} %"
+    left = f" {n} have not been tried." if (n := len(mutants) - len(tried)) else ""
     return f"Of {len(tried)} bugs {number} are noticed ({share}): {ways}.{left}"
 
 

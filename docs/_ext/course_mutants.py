@@ -27,12 +27,12 @@ def write_page() -> str:
         own = [one for one in mutants if one.gpu is gpu]
         parts.append(f"**{where}.** {describe_score(own, report)}")
     if dates:
-        parts.append(f"Tried from {dates[0]} to {dates[-1]}.")
+        parts.append(f"The last one was tried on {dates[-1]}.")
     for module in dict.fromkeys(one.module for one in mutants):
         rows = ["| bug | noticed by |", "|---|---|"]
         for one in mutants:
             if one.module == module:
-                entry = report.get(one.name, {"result": "not tried yet", "by": ""})
+                entry = report.get(one.name, {"result": "not tried", "by": ""})
                 test = entry["by"].rpartition("::")[2].partition("[")[0]
                 how = f"`{test}`" if test else NOTICED.get(entry["result"], "")
                 if entry["result"] == "survived":
