@@ -193,8 +193,10 @@ def try_mutant(copy: Path, clean: set[Sequence[str]], mutant: Mutant) -> dict[st
     killed = by is not None and result == "killed"
     tests = (by[1].partition("[")[0],) if by and killed else mutant.tests
     if result != "survived" and tests not in clean:
+        again = time.perf_counter()
         status, said = run_tests(copy, tests, 5 * SECONDS)
-        if status != 0:
+        is_slow = result == "timeout" and time.perf_counter() - again > SECONDS / 3
+        if status != 0 or is_slow:
             raise RuntimeError(f"{mutant.name}: {status} without it\n{said[-3000:]}")
         clean.add(tests)
     return {
