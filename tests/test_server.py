@@ -545,7 +545,7 @@ class TestBadInput:
             return [["a"], ["b"], ["c"]]
 
         service: Any = Service.__new__(Service)
-        service.name, service.make_groups = MODEL, make_groups
+        service.find_model, service.make_groups = str, make_groups
         service.engine = SimpleNamespace(
             check_open=lambda: None, max_waiting=9, submit=submit
         )
