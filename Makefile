@@ -4,12 +4,14 @@
 #   make lab LAB_FLAGS=--no-browser   flags for JupyterLab
 #   make test JOBS=8                  worker processes
 #   make soak MINUTES=60              how long the engine is kept busy
+#   make mutants MUTANTS="--module rope"   which of them; `--help` of tools/mutants.py
 
 PYTHON ?= python3 python3.13 python3.12 python3.11
 TORCH_INDEX ?=
 LAB_FLAGS ?=
 JOBS ?= 2
 MINUTES ?= 10
+MUTANTS ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -21,7 +23,7 @@ PAGES := $(wildcard notebooks/[0-9][0-9]_*.ipynb) $(wildcard notebooks/appendix_
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: help run test test-more test-oldest test-browser test-batch lab edit fresh export notebooks
-.PHONY: evaluate student docs clean api soak coverage
+.PHONY: evaluate student docs clean api soak coverage mutants
 
 help:
 	@echo "make run        hear the bundled model speak, then execute every page"
@@ -38,6 +40,7 @@ help:
 	@echo "make test-oldest   unit tests on the lowest versions of constraints-oldest.txt"
 	@echo "make api        accept a change of the public API into tests/api.txt"
 	@echo "make edit       open the pages themselves, to change the course"
+	@echo "make mutants    plant bugs in the engine, and see whether the tests notice them"
 	@echo "make export     write the modules of folo_lib from the pages"
 	@echo "make notebooks  execute the pages and save their outputs in place"
 	@echo "make evaluate   measure the bundled model"
@@ -112,6 +115,9 @@ test-browser: $(VENV)/.browser
 
 test-batch: $(VENV)/.batch
 	$(PY) -m pytest tests/batch
+
+mutants: $(READY)
+	$(PY) tools/mutants.py --jobs $(JOBS) $(MUTANTS)
 
 evaluate: $(READY)
 	cd notebooks && ../$(PY) -m tiny_model.evaluate

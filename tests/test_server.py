@@ -14,22 +14,31 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from starlette.requests import ClientDisconnect
 
 import folo_lib
 from folo_lib import LLMEngine, SamplingParams, bundled_model_path
 from folo_lib.benchmark_serving import run_server
 from folo_lib.request import Logprob, Request
-from folo_lib.server import EventResponse, create_app, main, make_parser, merge
+from folo_lib.server import (
+    EventResponse,
+    Service,
+    create_app,
+    main,
+    make_parser,
+    merge,
+)
 from folo_lib.server_protocol import UNSUPPORTED, CompletionRequest, clamp
-from folo_lib.serving import AsyncLLMEngine, RequestStream
+from folo_lib.serving import AsyncLLMEngine, EngineOverloadedError, RequestStream
 
 MODEL, KEY = "tiny-qwen3", "secret"
 MESSAGES: Any = [{"role": "user", "content": "Tell me a story about a fox."}]
@@ -349,6 +358,23 @@ class TestHangingUp:
         server.wait_until_idle()
         assert len(counts) < 200, "it went on to the end"
 
+    def test_before_the_first_event(self) -> None:
+        """A generator that has not begun has no `finally`: the response closes its streams."""
+        closed: list[str] = []
+        stream: Any = SimpleNamespace(close=lambda: closed.append("stream"))
+
+        async def events() -> AsyncIterator[str]:
+            yield "data: x"
+
+        async def never(_: Any = None) -> Any:
+            raise OSError("the client has gone")
+
+        response = EventResponse(events(), [stream], {})
+        scope = {"type": "http", "asgi": {"spec_version": "2.4"}}
+        with pytest.raises(ClientDisconnect):
+            asyncio.run(response(scope, never, never))
+        assert closed == ["stream"]
+
     def test_before_an_answer_that_is_not_streamed(
         self, server: Running, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -646,6 +672,31 @@ class TestBadInput:
             client.with_options(api_key="wrong").models.list()
         assert refused.value.code == "invalid_api_key"
         assert httpx.get(f"{server.url}/v1/models").status_code == 401
+
+    @pytest.mark.parametrize("key", ["secre", "s", "secrets", "Secret", "ssecret"])
+    def test_a_key_that_is_nearly_right(self, server: Running, key: str) -> None:
+        headers = {"Authorization": f"Bearer {key}"}
+        assert httpx.get(f"{server.url}/v1/models", headers=headers).status_code == 401
+
+    def test_a_call_refused_halfway_leaves_nothing(self) -> None:
+        closed: list[str] = []
+
+        def submit(group: list[str]) -> Any:
+            if group == ["c"]:
+                raise EngineOverloadedError
+            return SimpleNamespace(close=lambda: closed.append(group[0]))
+
+        async def make_groups(_: Any) -> Any:
+            return [["a"], ["b"], ["c"]]
+
+        service: Any = Service.__new__(Service)
+        service.find_model, service.make_groups = str, make_groups
+        service.engine = SimpleNamespace(
+            check_open=lambda: None, max_waiting=9, submit=submit
+        )
+        with pytest.raises(EngineOverloadedError):
+            asyncio.run(service.submit(CompletionRequest(model=MODEL, prompt="x")))
+        assert closed == ["a", "b"]
 
     def test_half_a_surrogate_pair_in_a_message_of_ours(
         self, http: httpx.Client

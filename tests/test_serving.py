@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, suppress
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
@@ -22,7 +23,9 @@ from folo_lib.serving import (
     AsyncLLMEngine,
     EngineDeadError,
     EngineOverloadedError,
+    OwnerThread,
     RequestStream,
+    put_all,
 )
 
 T = TypeVar("T")
@@ -235,6 +238,30 @@ class TestAnswers:
         run(served.shutdown())
         assert [got[i] for i in range(3)] == expected
 
+    def test_each_loop_is_woken_once_and_for_its_own(self) -> None:
+        calls: list[tuple[str, list[Any]]] = []
+
+        class Loop:
+            def __init__(self, name: str) -> None:
+                self.name = name
+
+            def call_soon_threadsafe(self, function: Any, pairs: list[Any]) -> None:
+                assert function is put_all
+                calls.append((self.name, [what for _, what in pairs]))
+
+        one, other = (SimpleNamespace(loop=Loop(name)) for name in "ab")
+        news: Any = [(one, 1), (other, 2), (one, 3)]
+        OwnerThread.hand_over(SimpleNamespace(), news)  # type: ignore[arg-type]
+        assert calls == [("a", [1, 3]), ("b", [2])]
+
+    def test_who_has_ended_is_forgotten(self, engine: LLMEngine) -> None:
+        async def main() -> None:
+            async with serving(engine) as served:
+                await last_of(served.add_request(PROMPTS[0], GREEDY))
+                assert await served.ask(lambda: dict(served.owner.streams)) == {}
+
+        run(main())
+
 
 class TestLeaving:
     def test_cancelled_client_gives_its_blocks_back_within_a_step(
@@ -304,6 +331,21 @@ class TestLeaving:
 
         run(main())
 
+    def test_who_leaves_late_takes_nobody_along(self, engine: LLMEngine) -> None:
+        """It has ended, its reader did not look, and its id is another's by now."""
+
+        async def main() -> RequestOutput:
+            async with serving(engine) as served:
+                first = served.add_request(PROMPTS[0], GREEDY, "same")
+                while first.latest is None or not first.latest.finished:
+                    await asyncio.sleep(0.01)
+                second = served.add_request(PROMPTS[1], LONG, "same")
+                await anext(second)
+                first.close()
+                return await last_of(second)
+
+        assert run(main()).outputs[0].finish_reason == "length"
+
     def test_half_of_sixty_leave_and_the_others_do_not_notice(
         self, engine: LLMEngine
     ) -> None:
@@ -370,6 +412,11 @@ class TestLeaving:
             time.sleep(0.01)
         assert not served.owner.streams
         assert len(counts) < 400, "it works on for a loop that is closed"
+
+        async def another() -> RequestOutput:
+            return await last_of(served.add_request(PROMPTS[1], GREEDY))
+
+        assert run(another()).finished
         run(served.shutdown())
 
 

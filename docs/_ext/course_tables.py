@@ -16,6 +16,7 @@ from typing import Any
 import course_api
 import course_benchmark
 import course_front
+import course_mutants
 import run_pages
 from course_pages import find_pages, read_page
 from sphinx.application import Sphinx
@@ -55,6 +56,7 @@ WRITERS: dict[str, Callable[[], str]] = {
     "benchmark": course_benchmark.write_page,
     "front": course_front.write_front,
     "front_zh": course_front.write_chinese_front,
+    "mutants": course_mutants.write_page,
 }
 PLACE = re.compile(r"^<!-- made at build time: (\w+) -->$", re.MULTILINE)
 
