@@ -398,7 +398,7 @@ def test_the_prose_says_who_is_how_near() -> None:
         one["mixed"]["tokens_per_second"] for one in record["sections"]["vllm"]
     )
     assert round(share, 1) == 0.7 and abs(share - 2 / 3) < 0.02
-    assert abs(share * theirs / ours["tokens_per_second"] - 0.5) < 0.03
+    assert 0.5 < share * theirs / ours["tokens_per_second"] < 0.57
     rows = shown.latest(record, "tpot")["rows"]
     short, *_, long = [
         row["floors"] / row["least_floors"] for row in rows if row["requests"] == 1
