@@ -15,6 +15,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from folo_lib.benchmark_bench import LatencySizes, Sizes
+from folo_lib.benchmark_serving import PERCENTILES, ServingSizes
 from folo_lib.benchmark_workloads import ThroughputSizes
 from folo_lib.course import throughput_figures as shown
 from folo_lib.course.figures import HUGGING_FACE, OTHER, US
@@ -354,6 +355,8 @@ def test_numbers_in_the_prose_are_printed_or_options() -> None:
             value = getattr(sizes, field.name)
             values = value if isinstance(value, tuple) else (value,)
             options |= {f"{one:,}" for one in values if isinstance(one, int)}
+    options |= {f"{100 * load:.0f}" for load in ServingSizes().loads}  # per cent
+    options |= {str(percentile) for percentile in PERCENTILES}
     for cell in cells:
         if cell["cell_type"] == "markdown":
             text = re.sub(r"```.*?```", "", "".join(cell["source"]), flags=re.DOTALL)
