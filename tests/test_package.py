@@ -60,6 +60,8 @@ TABLE = (
     "fused_decode",
     "parallel_checks",
     "tensor_parallel",
+    "symmetric_memory",
+    "fused_shards",
     "serving",
     "server_protocol",
     "server_metrics",
@@ -79,6 +81,7 @@ TABLE = (
     "benchmark_clients",
     "benchmark_threads",
     "benchmark_serving",
+    "benchmark_tensor_parallel",
     "benchmark_sections",
     "benchmark_records",
     "benchmark_vllm",
@@ -379,7 +382,8 @@ class TestModules:
         allowed = sys.stdlib_module_names | {"torch", "safetensors", "folo_lib"}
         # Looked up by name, when they are wanted.
         with_kernels = {"paged_attention", "sampling_kernels"}
-        with_kernels |= {"fused_attention", "fused_decode", "benchmark_floor"}
+        with_kernels |= {"fused_attention", "fused_decode", "fused_shards"}
+        with_kernels |= {"benchmark_floor"}
         if path.stem in with_kernels:
             allowed = allowed | {"triton"}
         if path.stem.startswith("server"):

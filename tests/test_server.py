@@ -503,7 +503,7 @@ class TestManyClients:
         ]
         for client in clients[1::2]:
             if rng.random() < 0.5:
-                client.patience = rng.uniform(0, 1)
+                client.patience = rng.uniform(0, 0.3)
             else:  # the first six lines are the head
                 client.most_lines = rng.randrange(1, 18)
 

@@ -245,13 +245,16 @@ class TestAnswers:
             def __init__(self, name: str) -> None:
                 self.name = name
 
-            def call_soon_threadsafe(self, function: Any, pairs: list[Any]) -> None:
-                assert function is put_all
+            def call_soon_threadsafe(
+                self, function: Any, pairs: list[Any], unread: set[Any]
+            ) -> None:
+                assert function is put_all and self in unread
                 calls.append((self.name, [what for _, what in pairs]))
 
         one, other = (SimpleNamespace(loop=Loop(name)) for name in "ab")
         news: Any = [(one, 1), (other, 2), (one, 3)]
-        OwnerThread.hand_over(SimpleNamespace(), news)  # type: ignore[arg-type]
+        owner: Any = SimpleNamespace(unread=set())
+        OwnerThread.hand_over(owner, news)
         assert calls == [("a", [1, 3]), ("b", [2])]
 
     def test_who_has_ended_is_forgotten(self, engine: LLMEngine) -> None:

@@ -132,7 +132,9 @@ def test_page_18_says_what_its_recordings_hold() -> None:
     assert f"the owner's {owner:.2f} ms" in said
     assert f"the event loop's {streams['loop']:.2f} ms" in said
     assert owner + streams["loop"] > 0.95 * streams["wall"]
-    assert made["speeds"]["async"]["of_generate"] < 0.85 and "**not reached**" in said
+    both = latest(CPU, "serving"), made
+    cpu, card = (one["speeds"]["async"]["of_generate"] for one in both)
+    assert card < cpu and "more is lost than on the CPU" in said
     records = [CPU, H200]
     [output] = texts["12-serving-table"].outputs
     assert output.text.splitlines() == shown.list_serving(records), (

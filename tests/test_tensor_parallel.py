@@ -528,6 +528,7 @@ import os, signal, threading, time
 from folo_lib import LLMEngine, SamplingParams
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the parent may ignore it
     engine = LLMEngine(tensor_parallel_size=2, device="cpu", use_tqdm=False)
     params = SamplingParams(temperature=0, max_tokens=2000, ignore_eos=True)
     few = SamplingParams(temperature=0, max_tokens=8)

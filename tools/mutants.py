@@ -169,6 +169,13 @@ def run_tests(copy: Path, tests: Sequence[str], limit: float) -> tuple[int | Non
     return status, (copy / "said").read_text(errors="replace")
 
 
+def rewrite(path: Path, text: str) -> None:
+    """Writes a module, and forgets what Python made of it."""
+    path.write_text(text, encoding="utf-8")
+    for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
+        compiled.unlink()  # Python trusts it if time and size are those of this one
+
+
 def try_mutant(copy: Path, clean: set[Sequence[str]], mutant: Mutant) -> dict[str, Any]:
     """Plants a bug in a copy and runs its tests; what came of it, for the report.
 
@@ -180,11 +187,9 @@ def try_mutant(copy: Path, clean: set[Sequence[str]], mutant: Mutant) -> dict[st
     """
     begin, path = time.perf_counter(), copy / "folo_lib" / mutant.path.name
     source = path.read_text(encoding="utf-8")
-    path.write_text(mutant.mutate(source), encoding="utf-8")
-    for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
-        compiled.unlink()  # Python trusts it if time and size are those of this one
+    rewrite(path, mutant.mutate(source))
     status, said = run_tests(copy, mutant.tests, SECONDS)
-    path.write_text(source, encoding="utf-8")
+    rewrite(path, source)
     result = {0: "survived", 1: "killed", None: "timeout"}.get(status, "crashed")
     by = re.search(r"^(?:FAILED|ERROR) (tests/.*?)(?: - |$)", said, re.MULTILINE)
     idle = [test for test in mutant.tests if f"PASSED {test}" not in said]
