@@ -292,11 +292,7 @@ def repeat_warnings(texts: Iterable[list[str]]) -> None:
 
 @dataclass(frozen=True)
 class WatchedStep(InFlightStep):
-    """A step on several GPUs, whose results never come if another rank is gone.
-
-    Attributes:
-        check: raises if it is.
-    """
+    """A step on several GPUs. Results never come if a rank is gone; `check` raises then."""
 
     check: Callable[[], None] = print
 

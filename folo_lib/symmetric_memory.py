@@ -5,8 +5,8 @@ symmetric memory is quicker where they are short: each GPU maps the buffers of a
 own address space, and one kernel reads from all of them and adds. Two of PyTorch's kernels are
 used here, neither with NVLink multicast:
 
-- *One shot*: every rank reads all buffers whole, and adds. Right where a message is short.
-- *Two shots*: every rank adds a part of its own, and writes that part into all buffers. Each reads
+- One shot: every rank reads all buffers whole, and adds. Right where a message is short.
+- Two shots: every rank adds a part of its own, and writes that part into all buffers. Each reads
   less, and waits one time more.
 
 What the kernels promise (read in PyTorch's source, `CUDASymmetricMemoryOps.cu`): a block waits at

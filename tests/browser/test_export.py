@@ -17,7 +17,6 @@ NAMES = [
 ]
 WIDGETS = {
     "01_attention": 1,
-    "02_rope": 1,
     "03_layers": 1,
     "04_qwen3": 1,
     "05_checkpoint": 1,

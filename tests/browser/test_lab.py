@@ -24,7 +24,6 @@ PAGES = {
     "01_attention": BUGS,
     "03_layers": BUGS,
     "04_qwen3": BUGS,
-    "02_rope": {"Position": "ArrowRight", "Frequency pair": "ArrowLeft"},
     "05_checkpoint": {"Layer": "ArrowLeft", "Head": "ArrowLeft"},
     "06_kv_cache": {
         "Model": "ArrowDown",
