@@ -284,7 +284,11 @@ def keep_frames() -> None:
 
     An audit hook cannot be taken out again. What asks is known by its file.
     """
-    places = {*sysconfig.get_paths().values(), *folo_lib.__path__}
+    # An environment may take packages from another, as one for graders does.
+    packages = [
+        path for path in sys.path if path.endswith(("site-packages", "dist-packages"))
+    ]
+    places = {*sysconfig.get_paths().values(), *folo_lib.__path__, *packages}
     trusted = tuple({*places, *map(os.path.realpath, places), "<frozen "})
     getframe, busy = sys._getframe, False
 
