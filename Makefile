@@ -61,7 +61,7 @@ test: $(READY)
 	$(PY) -m pytest -n $(JOBS) --dist loadfile --nbval $(PAGES)
 
 test-more: $(READY)
-	$(PY) -m pytest -m more -n $(JOBS) --dist loadfile
+	$(PY) -m pytest -m more -n $(JOBS) --dist loadfile --durations=20
 	@$(MAKE) --no-print-directory $(GRADERS)/.ready || echo "nbgrader and otter are not tried."
 	[ ! -e $(GRADERS)/.ready ] || $(GRADERS)/bin/python -m pytest tests/test_graders.py -m more
 
