@@ -62,14 +62,18 @@ class Running:
         assert self.engine.stats().num_used_blocks == 0
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    engine = LLMEngine(
+def make_engine() -> LLMEngine:
+    return LLMEngine(
         bundled_model_path(),
         device="cpu",
         use_tqdm=False,
         kv_cache_memory_bytes=2**26,
     )
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    engine = make_engine()
     served = AsyncLLMEngine(engine, max_waiting=40)
     app = create_app(served, MODEL, KEY, max_body_bytes=100_000)
     with run_server(app, served) as running:
@@ -473,12 +477,7 @@ def count_leftovers(running: Any) -> dict[str, int]:
 class TestManyClients:
     @pytest.fixture
     def many(self) -> Iterator[tuple[Running, Any]]:
-        engine = LLMEngine(
-            bundled_model_path(),
-            device="cpu",
-            use_tqdm=False,
-            kv_cache_memory_bytes=2**26,
-        )
+        engine = make_engine()
         served = AsyncLLMEngine(engine, max_waiting=1000)
         with run_server(create_app(served, MODEL), served) as running:
             yield Running(engine, served, running.url), running
