@@ -30,11 +30,13 @@ LONGEST = 600 + 512
 """Prompt and output of the longest item."""
 
 
-@cache
-def get_models() -> tuple[Qwen3ForCausalLM, PreTrainedModel, PreTrainedTokenizerBase]:
+Models = tuple[Qwen3ForCausalLM, PreTrainedModel, PreTrainedTokenizerBase]
+
+
+def make_models(**changes: Any) -> Models:
     """A small random Qwen3, Hugging Face's with the same weights, and the bundled tokenizer.
 
-    Its logits are spread widely, so that the context decides what is drawn, and not the
+    Its config has these changes. Its logits are spread widely, so that the context decides what is drawn, and not the
     noise alone.
     """
     tokenizer = load_tokenizer(bundled_model_path())
@@ -45,10 +47,17 @@ def get_models() -> tuple[Qwen3ForCausalLM, PreTrainedModel, PreTrainedTokenizer
         intermediate_size=64,
         num_hidden_layers=2,
         max_position_embeddings=2048,
+        **changes,
     )
     theirs = models.make_reference(config, "sdpa")
     theirs.lm_head.weight.mul_(4)
     return models.load(config, theirs, "torch_sdpa"), theirs, tokenizer
+
+
+@cache
+def get_models() -> Models:
+    """Those of all schedules."""
+    return make_models()
 
 
 def make_engine(num_tokens: int = 2 * LONGEST, **options: Any) -> LLMEngine:

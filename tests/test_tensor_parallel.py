@@ -365,20 +365,7 @@ def check_greedy(
 @cache
 def get_small_models() -> Any:
     """As in `schedules`, with heads that two and four ranks can share."""
-    tokenizer = schedules.load_tokenizer(BUNDLED)
-    config = models.make_config(
-        "qwen3 6/3 untied",
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        vocab_size=len(tokenizer),
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        max_position_embeddings=2048,
-    )
-    theirs = models.make_reference(config, "sdpa")
-    theirs.lm_head.weight.mul_(4)
-    return models.load(config, theirs, "torch_sdpa"), theirs, tokenizer
+    return schedules.make_models(num_attention_heads=8, num_key_value_heads=2)
 
 
 CACHES = (schedules.run_alone, schedules.make_engine_once)
