@@ -36,8 +36,8 @@ Models = tuple[Qwen3ForCausalLM, PreTrainedModel, PreTrainedTokenizerBase]
 def make_models(**changes: Any) -> Models:
     """A small random Qwen3, Hugging Face's with the same weights, and the bundled tokenizer.
 
-    Its config has these changes. Its logits are spread widely, so that the context decides what is drawn, and not the
-    noise alone.
+    Its config has these changes. Its logits are spread widely, so that the context decides what is
+    drawn, and not the noise alone.
     """
     tokenizer = load_tokenizer(bundled_model_path())
     config = models.make_config(
