@@ -891,8 +891,9 @@ class TestLaunchAndRead:
         drawing = [
             RequestRow(i, make_request(n, [1]), [], 1) for i, n in enumerate("AB")
         ]
-        for _ in range(3):  # the first memory for copies makes everybody wait
-            InFlightStep.send(drawing, place, None, []).read()
+        # New memory for copies makes everybody wait: as much as is needed at once comes first.
+        for step in [InFlightStep.send(drawing, place, None, []) for _ in range(3)]:
+            step.read()
         with torch.cuda.stream(get_copy_stream(place.device)):
             torch.cuda._sleep(1_000_000_000)
         steps = []
