@@ -891,21 +891,26 @@ class TestLaunchAndRead:
         drawing = [
             RequestRow(i, make_request(n, [1]), [], 1) for i, n in enumerate("AB")
         ]
-        # New memory for copies makes everybody wait: as much as is needed at once comes first.
-        for step in [InFlightStep.send(drawing, place, None, []) for _ in range(3)]:
+
+        def launch_three() -> list[InFlightStep]:
+            steps = []
+            for _ in range(3):
+                steps.append(InFlightStep.send(drawing, place, None, []))
+                place.add_(1)
+            return steps
+
+        # The first kernels that are loaded and the first memory for copies make everybody wait.
+        for step in launch_three():
             step.read()
         with torch.cuda.stream(get_copy_stream(place.device)):
             torch.cuda._sleep(1_000_000_000)
-        steps = []
-        for _ in range(3):
-            steps.append(InFlightStep.send(drawing, place, None, []))
-            place += 1
+        steps = launch_three()
         torch.cuda.current_stream().synchronize()
         assert not any(step.arrival.query() for step in steps if step.arrival)
         drawn = [
             [one.token_id for one in step.read().tokens.values()] for step in steps
         ]
-        assert drawn == [[4, 2], [5, 3], [6, 4]]
+        assert drawn == [[7, 5], [8, 6], [9, 7]]
 
     def test_a_step_of_nothing(
         self, bundled: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch
