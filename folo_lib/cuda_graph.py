@@ -472,8 +472,9 @@ class GraphRunner(ModelRunner):
             return InFlightStep.send(step.drawing, select(graphs.token_ids), None, [])
         rows, seq_lens, *_ = map(select, graphs.inputs.split(size)[:2])
         sampling = self.rows.sampling.gather(drawing, rows, seq_lens)
-        drawn = self.draw(select(graphs.logits), sampling)
-        return InFlightStep.send(step.drawing, *drawn, [])
+        token_ids, logprobs = self.sampler.sample(select(graphs.logits), sampling)
+        self.rows.sampling.record(sampling, token_ids)
+        return InFlightStep.send(step.drawing, token_ids, logprobs, [])
 
     def select_drawing(self, step: StepLayout) -> Callable[[Tensor], Tensor]:
         """What takes the rows of those that draw out of what a graph has written."""

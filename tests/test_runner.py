@@ -37,7 +37,7 @@ from folo_lib.runner import (
     make_input_batch,
     to_device,
 )
-from folo_lib.sampler import LogprobsTensors
+from folo_lib.sampler import LogprobsTensors, Sampler
 from folo_lib.sampling_params import SamplingParams
 from folo_lib.token_logprobs import TokenLogprobs, to_entries
 
@@ -850,11 +850,11 @@ class TestLaunchAndRead:
     ) -> None:
         """As those of page 14 do."""
 
-        class OneTensor(ModelRunner):
+        class OneTensor(Sampler):
             place = torch.zeros(2, dtype=torch.int64)
 
-            def draw(self, logits: Tensor, sampling: Any) -> Any:
-                token_ids, logprobs = super().draw(logits, sampling)
+            def sample(self, logits: Tensor, metadata: Any) -> Any:
+                token_ids, logprobs = super().sample(logits, metadata)
                 return self.place[: len(token_ids)].copy_(token_ids), logprobs
 
         loose = SamplingParams(temperature=2.0)
@@ -863,9 +863,8 @@ class TestLaunchAndRead:
             [ScheduledRequest(n, 2, [i]) for i, n in enumerate("AB")], told
         )
         plans = [start, *[StepPlan([ScheduledRequest(n, 1) for n in "BA"])] * 2]
-        eager = make_runner(bundled)
-        late = OneTensor(bundled, EngineConfig(block_size=4))
-        late.initialize_kv_caches(64, 256)
+        eager, late = make_runner(bundled), make_runner(bundled)
+        late.sampler = OneTensor()
         seen = [eager.launch(plan).read() for plan in plans]
         launched = [late.launch(plan) for plan in plans]
         assert [step.read() for step in launched] == seen
@@ -971,14 +970,15 @@ class TestLaunchAndRead:
         told = [make_request("A", [5, 6, 7]), make_request("B", [9])]
         scheduled = [ScheduledRequest("A", 3, [0, 1]), ScheduledRequest("B", 1, [7])]
         alone = play_alone(bundled, Story(told[1], 2)).tokens
-        break_next = runner.get_next_token_logits
 
-        def broken(hidden: Tensor, batch: InputBatch) -> Tensor:
-            logits = break_next(hidden, batch)
-            logits[[s.request.request_id == "A" for s in batch.drawing]] = float("nan")
-            return logits
+        class SpoilsA(Sampler):
+            def sample(self, logits: Tensor, metadata: Any) -> Any:
+                is_own = metadata.rows == runner.rows.by_id["A"].row
+                return super().sample(
+                    logits.masked_fill(is_own[:, None], float("nan")), metadata
+                )
 
-        runner.get_next_token_logits = broken  # type: ignore[method-assign]
+        runner.sampler = SpoilsA()
         first = runner.launch(StepPlan(scheduled, told))
         second = runner.launch(StepPlan([ScheduledRequest(n, 1) for n in "AB"]))
         tokens = [step.read().tokens for step in (first, second)]
