@@ -286,10 +286,12 @@ class RequestTable:
         """After a step that broke off: all begin again, but those that failed in it.
 
         Args:
-            failed: the requests of the step, which end with the error.
+            failed: the requests that end with the error; without any, the log has it.
             error: what broke it off.
         """
         self.in_flight.clear()
+        if isinstance(error, Exception) and not failed:
+            logger.error("All requests begin again.", exc_info=error)
         requests = list(self.unfinished.values())
         for request in requests:
             request.rewind()
@@ -372,8 +374,6 @@ def run_step(executor: GPUExecutor, table: RequestTable) -> None:
         table.restart({} if is_read else starts, error)
         if not starts or not isinstance(error, Exception):
             raise
-        if is_read:
-            logger.error("Outputs of a step were not handed out.", exc_info=error)
 
 
 @contextmanager

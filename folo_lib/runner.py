@@ -51,7 +51,7 @@ from folo_lib.sampler import (
 
 from .checkpoint import resolve_device
 from .config import EngineConfig
-from .model_source import Source, get_model
+from .model_source import Source as Source, get_model
 from .platform import get_kv_cache_memory
 from .qwen3 import Qwen3ForCausalLM
 from .sampling_params import SamplingParams

@@ -78,10 +78,9 @@ from folo_lib.parallel_checks import (
 
 from .checkpoint_checks import warn_of_non_finite
 from .config import EngineConfig
-from .model_source import Source
 from .platform import get_kv_cache_memory, hold_interrupts, resolve_device
 from .qwen3 import Qwen3ForCausalLM, get_head_dim
-from .runner import GPUExecutor, GPUWorker, InFlightStep, StepPlan
+from .runner import GPUExecutor, GPUWorker, InFlightStep, Source, StepPlan
 
 
 # %% ../notebooks/16_tensor_parallel.ipynb #rank-group
