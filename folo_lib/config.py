@@ -22,7 +22,8 @@ from folo_lib.vllm_names import ABSENT_OPTIONS, keep_known
 
 if TYPE_CHECKING:
     from folo_lib.engine import Scheduler
-    from folo_lib.runner import GPUExecutor, ModelRunner, Source
+    from folo_lib.model_source import Source
+    from folo_lib.runner import GPUExecutor, ModelRunner
 
 __all__ = ["EXECUTORS", "MODEL_RUNNERS", "SCHEDULERS", "EngineConfig"]
 

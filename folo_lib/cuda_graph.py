@@ -39,20 +39,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from folo_lib.runner import (
-    InFlightStep,
-    ModelRunner,
-    StepLayout,
-    StepPlan,
-    lay_end_to_end,
-    make_input_batch,
-)
 from folo_lib.sampler import SamplingMetadata, apply_filters, gumbel_noise, make_jumps
 
 from .config import EngineConfig
 from .kv_cache import AttentionMetadata
 from .platform import can_compile
 from .qwen3 import Attention, Qwen3DecoderLayer, Qwen3ForCausalLM
+from .runner import InFlightStep, ModelRunner, StepLayout
 from .sampling_rows import move
 
 # %% ../notebooks/14_cuda_graph.ipynb #graph-size
@@ -452,19 +445,15 @@ class GraphRunner(ModelRunner):
             self.graphs = self.graphs_class(self, self.draw_rows)
             self.graphs.record()
 
-    def launch(self, plan: StepPlan) -> InFlightStep:
-        """Starts a step, of which nothing is awaited."""
-        self.rows.update(plan)
-        step = lay_end_to_end(self.rows, plan, self.config.block_size)
-        if not plan.scheduled:
-            return InFlightStep()
+    def run(self, step: StepLayout) -> InFlightStep:
+        """Replays the graph of a step and of its draw, or starts it layer by layer."""
         if self.graphs is not None and not step.scoring:
             counts = len(step.rows), len(step.input_ids)
             if size := find_size(self.graphs.sizes, *counts):
                 self.graphs.inputs.load(step, size)
                 self.graphs.steps[size]()
                 return self.draw_step(self.graphs, step, size)
-        return self.run(make_input_batch(self.rows, step, self.config.block_size))
+        return super().run(step)
 
     def draw_step(
         self, graphs: StepGraphs, step: StepLayout, size: GraphSize
@@ -483,8 +472,9 @@ class GraphRunner(ModelRunner):
             return InFlightStep.send(step.drawing, select(graphs.token_ids), None, [])
         rows, seq_lens, *_ = map(select, graphs.inputs.split(size)[:2])
         sampling = self.rows.sampling.gather(drawing, rows, seq_lens)
-        drawn = self.draw(select(graphs.logits), sampling)
-        return InFlightStep.send(step.drawing, *drawn, [])
+        token_ids, logprobs = self.sampler.sample(select(graphs.logits), sampling)
+        self.rows.sampling.record(sampling, token_ids)
+        return InFlightStep.send(step.drawing, token_ids, logprobs, [])
 
     def select_drawing(self, step: StepLayout) -> Callable[[Tensor], Tensor]:
         """What takes the rows of those that draw out of what a graph has written."""

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import schedules
 import torch
+from helpers import prepare_inputs
 from schedules import Schedule
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -359,8 +360,9 @@ class TestDraws:
 class TestLayerwiseModel:
     def test_equal_to_the_model(self) -> None:
         model, runner = get_model(), make_runner(ModelRunner)
-        batch = runner.prepare_inputs(
-            start(make_request("a", 9), make_request("b", 1), make_request("c", 22))
+        batch = prepare_inputs(
+            runner,
+            start(make_request("a", 9), make_request("b", 1), make_request("c", 22)),
         )
         where = batch.input_ids, batch.positions, runner.kv_caches, batch
         ours = LayerwiseModel(model, lambda function: function)(*where)
