@@ -32,6 +32,7 @@ __all__ = [
 import logging
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate, chain
 from typing import Any, ClassVar, NamedTuple
@@ -39,13 +40,19 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from folo_lib.runner import (
+    InFlightStep,
+    ModelRunner,
+    ScheduledRequest,
+    StepLayout,
+    StepPlan,
+)
 from folo_lib.sampler import SamplingMetadata, apply_filters, gumbel_noise, make_jumps
 
 from .config import EngineConfig
 from .kv_cache import AttentionMetadata
 from .platform import can_compile
 from .qwen3 import Attention, Qwen3DecoderLayer, Qwen3ForCausalLM
-from .runner import InFlightStep, ModelRunner, StepLayout
 from .sampling_rows import move
 
 # %% ../notebooks/14_cuda_graph.ipynb #graph-size
@@ -444,6 +451,21 @@ class GraphRunner(ModelRunner):
         if self.records and self.is_static:
             self.graphs = self.graphs_class(self, self.draw_rows)
             self.graphs.record()
+
+    def launch(self, plan: StepPlan) -> InFlightStep:
+        """Starts a step whose longest sequences come first.
+
+        Attention ends with the last of its programs, so the longest sequences must not
+        be among the last to begin. Of a new request nothing is in the cache.
+        """
+        known = self.rows.by_id
+
+        def num_cached(one: ScheduledRequest) -> int:
+            state = known.get(one.request_id)
+            return 0 if state is None else state.num_computed_tokens
+
+        ordered = sorted(plan.scheduled, key=num_cached, reverse=True)
+        return super().launch(replace(plan, scheduled=ordered))
 
     def run(self, step: StepLayout) -> InFlightStep:
         """Replays the graph of a step and of its draw, or starts it layer by layer."""

@@ -568,6 +568,15 @@ class TestRunner:
                 assert drawn[-1] == get_tokens(other)[name]
         assert len(set(drawn)) > 3
 
+    def test_the_longest_sequences_come_first(self) -> None:
+        runner = make_runner()
+        runner.launch(start(make_request("A", 3), make_request("B", 9))).read()
+        runner.launch(start(make_request("C", 6), first_block=9)).read()
+        assert runner.graphs is not None
+        runner.launch(go_on("A", "B", "C")).read()
+        _, seq_lens, *_ = runner.graphs.inputs.split(GraphSize(4, 4, True))
+        assert seq_lens.tolist() == [10, 7, 4, 0]
+
     def test_an_empty_plan(self) -> None:
         runner = make_runner()
         assert runner.launch(StepPlan([])).read().tokens == {}
