@@ -216,7 +216,8 @@ def load_model(
             on a CPU.
         device: `"cpu"`, `"cuda"`, `"mps"`, or `"auto"`: CUDA if there, else the CPU.
         attention_backend: a name in `ATTENTION_BACKENDS`, or `"auto"`: `"triton"` on a
-            GPU that can run it, else `"torch_sdpa"`.
+            GPU that can run it, `"torch_ragged"` on a CPU in float32, else
+            `"torch_sdpa"`.
         use_tqdm: show a progress bar.
 
     Raises:
