@@ -547,8 +547,9 @@ class TestRagged:
         step = Step([1] * 8, [30 + i for i in range(8)], (4, 2))
         for sequence in step.sequences:
             sequence[0].mul_(1e4)
-        ours = step.run(TorchRaggedBackend())
-        torch.testing.assert_close(ours.double(), step.exact(), rtol=1e-4, atol=1e-4)
+        ours, theirs = step.run(TorchRaggedBackend()), step.run(TorchSDPABackend())
+        assert theirs.isfinite().all()
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
     def test_a_model_that_was_moved_goes_on(self) -> None:
         """It was loaded for float32; in bfloat16 the parent does all of the work."""
