@@ -154,7 +154,8 @@ class TorchRaggedBackend(TorchSDPABackend):
         scale = head_dim**-0.5 if self.scale is None else self.scale
         keys, values = (cache.view(-1, head_dim) for cache in kv_cache)
         queries = query.reshape(-1, head_dim)  # [b * H, D]
-        scores = torch.sparse.sampled_addmm(  # queries @ keys.T, where there are entries
+        # queries @ keys.T, where there are entries
+        scores = torch.sparse.sampled_addmm(
             read.scores, queries, keys.T, alpha=scale, beta=0.0
         )
         # A softmax over each row, whose sum is divided by at the end.

@@ -554,9 +554,7 @@ class TestRagged:
     def test_a_model_that_was_moved_goes_on(self) -> None:
         """It was loaded for float32; in bfloat16 the parent does all of the work."""
         step = Step([1] * 8, [30 + i for i in range(8)], (4, 2), dtype=torch.bfloat16)
-        assert torch.equal(
-            step.run(TorchRaggedBackend()), step.run(TorchSDPABackend())
-        )
+        assert torch.equal(step.run(TorchRaggedBackend()), step.run(TorchSDPABackend()))
 
     @pytest.mark.parametrize(
         ("device", "dtype"),
