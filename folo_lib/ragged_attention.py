@@ -64,12 +64,19 @@ def plan_ragged(
     longest = max(metadata.seq_lens_list[i] for i in members)
     blocks = metadata.block_table[:, : -(-longest // size)].index_select(0, chosen)
     slots = (blocks[:, :, None] * size + torch.arange(size, device=device)).flatten(1)
-    kv_heads = torch.arange(num_heads, device=device) // (num_heads // num_kv_heads)
-    keys = slots[:, None] * num_kv_heads + kv_heads[:, None]  # [b, H, T]
-    places = torch.arange(keys.shape[-1], device=device)
-    exists = (places < seq_lens[:, None])[:, None].expand_as(keys)
+    places = torch.arange(slots.shape[1], device=device)
+    slots = slots[places < seq_lens[:, None]]  # those of all sequences, end to end
+
     lengths = seq_lens.repeat_interleave(num_heads)  # [b * H]
-    columns, starts = keys[exists], F.pad(lengths.cumsum(0), (1, 0))
+    rows = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
+    starts = F.pad(lengths.cumsum(0), (1, 0))
+    # Each head of a sequence goes through all of the sequence's slots.
+    first_slots = (seq_lens.cumsum(0) - seq_lens).repeat_interleave(num_heads)
+    places = torch.arange(len(rows), device=device)
+    places += (first_slots - starts[:-1]).index_select(0, rows)
+    kv_heads = torch.arange(num_heads, device=device) // (num_heads // num_kv_heads)
+    columns = slots.index_select(0, places) * num_kv_heads
+    columns += kv_heads.repeat(len(members)).index_select(0, rows)
     scores = torch.sparse_csr_tensor(
         starts,
         columns,
@@ -77,7 +84,6 @@ def plan_ragged(
         (len(lengths), num_keys),
         check_invariants=False,
     )
-    rows = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
     tokens = metadata.query_start_loc.index_select(0, chosen)
     return RaggedRead(tokens, scores, lengths, rows)
 
