@@ -165,10 +165,10 @@ class TorchRaggedBackend(TorchSDPABackend):
             read.scores, queries, keys.T, alpha=scale, beta=0.0
         )
         # A softmax over each row, whose sum is divided by at the end.
-        entries, per_row = scores.values(), {"lengths": read.seq_lens, "unsafe": True}
-        highest = torch.segment_reduce(entries, "max", **per_row)  # [b * H]
+        entries, lengths = scores.values(), read.seq_lens
+        highest = torch.segment_reduce(entries, "max", lengths=lengths, unsafe=True)
         weights = (entries - highest.index_select(0, read.rows)).exp_()
-        total = torch.segment_reduce(weights, "sum", **per_row)
+        total = torch.segment_reduce(weights, "sum", lengths=lengths, unsafe=True)
         columns, starts = scores.col_indices(), scores.crow_indices()[:-1]
         output = F.embedding_bag(  # weights @ values, a weighted sum for each row
             columns, values, starts, mode="sum", per_sample_weights=weights
