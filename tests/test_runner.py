@@ -58,7 +58,7 @@ def no_gradients() -> Any:
 
 def make_model(case: str) -> Qwen3ForCausalLM:
     config = make_config(case)
-    return load(config, make_reference(config), "torch_sdpa")
+    return load(config, make_reference(config), "torch_ragged")
 
 
 def make_runner(
