@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -17,6 +19,20 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("steady", derandomize=True)
 if "FOLO_EXPLORE" not in os.environ:
     hypothesis.settings.load_profile("steady")
+
+
+def pytest_collection_finish() -> None:
+    """What the tests import is no garbage: no collection has to look through it."""
+    gc.freeze()
+
+
+@pytest.fixture
+def young_garbage(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A measurement collects garbage first: here what is new, not all that tests import."""
+    collect = gc.collect
+    monkeypatch.setattr(gc, "collect", lambda: collect(1))
+    yield
+    gc.freeze()  # which the measurement has undone
 
 
 @pytest.fixture(autouse=True)
