@@ -18,6 +18,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest
 GRADERS := .venv-graders
+EXTRAS := docs browser batch
 PAGES := $(wildcard notebooks/[0-9][0-9]_*.ipynb) $(wildcard notebooks/appendix_*.ipynb)
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -29,7 +30,7 @@ SPREAD := -n $(JOBS) --dist worksteal
 BY_FILE := -n $(JOBS) --dist loadfile
 
 .PHONY: help run test test-more test-oldest test-browser test-batch lab edit fresh export notebooks
-.PHONY: evaluate student docs clean api soak coverage mutants
+.PHONY: evaluate student docs clean api soak coverage mutants extras
 
 help:
 	@echo "make run        hear the bundled model speak, then execute every page"
@@ -156,10 +157,15 @@ $(GRADERS)/.ready: $(READY)
 	$(GRADERS)/bin/python -m pip install -c constraints.txt -e ".[graders]"
 	@touch $@
 
-# What only one command needs is installed when it is first asked for.
-$(VENV)/.docs $(VENV)/.browser $(VENV)/.batch: $(VENV)/.%: $(READY)
+# What only one command needs is installed when it is first asked for; `make extras` is for who
+# runs them all, since pip takes some ten seconds a time to find out what is there.
+$(EXTRAS:%=$(VENV)/.%): $(VENV)/.%: $(READY)
 	$(PY) -m pip install -c constraints.txt -e ".[$*]"
 	@touch $@
+
+extras: $(READY)
+	$(PY) -m pip install -c constraints.txt -e ".[docs,browser,batch]"
+	@touch $(EXTRAS:%=$(VENV)/.%)
 
 $(PY):
 	@for python in $(PYTHON); do \
