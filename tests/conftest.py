@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -21,9 +22,15 @@ if "FOLO_EXPLORE" not in os.environ:
     hypothesis.settings.load_profile("steady")
 
 
-def pytest_collection_finish() -> None:
-    """What the tests import is no garbage: no collection has to look through it."""
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
+    """What tests import is no garbage: no collection looks through it, now or later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture
