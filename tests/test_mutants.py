@@ -21,7 +21,7 @@ REPORT = json.loads(mutants.REPORT.read_text(encoding="utf-8"))
 ENGINE = (
     "attention layers rope qwen3 checkpoint kv_cache sampler runner request engine scheduler "
     "block_pool paged_attention cuda_graph fused_decode fused_attention sampling_kernels serving "
-    "server inputs config"
+    "server inputs config tensor_parallel"
 )
 
 
