@@ -227,14 +227,15 @@ def test_gloo_gives_every_rank_the_same_bits(size: int, tmp_path: Path) -> None:
 
 
 def test_gloo_rounds_16_bit_sums_once(tmp_path: Path) -> None:
-    values = [256.0, 1.0, 1.0, 1.0]  # in bfloat16 256 + 1 is 256
+    """Whichever the order of the ranks: the large number is on each of them, in each quarter."""
 
     def work(group: GlooGroup) -> Tensor:
-        return group.all_reduce(torch.tensor([values[group.rank]]).bfloat16())
+        is_large = torch.arange(16) % 4 == group.rank
+        return group.all_reduce(torch.where(is_large, 256.0, 1.0).bfloat16())
 
     for total in run_gloo(4, tmp_path, work):
         assert total.dtype == torch.bfloat16
-        assert total.item() == 260.0
+        assert total.tolist() == [260.0] * 16  # 256 + 1 is 256 there
 
 
 def test_gather_puts_ranks_side_by_side_in_every_row(tmp_path: Path) -> None:
