@@ -293,6 +293,9 @@ def describe_score(mutants: Sequence[Mutant], report: Report) -> str:
     ways = ", ".join(f"{how} {tried.count(way)} times" for way, how in NOTICED.items())
     share = f"{100 * number / len(tried):.1f} %"
     left = f" {n} have not been tried." if (n := len(mutants) - len(tried)) else ""
+    known = [(one, report[one.name]["digest"]) for one in mutants if one.name in report]
+    if old := sum(one.digest() != digest for one, digest in known):
+        left += f" {old} were tried before their module or tests last changed."
     return f"Of {len(tried)} bugs {number} are noticed ({share}): {ways}.{left}"
 
 
