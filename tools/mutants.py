@@ -101,10 +101,39 @@ class Mutant:
 
     def digest(self) -> str:
         """Of all that the result depends on: the mutant, its module, its tests."""
-        files = sorted({ROOT / test.partition("::")[0] for test in self.tests})
-        texts = [path.read_text(encoding="utf-8") for path in (self.path, *files)]
+        named: dict[Path, set[tuple[str, ...]]] = {}
+        for test in self.tests:
+            file, *names = test.partition("[")[0].split("::")
+            named.setdefault(ROOT / file, set()).add(tuple(names))
+        texts = [self.path.read_text(encoding="utf-8")]
+        texts += [read_tests(path, frozenset(named[path])) for path in sorted(named)]
         known = asdict(self) | {"bug": "", "survives": "", "texts": texts}
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+
+
+@cache
+def read_tests(path: Path, named: frozenset[tuple[str, ...]]) -> str:
+    """A file without the tests that are not `named`, by their classes and functions."""
+    text = path.read_text(encoding="utf-8")
+    lines = text.splitlines()
+
+    def leave_out(body: Sequence[ast.stmt], inside: tuple[str, ...]) -> None:
+        for node in body:
+            if not isinstance(node, ast.ClassDef | ast.FunctionDef):
+                continue
+            here = (*inside, node.name)
+            if not node.name.lower().startswith("test"):
+                continue  # all of them may need it
+            if any(one == here[: len(one)] for one in named):
+                continue
+            if any(here == one[: len(here)] for one in named):
+                leave_out(node.body, here)
+                continue
+            first = min(one.lineno for one in (node, *node.decorator_list)) - 1
+            lines[first : node.end_lineno] = [""] * len(lines[first : node.end_lineno])
+
+    leave_out(ast.parse(text).body, ())
+    return "\n".join(line for line in lines if line)
 
 
 def read_mutants() -> list[Mutant]:
