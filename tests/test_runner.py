@@ -888,27 +888,29 @@ class TestLaunchAndRead:
     def test_the_next_step_neither_waits_for_a_copy_nor_harms_it(self) -> None:
         """The copies are held up, and the next step writes to the same place at once."""
         place = torch.tensor([4, 2], device="cuda")
+        stream = get_copy_stream(place.device)
         drawing = [
             RequestRow(i, make_request(n, [1]), [], 1) for i, n in enumerate("AB")
         ]
-        for _ in range(3):  # the first memory for copies makes everybody wait
-            InFlightStep.send(drawing, place, None, []).read()
+        # New memory for copies makes everybody wait; this leaves enough for three.
+        steps = [InFlightStep.send(drawing, place, None, []) for _ in range(3)]
+        torch.cuda.synchronize()
         for cycles in (10**9, 10**10):  # the host may be busy
-            with torch.cuda.stream(get_copy_stream(place.device)):
+            first = place.tolist()
+            with torch.cuda.stream(stream):
                 torch.cuda._sleep(cycles)
-            steps = []
+            steps.clear()
             for _ in range(3):
                 steps.append(InFlightStep.send(drawing, place, None, []))
                 place += 1
             torch.cuda.current_stream().synchronize()
-            is_held_up = not any(step.arrival.query() for step in steps if step.arrival)
+            is_held_up = not stream.query()
             drawn = [
                 [one.token_id for one in step.read().tokens.values()] for step in steps
             ]
-            assert drawn == [[4, 2], [5, 3], [6, 4]]
+            assert drawn == [[token + i for token in first] for i in range(3)]
             if is_held_up:
                 break
-            place -= 3
         assert is_held_up
 
     def test_a_step_of_nothing(
