@@ -894,12 +894,12 @@ class TestLaunchAndRead:
         ]
         # New memory for copies makes everybody wait; this leaves enough for three.
         steps = [InFlightStep.send(drawing, place, None, []) for _ in range(3)]
-        torch.cuda.synchronize()
         for cycles in (10**9, 10**10):  # the host may be busy
+            steps.clear()  # before the sleep, behind which memory would be given back
+            torch.cuda.synchronize()
             first = place.tolist()
             with torch.cuda.stream(stream):
                 torch.cuda._sleep(cycles)
-            steps.clear()
             for _ in range(3):
                 steps.append(InFlightStep.send(drawing, place, None, []))
                 place += 1
