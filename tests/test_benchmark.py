@@ -1238,6 +1238,8 @@ class TestBatch:
         made = sections.SECTIONS["batch"](bench_of(tiny))
         json.dumps(made)
         assert list(made) == list(batch.PARTS)
+        alone = sections.SECTIONS["batch"](bench_of(tiny, batch_parts=["reservation"]))
+        assert alone == {"reservation": made["reservation"]}
         sizes = SIZES.batch
 
         together = made["together"]
