@@ -21,6 +21,7 @@ import pytest
 import safetensors
 import torch
 from huggingface_hub import constants
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -401,6 +402,24 @@ class TestHub:
                     load_model("a/b")
             finally:
                 server.shutdown()
+
+    def test_what_is_downloaded(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """All that the loaders read, and nothing that is pickled."""
+        read = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.json"]
+        read += ["model.safetensors.index.json", "merges.txt", "chat_template.jinja"]
+        left = ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "weights.pkl"]
+        taken = []
+
+        def download(repo: str, allow_patterns: list[str]) -> str:
+            found = filter_repo_objects([*read, *left], allow_patterns=allow_patterns)
+            taken.append((repo, list(found)))
+            return str(tmp_path)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        assert find_checkpoint("someone/small") == tmp_path
+        assert taken == [("someone/small", read)]
 
     @pytest.mark.parametrize(
         "arguments",

@@ -571,6 +571,20 @@ class TestSteps:
         engine.abort_request("mine")
         engine.step()
 
+    def test_of_a_batch_with_an_id_in_use_nothing_is_queued(
+        self, engine: LLMEngine
+    ) -> None:
+        engine.add_request("The fox", GREEDY, "mine")
+        process = engine.processor.process_request
+        groups = [process("A kite", GREEDY, name) for name in ("other", "mine")]
+        with pytest.raises(ValueError, match="'mine' is in use"):
+            engine.submit(groups, Inbox(every_token=True))
+        outputs = []
+        while engine.has_unfinished_requests():
+            outputs += engine.step()
+        assert {output.prompt for output in outputs} == {"The fox"}
+        assert_idle(engine)
+
     def test_news_that_generate_passes_over_is_kept(self, engine: LLMEngine) -> None:
         engine.add_request("The fox", GREEDY, "mine")
         engine.step()

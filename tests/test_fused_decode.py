@@ -13,6 +13,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,10 @@ class TestStep:
     def test_more_tiles_than_splits(self) -> None:
         splits = MAX_SPLITS // 16
         check_step(make_model(), [TILE * splits * 2 + 70, *[3] * 8])
+
+    def test_tiles_that_splits_do_not_divide(self) -> None:
+        """Four splits of two tiles each; rounded down to one they would lose the end."""
+        check_step(make_model(), [TILE * (MAX_SPLITS // 4) + 3, 3, 3])
 
     def test_a_head_of_its_own_and_rows_of_2048(self) -> None:
         model = make_model(
@@ -507,6 +512,37 @@ def test_an_engine() -> None:
         outputs += engine.generate(prompts, [greedy, drawn], use_tqdm=False)
         texts.append([one.outputs[0].token_ids for one in outputs])
     assert texts[0] == texts[1]
+
+
+def test_which_steps_are_fused_and_which_launch_draws() -> None:
+    """By the number of sequences, and by all that the requests of a step ask for."""
+    graphs, most = FusedGraphs.__new__(FusedGraphs), module.MAX_FUSED_SEQS
+    small, large = (GraphSize(n, n, True) for n in (most, most + 1))
+    assert [graphs.is_fused(one) for one in (small, large)] == [True, False]
+    assert not graphs.is_fused(GraphSize(1, 4, False))
+    ran: list[str] = []
+    graphs.draws = {
+        (size.num_seqs, is_random): partial(ran.append, f"{size.num_seqs} {is_random}")
+        for size in (small, large)
+        for is_random in (False, True)
+    }
+    graphs.filtered = {most: partial(ran.append, "filtered")}
+    wishes: list[set[str]] = [
+        set(), {"temperature"}, {"temperature", "min_p"}, {"temperature", "top_k"},
+        {"top_p"}, {"temperature", "min_p", "top_k", "top_p"},
+    ]  # fmt: skip
+    for one in wishes:
+        draw = graphs.find_draw(small, one)
+        assert draw is not None
+        draw()
+    assert (
+        ran == [f"{most} True"] * 2 + ["filtered"] * 3
+    )  # the first by the step itself
+    assert graphs.find_draw(small, {"temperature", "repetition_penalty"}) is None
+    draw = graphs.find_draw(large, set())
+    assert draw is not None
+    draw()
+    assert ran[-1] == f"{most + 1} False"
 
 
 @pytest.mark.more

@@ -21,7 +21,7 @@ REPORT = json.loads(mutants.REPORT.read_text(encoding="utf-8"))
 ENGINE = (
     "attention layers rope qwen3 checkpoint kv_cache sampler runner request engine scheduler "
     "block_pool paged_attention cuda_graph fused_decode fused_attention sampling_kernels serving "
-    "server inputs config"
+    "server inputs config tensor_parallel"
 )
 
 
@@ -100,6 +100,27 @@ def test_what_cannot_be_planted_is_told(old: str, new: str, message: str) -> Non
     one = mutants.Mutant(module="rope", id="x", bug="", old=old, new=new, tests=())
     with pytest.raises(ValueError, match=message):
         one.mutate(one.path.read_text(encoding="utf-8"))
+
+
+def test_a_result_outlives_a_change_of_other_tests(tmp_path: Path) -> None:
+    path = tmp_path / "test_it.py"
+    path.write_text(
+        "import pytest\n\n"
+        "def help_all(): ...\n\n"
+        "class TestA:\n    size = 3\n\n"
+        "    @pytest.mark.slow\n    def test_one(self): ...\n\n"
+        "    @pytest.mark.more\n    def test_two(self): ...\n\n"
+        "@pytest.mark.gpu\ndef test_three(): ...\n"
+    )
+    read = mutants.read_tests
+    one = read(path, frozenset({("TestA", "test_one")}))
+    for text in ("help_all", "size = 3", "mark.slow", "test_one"):
+        assert text in one
+    for text in ("mark.more", "test_two", "mark.gpu", "test_three"):
+        assert text not in one
+    assert "test_two" in read(path, frozenset({("TestA",)}))
+    assert "test_three" in read(path, frozenset({("test_three",), ("TestA",)}))
+    assert "test_three" in read(path, frozenset({()}))  # the whole file
 
 
 PACKAGE = "def double(x):\n    return 2 * x\n"

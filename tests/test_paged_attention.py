@@ -189,11 +189,12 @@ class TestStore:
     @gpu
     @on_gpu
     def test_a_block_beyond_two_to_the_31_numbers(self) -> None:
-        num_blocks = 2**31 // (16 * 8 * 128) + 3
+        """All of its tokens lie there, those that it stores too."""
+        step = Step([1, 5], [40, 70], (16, 8), 128, 16, torch.bfloat16)
+        shift = 2**31 // (16 * 8 * 128)
+        num_blocks = shift + len(step.kv_cache[0])
         kwargs = {"dtype": torch.bfloat16, "device": DEVICE}
         cache = torch.zeros(2, num_blocks, 16, 8, 128, **kwargs)
-        step = Step([1, 5], [40, 70], (16, 8), 128, 16, torch.bfloat16)
-        shift = num_blocks - len(step.kv_cache[0])
         for big, small in zip(cache, step.kv_cache, strict=True):
             big[shift:] = small
         expected = step.run()

@@ -891,6 +891,7 @@ class TestLaunchAndRead:
     def test_the_next_step_neither_waits_for_a_copy_nor_harms_it(self) -> None:
         """The copies are held up, and the next step writes to the same place at once."""
         place = torch.tensor([4, 2], device="cuda")
+        stream = get_copy_stream(place.device)
         drawing = [
             RequestRow(i, make_request(n, [1]), [], 1) for i, n in enumerate("AB")
         ]
@@ -903,17 +904,23 @@ class TestLaunchAndRead:
             return steps
 
         # The first kernels that are loaded and the first memory for copies make everybody wait.
-        for step in launch_three():
-            step.read()
-        with torch.cuda.stream(get_copy_stream(place.device)):
-            torch.cuda._sleep(1_000_000_000)
         steps = launch_three()
-        torch.cuda.current_stream().synchronize()
-        assert not any(step.arrival.query() for step in steps if step.arrival)
-        drawn = [
-            [one.token_id for one in step.read().tokens.values()] for step in steps
-        ]
-        assert drawn == [[7, 5], [8, 6], [9, 7]]
+        for cycles in (10**9, 10**10):  # the host may be busy
+            steps.clear()  # before the sleep, behind which memory would be given back
+            torch.cuda.synchronize()
+            first = place.tolist()
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(cycles)
+            steps = launch_three()
+            torch.cuda.current_stream().synchronize()
+            is_held_up = not stream.query()
+            drawn = [
+                [one.token_id for one in step.read().tokens.values()] for step in steps
+            ]
+            assert drawn == [[token + i for token in first] for i in range(3)]
+            if is_held_up:
+                break
+        assert is_held_up
 
     def test_a_step_of_nothing(
         self, bundled: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch

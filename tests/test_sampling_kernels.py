@@ -433,6 +433,15 @@ class TestCalls:
             batch = Batch(wishes, make_logits(count))
             assert batch.draw(filters, draw) == batch.expect()
 
+    def test_a_list_begins_empty(self) -> None:
+        """What the call before has listed would win: it is as likely as the best."""
+        wishes = [{"top_k": 5}, {"top_p": 0.5}, {"top_k": 20, "top_p": 0.9}]
+        batch = Batch(wishes, make_logits(3, scale=1.0))
+        draw = make_draw(3, SIZE)
+        draw.scratch.counts.fill_(9)
+        draw.scratch.listed.copy_(torch.arange(draw.scratch.listed.shape[1]) % SIZE)
+        assert batch.draw(draw=draw) == batch.expect()
+
     def test_nothing_else_is_written(self) -> None:
         batch = Batch(WISHES[:4], make_logits(4))
         before = batch.logits.clone()
@@ -485,6 +494,17 @@ class TestOnTheCard:
             pairs = zip(batch.draw(), batch.expect(), strict=True)
             equal += sum(ours == theirs for ours, theirs in pairs)
         assert equal >= 510
+
+    def test_candidates_in_every_tile(self) -> None:
+        """Equally likely, so all programs of a row count and list at the same time."""
+        logits = torch.full((64, QWEN_SIZE), -INF)
+        logits[:, 5 :: module.TILE.value] = 0.0
+        wishes: list[dict[str, Any]] = [{"top_k": 40}, {"top_p": 0.5}]
+        batch = Batch(wishes * 32, logits)
+        for _ in range(4):
+            pairs = zip(batch.draw(), batch.expect(), strict=True)
+            assert sum(ours != theirs for ours, theirs in pairs) <= 1
+            batch.positions += 1
 
     @pytest.mark.parametrize("count", [1, 16, 256])
     def test_in_a_graph(self, count: int) -> None:

@@ -39,6 +39,7 @@ from transformers import GenerationConfig
 
 from folo_lib import LLMEngine, RequestOutput, SamplingParams
 from folo_lib.runner import InFlightStep, NewRequest, ScheduledRequest, StepPlan
+from folo_lib.scheduler import ContinuousScheduler
 
 
 @pytest.fixture(autouse=True)
@@ -521,6 +522,28 @@ def test_who_is_preempted_keeps_the_token_that_is_in_flight() -> None:
     assert len(again.token_ids) == known
     for name, prompt in zip(names, (A, B), strict=True):
         assert tokens_of(outputs[name]) == get_alone(prompt, greedy(20))
+
+
+def test_who_starts_again_with_a_token_in_flight_gets_it_once() -> None:
+    """As a scheduler of one's own may do it: sent back, and taken in again by the same step."""
+
+    class Restless(ContinuousScheduler):
+        num_steps = 0
+
+        def schedule(self) -> StepPlan:
+            self.num_steps += 1
+            if self.num_steps % 3 == 0 and self.running:
+                self.preempt_last()
+            return super().schedule()
+
+    engine, plans = run_ahead(scheduler=Restless, enable_prefix_caching=False)
+    for prompt, name in ((A, "a"), (B, "b")):
+        engine.add_request(prompt, greedy(12), name)
+    outputs = finish(engine)
+    for prompt, name in ((A, "a"), (B, "b")):
+        assert tokens_of(outputs[name]) == get_alone(prompt, greedy(12))
+    assert sum(len(plan.new_requests) for plan in plans) > 5
+    check_empty(engine)
 
 
 def test_a_block_is_found_once_its_last_token_is_known() -> None:

@@ -743,6 +743,14 @@ class TestBadInput:
             client.completions.create(model=MODEL, prompt=[PROMPT] * 41)
 
 
+def test_a_completion_has_16_tokens_unless_it_says_more() -> None:
+    """Also of a checkpoint that says another number."""
+    defaults = SamplingParams(max_tokens=100)
+    for said, expected in (({}, 16), ({"max_tokens": 5}, 5), ({"min_tokens": 20}, 20)):
+        asked = CompletionRequest(model=MODEL, prompt=PROMPT, **said)
+        assert asked.get_params(defaults).max_tokens == expected
+
+
 JSON = {"Content-Type": "application/json"}
 
 

@@ -33,6 +33,7 @@ from folo_lib.tensor_parallel import (
     RankProcesses,
     ShardedForCausalLM,
     find_share,
+    get_cache_memory,
     load_shard,
     read_shard,
 )
@@ -226,14 +227,15 @@ def test_gloo_gives_every_rank_the_same_bits(size: int, tmp_path: Path) -> None:
 
 
 def test_gloo_rounds_16_bit_sums_once(tmp_path: Path) -> None:
-    values = [256.0, 1.0, 1.0, 1.0]  # in bfloat16 256 + 1 is 256
+    """Whichever the order of the ranks: the large number is on each of them, in each quarter."""
 
     def work(group: GlooGroup) -> Tensor:
-        return group.all_reduce(torch.tensor([values[group.rank]]).bfloat16())
+        is_large = torch.arange(16) % 4 == group.rank
+        return group.all_reduce(torch.where(is_large, 256.0, 1.0).bfloat16())
 
     for total in run_gloo(4, tmp_path, work):
         assert total.dtype == torch.bfloat16
-        assert total.item() == 260.0
+        assert total.tolist() == [260.0] * 16  # 256 + 1 is 256 there
 
 
 def test_gather_puts_ranks_side_by_side_in_every_row(tmp_path: Path) -> None:
@@ -346,6 +348,31 @@ def test_four_ranks_share_two_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     gc.collect()  # nobody has to close it
     assert len(threads) == 3
     assert not any(thread.is_alive() for thread in threads)
+
+
+def test_the_cache_fits_the_rank_with_least_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whichever that is: all have as many blocks as it has room for."""
+    part = kv_bytes_per_token(read_config(BUNDLED), torch.float32) // 2
+    monkeypatch.setitem(EXECUTORS, "several", THREADS)
+    for rooms in ((640, 320), (320, 640)):
+        monkeypatch.setattr(
+            "folo_lib.tensor_parallel.get_cache_memory",
+            lambda config, group, rooms=rooms: rooms[group.rank] * part,
+        )
+        executor = start_engine(2, max_model_len=256).executor
+        assert executor.num_blocks * executor.block_size == 320
+        del executor
+        gc.collect()
+
+
+def test_ranks_of_one_cpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("folo_lib.tensor_parallel.get_kv_cache_memory", lambda *_: 600)
+    of_each = run_ranks(3, lambda group: get_cache_memory(EngineConfig(), group))
+    assert of_each == [200] * 3
+    config = EngineConfig(kv_cache_memory_bytes=600)  # of each, as it was asked for
+    assert run_ranks(3, lambda group: get_cache_memory(config, group)) == [600] * 3
 
 
 def check_greedy(

@@ -1,6 +1,7 @@
 """Plant bugs in a copy of the engine, one at a time, and see whether the tests notice.
 
     python tools/mutants.py [--module NAME ...] [--only ID ...] [--jobs N] [--again] [--gpu]
+    python tools/mutants.py --take REPORT --only  # what another machine has found, and no more
 
 `make mutants` calls it. The bugs stand in `tests/mutants/MODULE.toml`. What comes of each is kept
 in `tests/mutants/report.json`, which `docs/mutants.md` shows. A result stands as long as mutant,
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -48,6 +49,7 @@ NOTICED = {"killed": "a test fails", "timeout": "one hangs", "crashed": "Python 
 
 
 Report = dict[str, dict[str, Any]]
+Clean = dict[tuple[str, ...], float]
 
 
 @cache
@@ -99,10 +101,39 @@ class Mutant:
 
     def digest(self) -> str:
         """Of all that the result depends on: the mutant, its module, its tests."""
-        files = sorted({ROOT / test.partition("::")[0] for test in self.tests})
-        texts = [path.read_text(encoding="utf-8") for path in (self.path, *files)]
+        named: dict[Path, set[tuple[str, ...]]] = {}
+        for test in self.tests:
+            file, *names = test.partition("[")[0].split("::")
+            named.setdefault(ROOT / file, set()).add(tuple(names))
+        texts = [self.path.read_text(encoding="utf-8")]
+        texts += [read_tests(path, frozenset(named[path])) for path in sorted(named)]
         known = asdict(self) | {"bug": "", "survives": "", "texts": texts}
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+
+
+@cache
+def read_tests(path: Path, named: frozenset[tuple[str, ...]]) -> str:
+    """A file without the tests that are not `named`, by their classes and functions."""
+    text = path.read_text(encoding="utf-8")
+    lines = text.splitlines()
+
+    def leave_out(body: Sequence[ast.stmt], inside: tuple[str, ...]) -> None:
+        for node in body:
+            if not isinstance(node, ast.ClassDef | ast.FunctionDef):
+                continue
+            here = (*inside, node.name)
+            if not node.name.lower().startswith("test"):
+                continue  # all of them may need it
+            if any(one == here[: len(one)] for one in named):
+                continue
+            if any(here == one[: len(here)] for one in named):
+                leave_out(node.body, here)
+                continue
+            first = min(one.lineno for one in (node, *node.decorator_list)) - 1
+            lines[first : node.end_lineno] = [""] * len(lines[first : node.end_lineno])
+
+    leave_out(ast.parse(text).body, ())
+    return "\n".join(line for line in lines if line)
 
 
 def read_mutants() -> list[Mutant]:
@@ -176,14 +207,32 @@ def rewrite(path: Path, text: str) -> None:
         compiled.unlink()  # Python trusts it if time and size are those of this one
 
 
-def try_mutant(copy: Path, clean: set[Sequence[str]], mutant: Mutant) -> dict[str, Any]:
-    """Plants a bug in a copy and runs its tests; what came of it, for the report.
+def find_idle(tests: Sequence[str], said: str) -> list[str]:
+    """Those of which nothing has passed: they have been skipped, for example."""
+    return [test for test in tests if f"PASSED {test}" not in said]
 
-    `clean` are tests that are known to pass without a bug. Those that notice this one are tried
-    and added: tests that fail without it have noticed nothing.
+
+def run_clean(copy: Path, name: str, tests: Sequence[str], limit: float) -> float:
+    """Runs tests without a bug, and returns how many seconds they take.
 
     Raises:
-        RuntimeError: if they do, or if no test has run.
+        RuntimeError: if they do not pass: then they notice nothing.
+    """
+    begin = time.perf_counter()
+    status, said = run_tests(copy, tests, limit)
+    if status != 0 or find_idle(tests, said):
+        raise RuntimeError(f"{name}: {status} without it\n{said[-3000:]}")
+    return time.perf_counter() - begin
+
+
+def try_mutant(copy: Path, clean: Clean, mutant: Mutant) -> dict[str, Any]:
+    """Plants a bug in a copy and runs its tests; what came of it, for the report.
+
+    `clean` are tests that are known to pass without a bug, and how long they take. Those that
+    notice this one are tried and added.
+
+    Raises:
+        RuntimeError: if they do not pass without it, or if no test has run.
     """
     begin, path = time.perf_counter(), copy / "folo_lib" / mutant.path.name
     source = path.read_text(encoding="utf-8")
@@ -191,22 +240,21 @@ def try_mutant(copy: Path, clean: set[Sequence[str]], mutant: Mutant) -> dict[st
     status, said = run_tests(copy, mutant.tests, SECONDS)
     rewrite(path, source)
     result = {0: "survived", 1: "killed", None: "timeout"}.get(status, "crashed")
-    by = re.search(r"^(?:FAILED|ERROR) (tests/.*?)(?: - |$)", said, re.MULTILINE)
-    idle = [test for test in mutant.tests if f"PASSED {test}" not in said]
+    by = re.search(r"^(?:FAILED|ERROR) (tests/.*?)(?: - .*)?$", said, re.MULTILINE)
+    idle = find_idle(mutant.tests, said)
     if {0: bool(idle), 1: by is None}.get(status, (status or 0) > 1):
         raise RuntimeError(f"{mutant.name}: status {status}\n{said[-3000:]}")
-    killed = by is not None and result == "killed"
-    tests = (by[1].partition("[")[0],) if by and killed else mutant.tests
-    if result != "survived" and tests not in clean:
-        again = time.perf_counter()
-        status, said = run_tests(copy, tests, 5 * SECONDS)
-        is_slow = result == "timeout" and time.perf_counter() - again > SECONDS / 3
-        if status != 0 or is_slow:
-            raise RuntimeError(f"{mutant.name}: {status} without it\n{said[-3000:]}")
-        clean.add(tests)
+    killer = by[1] if by and result == "killed" else ""
+    if by and mutant.gpu:  # a kernel that does not compile would be no bug
+        print(f"{mutant.name}: {by[0]}", flush=True)
+    tests = (killer.partition("[")[0],) if killer else mutant.tests
+    if result != "survived" and not {tests, mutant.tests} & clean.keys():
+        clean[tests] = run_clean(copy, mutant.name, tests, 5 * SECONDS)
+    if result == "timeout" and clean[tests] > SECONDS / 3:
+        raise RuntimeError(f"{mutant.name}: slow without it too")
     return {
         "result": result,
-        "by": by[1].removeprefix("tests/") if by and killed else "",
+        "by": killer.removeprefix("tests/"),
         "seconds": round(time.perf_counter() - begin),
         "date": date.today().isoformat(),
         "digest": mutant.digest(),
@@ -216,22 +264,39 @@ def try_mutant(copy: Path, clean: set[Sequence[str]], mutant: Mutant) -> dict[st
 def try_mutants(
     chosen: Sequence[Mutant], jobs: int
 ) -> Iterator[tuple[Mutant, dict[str, Any]]]:
-    """Each of them with what came of it, as they come; what cannot be tried is printed."""
-    clean: set[Sequence[str]] = set()
+    """Each of them with what came of it, as they come; what cannot be tried is printed.
+
+    On a card the tests of a mutant run without it first, which also compiles all that it leaves
+    as it was.
+    """
+    clean: Clean = {}
     copies: queue.SimpleQueue[Path] = queue.SimpleQueue()
 
-    def work(one: Mutant) -> dict[str, Any]:
+    def with_copy(call: Callable[[Path], Any]) -> Any:
         copy = copies.get()
         try:
-            return try_mutant(copy, clean, one)
+            return call(copy)
         finally:
             copies.put(copy)
+
+    def check(one: Mutant) -> None:
+        name, tests = " ".join(one.tests), one.tests
+        seconds = with_copy(lambda copy: run_clean(copy, name, tests, SECONDS))
+        print(f"{seconds:4.0f} s  {name}: passed without a bug", flush=True)
+        clean[tests] = seconds
+
+    def work(one: Mutant) -> Any:
+        if one.gpu:
+            checks[one.tests].result()
+        return with_copy(lambda copy: try_mutant(copy, clean, one))
 
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         for i in range(jobs):
             copies.put(make_copy(Path(folder, str(i))))
         pool = ThreadPoolExecutor(jobs)
         try:
+            firsts = {one.tests: one for one in chosen if one.gpu}.values()
+            checks = {one.tests: pool.submit(check, one) for one in firsts}
             futures = {pool.submit(work, one): one for one in chosen}
             for future in as_completed(futures):
                 try:
@@ -257,6 +322,9 @@ def describe_score(mutants: Sequence[Mutant], report: Report) -> str:
     ways = ", ".join(f"{how} {tried.count(way)} times" for way, how in NOTICED.items())
     share = f"{100 * number / len(tried):.1f} %"
     left = f" {n} have not been tried." if (n := len(mutants) - len(tried)) else ""
+    known = [(one, report[one.name]["digest"]) for one in mutants if one.name in report]
+    if old := sum(one.digest() != digest for one, digest in known):
+        left += f" {old} were tried before their module or tests last changed."
     return f"Of {len(tried)} bugs {number} are noticed ({share}): {ways}.{left}"
 
 
@@ -267,6 +335,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
     parser.add_argument("--again", action="store_true", help="also what is known")
     parser.add_argument("--gpu", action="store_true", help="those that need a card")
+    parser.add_argument("--take", type=Path, help="a report from another machine")
     args = parser.parse_args()
     settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     settings["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
@@ -276,6 +345,11 @@ def main() -> None:
     report: Report = json.loads(REPORT.read_text(encoding="utf-8"))
     for one in mutants:
         one.mutate(one.path.read_text(encoding="utf-8"))  # all, before any work
+    if args.take:
+        taken: Report = json.loads(args.take.read_text(encoding="utf-8"))
+        for one in mutants:  # what is known there of what stands here
+            if (entry := taken.get(one.name, {})).get("digest") == one.digest():
+                report[one.name] = entry
     chosen = [
         one
         for one in mutants
