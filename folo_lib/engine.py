@@ -290,9 +290,9 @@ class RequestTable:
             error: what broke it off.
         """
         self.in_flight.clear()
+        requests = list(self.unfinished.values())
         if isinstance(error, Exception) and not failed:
             logger.error("All requests begin again.", exc_info=error)
-        requests = list(self.unfinished.values())
         for request in requests:
             request.rewind()
             if isinstance(error, Exception) and request in failed:

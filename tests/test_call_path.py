@@ -2,7 +2,8 @@
 
 Counted is one decode step, as `sys.setprofile` sees it: every function of `folo_lib` that is
 entered, once. Apart are the model (what `Qwen3ForCausalLM` calls in `forward` and in
-`compute_logits`), comprehensions, and what dataclasses generate. Properties and the lock count.
+`compute_logits`), comprehensions and lambdas, and what dataclasses generate. Properties and the
+lock count.
 """
 
 import sys

@@ -1808,7 +1808,11 @@ class TestRows:
             first = len(ops.names)
             metadata = rows.gather(running, index, index)
             rows.record(metadata, index)
-        assert len(ops.names) == first  # nothing after the first time
+        # Nothing is gathered after the first time; what was drawn is kept, and not counted.
+        assert ops.names[first:] == ["clamp", "index_copy_"]
+        assert rows.last_token_ids.tolist() == [5 * (row == 5) for row in range(64)]
+        rows.record(metadata, torch.tensor([-1]))
+        assert rows.last_token_ids[5] == 0  # -1 could not run
         best = INF
         for _ in range(5):
             start = time.perf_counter()
