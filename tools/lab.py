@@ -209,7 +209,7 @@ def main() -> None:
             print(
                 f"lab/{name}: there is a newer one, and you wrote in yours. To have it: {way}"
             )
-    # Of its own for --edit: a tab left open there would come back in `make lab`, which saves by itself.
+    # --edit has its own: a tab left open there would come back in `make lab`, and be saved unasked.
     state = COPIES / ".jupyter" / "edit" if options.edit else pages / ".jupyter"
     seed_workspace(state)
     trust(pages, state)
