@@ -346,5 +346,9 @@ def test_dark_figures_keep_their_white_ground(browser: Any, site: Path) -> None:
         """() => ["body", ".cell_output img"].map(
              it => getComputedStyle(document.querySelector(it)).backgroundColor)"""
     )
+    dimmed = "getComputedStyle(document.querySelector('.cell_output img')).filter"
+    assert tab.evaluate(dimmed) == "brightness(0.86)"
+    tab.emulate_media(color_scheme="light")
+    assert tab.evaluate(dimmed) == "none"
     context.close()
     assert colours[1] == "rgb(255, 255, 255)" != colours[0]
