@@ -139,6 +139,7 @@ clean:
 $(READY): pyproject.toml constraints.txt | $(PY)
 	$(PY) -m pip install -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(PY) -m pip install -c constraints.txt -e ".[notebooks,test]"
+	@mkdir -p $(VENV)/etc/jupyter && cp tools/jupyter/jupyter_nbconvert_config.py $(VENV)/etc/jupyter
 	@touch $@
 
 # The lowest versions beside the Python of .venv, and nothing that only the pages need.

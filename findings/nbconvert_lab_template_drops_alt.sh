@@ -7,7 +7,8 @@
 # Behaviour: the template `classic` writes it. `lab`, the default, does not read it, and the exporter
 #            then fills the empty place.
 # Seen:      classic: "A red kite."; lab: "No description has been provided for this image"
-# Instead:   jupyter nbconvert --to html --template classic; the site has all alternative texts.
+# Instead:   --config tools/jupyter/jupyter_nbconvert_config.py, which `make` puts where nbconvert looks and
+#            `make lab` loads for JupyterLab's menu, or --template classic; the site has all alternative texts.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

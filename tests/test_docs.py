@@ -244,8 +244,16 @@ def test_links_of_a_document(pages: ModuleType) -> None:
     text = "[a](../../notebooks/00_tour.ipynb) [b]\n\n[b]: ../names.md\n"
     wanted = "[a](../pages/00_tour.ipynb) [b]\n\n[b]: ../names.md\n"
     assert pages.map_links(text, file, file) == wanted
-    code = "```md\n[a](../../notebooks/00_tour.ipynb)\n```\n"
-    assert pages.map_links(code, file, file) == code
+    for code in (
+        "```md\n[a](../../notebooks/00_tour.ipynb)\n```\n",
+        "A call `kernel[(2,)](numbers)`, and ``a`[0](1)`` too.",
+    ):
+        assert pages.map_links(code, file, file) == code
+    page = NOTEBOOKS / "00_tour.ipynb"
+    text = "`a[0](1)` [`b`](01_attention.ipynb#x)"
+    assert pages.map_links(text, page, DOCS / "index.md") == text.replace(
+        "(01", "(pages/01"
+    )
 
 
 def test_a_caption_and_an_alternative_text(pages: ModuleType) -> None:

@@ -122,7 +122,10 @@ def test_what_is_opened(
     assert f"--ServerApp.root_dir={(tmp_path / root).resolve()}" in command
     assert command[-2:] == flags[1:]
     off = lab.COPIES / ".jupyter" / "edit"
-    assert (str(off) in env["JUPYTER_CONFIG_PATH"]) is (arguments == ["--edit"])
+    edits = arguments == ["--edit"]
+    assert (str(off) in env["JUPYTER_CONFIG_PATH"]) is edits
+    # Tabs of originals must not come back where pages are saved unasked.
+    assert (f"--LabApp.workspaces_dir={off / 'workspaces'}" in command) is edits
     assert [p.name for p in (tmp_path / "notebooks").iterdir()] == ["00_tour.ipynb"]
 
 

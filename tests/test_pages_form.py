@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import copy
 import io
 import re
 import struct
@@ -340,13 +341,25 @@ class TestAltText:
         run_pages.settle(page)
         assert page.cells[0].outputs[1].metadata == {}
 
-    def test_nbconvert_shows_it(self) -> None:
+    @pytest.mark.parametrize("template", ["classic", "lab", "reveal"])
+    def test_nbconvert_shows_it(self, template: str) -> None:
+        """The default template does with the course's settings, which JupyterLab loads too."""
         nbconvert = pytest.importorskip("nbconvert")
+        config = pytest.importorskip("traitlets.config")
         page = self.make_page(nbformat.v4.new_markdown_cell("**Figure 1.** a < b."))
         run_pages.settle(page)
-        exporter = nbconvert.HTMLExporter(template_name="classic")
-        html, _ = exporter.from_notebook_node(page)
-        assert 'alt="a &lt; b."' in html
+        before = copy.deepcopy(page)
+        for name in ("nbconvert", "server"):
+            loader = config.PyFileConfigLoader(
+                f"jupyter_{name}_config.py", str(ROOT / "tools" / "jupyter")
+            )
+            exporter = nbconvert.HTMLExporter(
+                template_name=template, config=loader.load_config()
+            )
+            html, _ = exporter.from_notebook_node(page)
+            [picture] = re.findall(r"<img[^>]*>", html)
+            assert 'alt="a &lt; b."' in picture and "base64,iVBORw0KGgo=" in picture
+        assert page == before
 
 
 class TestLayout:

@@ -151,12 +151,12 @@ def make_environment(state: Path, autosave: bool) -> dict[str, str]:
     """Ours, and the course's settings behind the reader's own."""
     paths = [str(SETTINGS)]
     if not autosave:
-        folder = state / "edit" / "labconfig"
+        folder = state / "labconfig"
         folder.mkdir(parents=True, exist_ok=True)
         off = {"@jupyterlab/docmanager-extension:plugin": {"autosave": False}}
         file = folder / "default_setting_overrides.json"
         file.write_text(json.dumps(off), encoding="utf-8")
-        paths.insert(0, str(state / "edit"))
+        paths.insert(0, str(state))
     if others := os.environ.get("JUPYTER_CONFIG_PATH"):
         paths.insert(0, others)
     return os.environ | {"JUPYTER_CONFIG_PATH": os.pathsep.join(paths)}
@@ -209,7 +209,8 @@ def main() -> None:
             print(
                 f"lab/{name}: there is a newer one, and you wrote in yours. To have it: {way}"
             )
-    state = (COPIES if options.edit else pages) / ".jupyter"
+    # --edit has its own: a tab left open there would come back in `make lab`, and be saved unasked.
+    state = COPIES / ".jupyter" / "edit" if options.edit else pages / ".jupyter"
     seed_workspace(state)
     trust(pages, state)
     first = (pages / FIRST).relative_to(root).as_posix()

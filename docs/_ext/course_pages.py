@@ -16,6 +16,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ ON_GITHUB = re.compile(
     r"^<!-- on GitHub -->\n.*?^<!-- end -->\n", re.MULTILINE | re.DOTALL
 )
 FENCE = re.compile(r"^(```|~~~).*?^\1[ \t]*$", re.MULTILINE | re.DOTALL)
+SPAN = re.compile(r"(?<!`)(`+)(?!`)[^\n]*?(?<!`)\1(?!`)")
 INLINE_LINK = re.compile(r"(?<=\]\()(?!#)([^()\s]+)(?=\)|\s+\")")
 NAMED_LINK = re.compile(r"^(\[[^\]]+\]:\s+)(\S+)", re.MULTILINE)
 SCHEME = re.compile(r"[a-z][a-z+.-]*:", re.IGNORECASE)
@@ -96,11 +98,21 @@ def map_links(text: str, file: Path, place: Path) -> str:
             lambda found: found[1] + map_link(found[2], file, place), part
         )
 
+    def outside_fences(part: str) -> str:
+        return map_between(SPAN, part, outside_code)
+
+    return map_between(FENCE, text, outside_fences)
+
+
+def map_between(
+    pattern: re.Pattern[str], text: str, change: Callable[[str], str]
+) -> str:
+    """The text with what lies between the matches changed."""
     parts, at = [], 0
-    for fence in FENCE.finditer(text):
-        parts += [outside_code(text[at : fence.start()]), fence[0]]
-        at = fence.end()
-    return "".join([*parts, outside_code(text[at:])])
+    for found in pattern.finditer(text):
+        parts += [change(text[at : found.start()]), found[0]]
+        at = found.end()
+    return "".join([*parts, change(text[at:])])
 
 
 def transform_code(cell: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
-/* Small comforts: buttons that copy code, a story that is told again, and a word on the search. */
+/* Small comforts: buttons that copy code, a story that is told again, edges that fade where there is
+   more, and a word on the search. */
 (() => {
   "use strict";
 
@@ -72,7 +73,23 @@
     results.before(note);
   }
 
+  /* On a phone code and figures are scrolled sideways, and nothing shows where there is more. */
+  function markWhatIsScrolled() {
+    const kinds = ":is(.cell_output, pre, .formula, .table-wrapper, p:has(> img))";
+    const look = (box) => {
+      const scrolls = getComputedStyle(box).overflowX !== "visible";
+      const left = box.scrollWidth - box.clientWidth - box.scrollLeft;
+      box.classList.toggle("more", scrolls && left > 2);
+    };
+    const observer = new ResizeObserver((seen) => seen.forEach((one) => look(one.target)));
+    for (const box of document.querySelectorAll(`article ${kinds}`)) {
+      box.addEventListener("scroll", () => look(box), { passive: true });
+      observer.observe(box);
+    }
+  }
+
   addCopyButtons();
+  markWhatIsScrolled();
   letStoryBeTold();
   explainSearch();
 })();

@@ -317,6 +317,27 @@ def test_the_glossary_can_be_read_on_a_phone(browser: Any, site: Path) -> None:
     context.close()
 
 
+def test_what_is_wider_than_a_phone_fades_where_there_is_more(
+    browser: Any, site: Path
+) -> None:
+    context = browser.new_context(viewport=PHONE, offline=True)
+    page = context.new_page()
+    page.goto((site / "pages" / "12_block_pool.html").as_uri())
+    for inside in ("img", ".folo-moving > svg"):
+        box = page.locator(f".cell_output:has({inside})").first
+        box.scroll_into_view_if_needed()
+        page.wait_for_function("box => box.matches('.more')", arg=box.element_handle())
+        box.evaluate("box => box.scrollTo(box.scrollWidth, 0)")
+        page.wait_for_function("box => !box.matches('.more')", arg=box.element_handle())
+    for name in ("acceptance", "mutants"):  # rows are cards there
+        page.goto((site / f"{name}.html").as_uri())
+        assert not page.locator(".table-wrapper.more").count()
+        assert page.locator("table.docutils").first.evaluate(
+            "table => table.scrollWidth <= table.parentElement.clientWidth"
+        )
+    context.close()
+
+
 def test_dark_figures_keep_their_white_ground(browser: Any, site: Path) -> None:
     context = browser.new_context(color_scheme="dark", offline=True)
     tab = context.new_page()
@@ -325,5 +346,9 @@ def test_dark_figures_keep_their_white_ground(browser: Any, site: Path) -> None:
         """() => ["body", ".cell_output img"].map(
              it => getComputedStyle(document.querySelector(it)).backgroundColor)"""
     )
+    dimmed = "getComputedStyle(document.querySelector('.cell_output img')).filter"
+    assert tab.evaluate(dimmed) == "brightness(0.86)"
+    tab.emulate_media(color_scheme="light")
+    assert tab.evaluate(dimmed) == "none"
     context.close()
     assert colours[1] == "rgb(255, 255, 255)" != colours[0]

@@ -12,3 +12,5 @@ c.ServerApp.static_custom_path = [
     str(Path(jupyter_config_dir()) / "custom"),
     str(HERE / "custom"),
 ]
+# "Save and Export Notebook As" is nbconvert.
+load_subconfig(str(HERE / "jupyter_nbconvert_config.py"))  # noqa: F821
