@@ -137,6 +137,10 @@ class MutedGroup(SymmetricGroup):
         else:
             super().add_up(shared, out)
 
+    def find_addresses(self, shared: Tensor) -> list[int]:
+        """See `SymmetricGroup`; muted, a rank sends to itself alone."""
+        return [shared.data_ptr()] if self.is_muted else super().find_addresses(shared)
+
     def all_reduce_by(self, method: str, x: Tensor) -> Tensor:
         """See `SymmetricGroup`."""
         return x.clone() if self.is_muted else super().all_reduce_by(method, x)

@@ -34,21 +34,20 @@ from .fused_attention import let_next_start, wait_for_previous
 from .fused_checks import FusionSizes
 from .fused_decode import (
     MAX_FUSED_SEQS,
-    FusedDecode,
     FusedGraphs,
     FusedRunner,
     load_first_tiles,
     logger,
     multiply,
-    unpack_token,
 )
+from .fused_vectors import VectorDecode, send, send_kernel, settle_kernel, sum_kernel
 from .qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
 from .runner import InFlightStep, RequestRows, StepLayout
 from .tensor_parallel import RankGroup, ShardedForCausalLM, VocabParallelEmbedding
 
 __all__ = ["ShardedDecode", "ShardedGraphs", "ShardedRunner", "SharedGroup"]
 
-PIECES = tl.constexpr(4)  # of a winner; the last one is always 0, for a row of 16 bytes
+SUM_BLOCK = 256  # numbers of a sum that a program makes
 
 
 class SharedGroup(RankGroup, Protocol):
@@ -60,6 +59,10 @@ class SharedGroup(RankGroup, Protocol):
 
     def add_up(self, shared: Tensor, out: Tensor) -> None:
         """Writes into `out` the sum over ranks of what is in `shared`."""
+
+    def find_addresses(self, shared: Tensor) -> list[int]:
+        """Where a kernel of this rank finds the `shared` of each rank."""
+        ...
 
 
 @triton.jit
@@ -83,19 +86,23 @@ def bring(w, first, SECOND: tl.constexpr, HALF: tl.constexpr):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offset", "index"])
 def part_kernel(
     y,
     w,
     x,
-    out,
     following,
+    addresses,
+    offset,
+    tickets,
+    index,
     num_seqs,
     E: tl.constexpr,
     K: tl.constexpr,  # of the matrix
     GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
+    RANKS: tl.constexpr,
     ADDS: tl.constexpr,
     LATE: tl.constexpr,
     SECOND: tl.constexpr,
@@ -115,46 +122,10 @@ def part_kernel(
     exist = sequences < num_seqs
     before = tl.load(x + place, exist, 0.0) if ADDS else 0.0
     more = multiply(y, (), tiles, w, row, 8, num_seqs, 0.0, K, GROUPS, ROWS, False)
-    tl.store(out + place, before + more, mask=exist)
+    send(before + more, place, exist, addresses, offset, tickets, index, RANKS)
     late = tl.program_id(0) - tl.num_programs(0) + LATE
     if LATE > 0 and late >= 0:
         bring(following, late * 65536, SECOND, LATE * (32768 if SECOND > 0 else 65536))
-
-
-@triton.jit
-def share_kernel(best, shared, ROWS: tl.constexpr):
-    """Packed winners `[B]` to their pieces `[B, PIECES]`; `best` is zeros afterwards."""
-    each = tl.arange(0, ROWS)
-    packed = tl.load(best + each)
-    place = shared + each * PIECES
-    tl.store(place, (packed % 16777216).to(tl.float32))
-    tl.store(place + 1, (packed // 16777216 % 65536).to(tl.float32))
-    tl.store(place + 2, (packed // 1099511627776).to(tl.float32))
-    tl.store(best + each, tl.zeros([ROWS], tl.int64))
-
-
-@triton.jit(do_not_specialize_on_alignment=["rows"])
-def choose_kernel(
-    pieces,  # [RANKS, ROWS, PIECES]
-    rows,
-    token_ids,
-    last_token_ids,  # [B], [B], [R]
-    num_seqs,
-    RANKS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """The best of the winners of all ranks, for each sequence."""
-    each = tl.arange(0, ROWS)
-    top = tl.zeros([ROWS], tl.int64)
-    for rank in tl.static_range(RANKS):
-        place = pieces + (rank * ROWS + each) * PIECES
-        low, middle = tl.load(place).to(tl.int64), tl.load(place + 1).to(tl.int64)
-        high = tl.load(place + 2).to(tl.int64)
-        top = tl.maximum(top, high * 1099511627776 + middle * 16777216 + low)
-    drawn, exist = unpack_token(top), each < num_seqs
-    row = tl.load(rows + each, mask=exist, other=0)
-    tl.store(token_ids + each, drawn, mask=exist)
-    tl.store(last_token_ids + row, tl.maximum(drawn, 0), mask=exist)
 
 
 def find_following(model: ShardedForCausalLM) -> dict[int, tuple[Tensor, int]]:
@@ -176,7 +147,7 @@ def find_following(model: ShardedForCausalLM) -> dict[int, tuple[Tensor, int]]:
     return found
 
 
-class ShardedDecode(FusedDecode):
+class ShardedDecode(VectorDecode):
     """`FusedDecode` of one rank's shard; all ranks run the same steps at the same time.
 
     Args:
@@ -200,22 +171,78 @@ class ShardedDecode(FusedDecode):
         self.first_id = embedding.start
         self.num_late = fused_checks.NUM_LATE if uses_pdl else 0
         self.following = find_following(model)
-        size, allocate = model.config.hidden_size, self.group.allocate
-        self.out = allocate(MAX_FUSED_SEQS, size, dtype=torch.float32)
+        group, size, most = self.group, model.config.hidden_size, MAX_FUSED_SEQS
+        self.out = torch.zeros(most, size, device=group.device)
         self.x = torch.zeros_like(self.out)
-        shape = self.group.size, MAX_FUSED_SEQS, PIECES.value
-        self.shared = allocate(*shape, dtype=torch.float32)
-        self.pieces = torch.zeros_like(self.shared)
+        self.words = [self.make_words(most * size) for _ in range(2)]
+        self.winners = self.make_words(2 * most)
+        self.tickets = torch.full(
+            (1,), 128, dtype=torch.int32, device=group.device
+        )  # words that nobody has sent are zeros
+        self.index = 0
+
+    def make_words(self, length: int) -> tuple[Tensor, Tensor]:
+        """Room for `length` words of each rank, `[ranks, length]`, and where all have it."""
+        shape = self.group.size, length
+        words = self.group.allocate(*shape, dtype=torch.int64)
+        places = self.group.find_addresses(words)
+        return words, torch.tensor(places, device=words.device)
+
+    def choose_words(self) -> tuple[Tensor, dict[str, Any]]:
+        """Those of the next sum, and how `send` finds them."""
+        self.index += 1
+        words, addresses = self.words[self.index % 2]
+        slot = min(self.group.rank, len(addresses) - 1)
+        return words, {
+            "addresses": addresses,
+            "offset": slot * words.shape[1],
+            "tickets": self.tickets,
+            "index": self.index,
+        }
+
+    def add_up(self, words: Tensor, num_seqs: int) -> None:
+        """Launches the sum of what all ranks send there: `x`."""
+        launch: Any = sum_kernel
+        num_numbers = num_seqs * self.x.shape[1]
+        launch[(triton.cdiv(num_numbers, SUM_BLOCK),)](
+            words,
+            self.x,
+            self.tickets,
+            self.index,
+            num_numbers,
+            words.shape[1],
+            RANKS=len(self.words[0][1]),
+            BLOCK=SUM_BLOCK,
+            num_warps=4,
+            **self.pdl,
+        )
 
     def join(self, num_seqs: int) -> None:
         """`x` becomes the sum of `out` over all ranks."""
-        self.group.add_up(self.out[:num_seqs], self.x[:num_seqs])
+        self.index = 0
+        words, sending = self.choose_words()
+        num_numbers = num_seqs * self.x.shape[1]
+        launch: Any = send_kernel
+        launch[(triton.cdiv(num_numbers, 1024),)](
+            self.out,
+            num_numbers=num_numbers,
+            RANKS=len(sending["addresses"]),
+            BLOCK=1024,
+            **sending,
+        )
+        self.add_up(words, num_seqs)
 
     def run_residual(
         self, y: Tensor, w: Tensor, sizes: FusionSizes, num_seqs: int
     ) -> None:
         """Launches a product and the sum of it over ranks; rank 0 adds the old `x`."""
         launch: Any = part_kernel
+        words, sending = self.choose_words()
+        num_ranks = len(sending["addresses"])
+        if self.is_vector(num_seqs):
+            adds = self.group.rank == 0
+            self.run_vector_residual(y, w, num_ranks=num_ranks, adds=adds, **sending)
+            return self.add_up(words, num_seqs)
         groups, following = sizes.residual_groups, self.following[w.data_ptr()]
         matrix, second = following
         num_programs = len(w) // (8 * groups)
@@ -224,19 +251,21 @@ class ShardedDecode(FusedDecode):
             y,
             w,
             self.x,
-            self.out,
             matrix,
-            num_seqs,
-            *w.shape,
-            groups,
-            sizes.rows,
+            num_seqs=num_seqs,
+            E=w.shape[0],
+            K=w.shape[1],
+            GROUPS=groups,
+            ROWS=sizes.rows,
+            RANKS=num_ranks,
             ADDS=self.group.rank == 0,
             LATE=num_late // 2 * 2,
             SECOND=second,
             num_warps=8,
+            **sending,
             **self.pdl,
         )
-        self.join(num_seqs)
+        self.add_up(words, num_seqs)
 
     def run(
         self,
@@ -248,18 +277,25 @@ class ShardedDecode(FusedDecode):
     ) -> None:
         """See `FusedDecode.run`; `logits` `[B, V / ranks]` are those of the shard."""
         super().run(columns, rows, kv_caches, logits, token_ids)
-        share: Any = share_kernel
-        share[(1,)](self.best, self.shared[self.group.rank], ROWS=MAX_FUSED_SEQS)
-        self.group.add_up(self.shared, self.pieces)
-        choose: Any = choose_kernel
-        choose[(1,)](
-            self.pieces,
+        launch: Any = settle_kernel
+        words, addresses = self.winners
+        slot = min(self.group.rank, len(addresses) - 1)
+        launch[(1,)](
+            self.best,
+            words,
+            addresses,
+            slot * words.shape[1],
+            self.tickets,
+            self.index + 1,
+            self.index + 2,
             columns[0],
             token_ids,
             rows.last_token_ids,
             len(columns[1]),
-            RANKS=self.group.size,
+            RANKS=len(addresses),
             ROWS=MAX_FUSED_SEQS,
+            num_warps=1,
+            **self.pdl,
         )
 
 
@@ -270,7 +306,7 @@ class ShardedGraphs(FusedGraphs):
         own_logits: `[MAX_FUSED_SEQS, V / ranks]`, of the shard.
     """
 
-    decode_class = ShardedDecode
+    decode_class = "folo_lib.fused_shards:ShardedDecode"
 
     @torch.inference_mode()
     def record(self) -> None:

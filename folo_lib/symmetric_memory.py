@@ -75,6 +75,7 @@ class SymmetricGroup:
         self.device = torch.device("cuda", rank)
         self.number = next(self.numbers)
         self.end: Callable[[], object] = list  # nothing is to be left yet
+        self.addresses: dict[int, list[int]] = {}  # of what `allocate` gave
         CONNECTED[self.number] = self
         torch.cuda.set_device(self.device)  # Triton launches there
 
@@ -114,7 +115,8 @@ class SymmetricGroup:
         import torch.distributed._symmetric_memory as symmetric
 
         tensor: Tensor = symmetric.empty(*shape, dtype=dtype, device=self.device)
-        symmetric.rendezvous(tensor, self.world)
+        handle = symmetric.rendezvous(tensor, self.world)
+        self.addresses[tensor.data_ptr()] = list(handle.buffer_ptrs)
         tensor.zero_()
         torch.cuda.synchronize(self.device)
         dist.barrier(
@@ -128,6 +130,10 @@ class SymmetricGroup:
         `shared` is a contiguous part of what `allocate` gave, the same part on all ranks.
         """
         torch.ops.symm_mem.one_shot_all_reduce_out(shared, "sum", self.name, out)
+
+    def find_addresses(self, shared: Tensor) -> list[int]:
+        """Where a kernel here finds what `allocate` gave each rank at the same time."""
+        return self.addresses[shared.data_ptr()]
 
     def choose(self, x: Tensor) -> str:
         """Which of `METHODS` adds up messages of that size."""

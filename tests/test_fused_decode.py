@@ -12,7 +12,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,12 +174,16 @@ def has_pdl() -> bool:
     return HAS_GPU and torch.cuda.get_device_capability() >= (9, 0)
 
 
-def check_step(model: Qwen3ForCausalLM, seq_lens: Sequence[int]) -> None:
+def check_step(
+    model: Qwen3ForCausalLM,
+    seq_lens: Sequence[int],
+    make: Callable[[Step], FusedDecode | None] = lambda step: None,
+) -> None:
     """Logits, caches and tokens are those of the plain model; float32."""
     step = Step(model, seq_lens)
     theirs, ours = step.copy_caches(), step.copy_caches()
     expected = step.run_plain(theirs)
-    logits, token_ids = step.run_fused(ours)
+    logits, token_ids = step.run_fused(ours, make(step))
     real = step.seq_lens > 0
     tolerance = 1e-5 * max(1.0, expected.std().item())
     torch.testing.assert_close(logits[real], expected, rtol=0, atol=tolerance)

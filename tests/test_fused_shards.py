@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from test_fused_decode import (
     no_gradients,
 )
 
-from folo_lib import fused_decode
+from folo_lib import fused_decode, fused_shards
 from folo_lib.fused_checks import find_obstacle
 from folo_lib.fused_shards import ShardedDecode
 from folo_lib.qwen3 import Qwen3ForCausalLM
@@ -61,13 +62,35 @@ class TurnSum:
     def allocate(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(*shape, dtype=dtype)
 
-    def add_up(self, shared: Tensor, out: Tensor) -> None:
-        self.count += 1
+    def find_addresses(self, shared: Tensor) -> list[int]:
         self.turns.board[self.rank] = shared
         self.turns.wait()
-        total = torch.stack(self.turns.board).sum(0)
+        addresses = [one.data_ptr() for one in self.turns.board]
         self.turns.wait()  # all have read
-        out.copy_(total)
+        return addresses
+
+
+class Meeting:
+    """A kernel that waits for what other ranks send: they take their turns before it."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Any:
+        sums = TURN.get()
+        sums.count += 1
+        sums.turns.wait()
+        return self.kernel[grid]
+
+
+TURN: ContextVar[TurnSum] = ContextVar("the rank of a thread")
+
+
+@pytest.fixture(autouse=True)
+def meetings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("sum_kernel", "settle_kernel"):
+        kernel = Meeting(getattr(fused_shards, name))
+        monkeypatch.setattr(fused_shards, name, kernel)
 
 
 def run_ranks(size: int, work: Callable[[TurnSum], Any]) -> list[Any]:
@@ -77,7 +100,9 @@ def run_ranks(size: int, work: Callable[[TurnSum], Any]) -> list[Any]:
     def run(rank: int) -> Any:
         with torch.inference_mode(), turns.running:
             try:
-                return work(TurnSum(rank, turns))
+                sums = TurnSum(rank, turns)
+                TURN.set(sums)
+                return work(sums)
             except BaseException:
                 turns.barrier.abort()
                 raise

@@ -1,0 +1,68 @@
+"""placeholder"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def as_floats(bits, FLOAT: tl.constexpr):
+    """The one float32 of 32 bits, or the first of two bfloat16, which come before the second."""
+    return (bits if FLOAT else bits << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["num_words"])
+def exchange_kernel(
+    x,  # int32 [num_words]
+    out,
+    words,  # int64 [2, RANKS, size]
+    addresses,  # int64 [RANKS]
+    tickets,  # int32, one for each program
+    num_words,
+    size,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FLOAT: tl.constexpr,
+):
+    """`out` is the sum over ranks of `x`, of float32 or of pairs of bfloat16."""
+    program = tl.program_id(0)
+    place = program * BLOCK + tl.arange(0, BLOCK)
+    exist = place < num_words
+    ticket = (tl.load(tickets + program) + 1) & 0x7FFFFFFF
+    half = (ticket % 2) * RANKS * size
+    bits = tl.load(x + place, mask=exist, other=0)
+    own = (bits.to(tl.int64) << 32) | ticket.to(tl.int64)
+    for rank in tl.static_range(RANKS):
+        if rank != RANK:
+            theirs = tl.load(addresses + rank).to(tl.pointer_type(tl.int64), bitcast=True)
+            tl.store(theirs + half + RANK * size + place, own, mask=exist)
+    first = tl.zeros([BLOCK], tl.float32)
+    second = tl.zeros([BLOCK], tl.float32)
+    missing = 1
+    while missing > 0:
+        first = tl.zeros([BLOCK], tl.float32)
+        second = tl.zeros([BLOCK], tl.float32)
+        wrong = tl.zeros([BLOCK], tl.int32)
+        for rank in tl.static_range(RANKS):
+            if rank == RANK:
+                part = bits
+            else:
+                word = tl.load(words + half + rank * size + place, mask=exist, volatile=True)
+                wrong |= word.to(tl.int32) ^ ticket
+                part = (word >> 32).to(tl.int32)
+            first += as_floats(part, FLOAT)
+            if not FLOAT:
+                second += (part & -65536).to(tl.float32, bitcast=True)
+        missing = tl.max((exist & (wrong != 0)).to(tl.int32), 0)
+    if FLOAT:
+        total = first.to(tl.int32, bitcast=True)
+    else:
+        low = first.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        high = second.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
+        total = low | (high << 16)
+    tl.store(out + place, total, mask=exist)
+    tl.store(tickets + program, ticket)
