@@ -1,9 +1,10 @@
 """Products of page 15 for a single sequence of a wide model: a matrix times one vector.
 
-Page 15's kernels keep what they multiply in a program's registers, ready for the tensor cores. A row
-of 1,024 numbers leaves room for much besides; rows of 4,096 fill the registers, so a multiprocessor
-has one program at a time, and while that one waits for its inputs or adds up, nothing is on its
-way from memory. For one vector the tensor cores do 15 of 16 multiplications for nothing anyway.
+Page 15's kernels keep what they multiply in a program's registers, ready for the tensor cores. A
+row of 1,024 numbers leaves room for much besides; rows of 4,096 fill the registers, so that a
+multiprocessor has one program at a time, and while that one waits for its inputs or adds up,
+nothing is on its way from memory. For one vector the tensor cores do 15 of 16 multiplications for
+nothing anyway.
 
 Here a thread multiplies by itself. Its columns are the same in all rows, so what it needs of the
 vector stays in a few registers. Each program takes one block of rows after another, and the next
@@ -26,22 +27,26 @@ from .fused_checks import FusionSizes
 from .fused_decode import FusedDecode, pack_scores, unpack_token
 from .qwen3 import Qwen3DecoderLayer
 from .runner import RequestRows
+from .ticket_sums import send
 
 __all__ = ["NUM_PROGRAMS", "VectorDecode", "choose_block"]
 
 THREADS = tl.constexpr(256)
-NUM_PROGRAMS = 264
-"""Two for each multiprocessor of an H200."""
-BLOCK_NUMBERS = 16_384
-"""Of a matrix, that a program has on their way at a time: 32 kB in two bytes each."""
+NUM_PROGRAMS = 528
+"""Four for each multiprocessor of an H200."""
+BLOCK_NUMBERS = 8192
+"""Of a matrix, that a program has on their way at a time: 16 kB in two bytes each."""
 WIDE_FROM = 4096
 """Models whose rows have that many numbers run in these kernels when they are alone."""
+MOST_COLUMNS = 8192
+"""Longer rows leave the registers no room; the tensor cores are as quick there."""
 
 
 def choose_block(num_columns: int, num_matrices: int = 1) -> dict[str, int]:
     """How a matrix is cut: `R` rows at a time, each in `PIECES` of `WIDE` numbers.
 
-    The number of pieces is a power of two, and those that do not exist are not read.
+    The number of pieces is a power of two, and those that do not exist are not read. `R` divides
+    the rows of every matrix that page 15's kernels run.
     """
     wide = 2048 if num_columns % 2048 == 0 else 1024
     most = max(1, BLOCK_NUMBERS // (num_columns * num_matrices))
@@ -155,16 +160,6 @@ def vector_gate_up_kernel(
         tl.store(y + row + tl.arange(0, R), opened.to(y.dtype.element_ty))
 
 
-@triton.jit
-def send(numbers, place, exist, addresses, offset, tickets, index, RANKS: tl.constexpr):
-    """Writes float32 numbers, each with the ticket of a sum, where all ranks look for them."""
-    ticket = ((tl.load(tickets) + index) & 0x7FFFFFFF).to(tl.int64)
-    words = (numbers.to(tl.int32, bitcast=True).to(tl.int64) << 32) | ticket
-    for rank in tl.static_range(RANKS):
-        theirs = tl.load(addresses + rank).to(tl.pointer_type(tl.int64), bitcast=True)
-        tl.store(theirs + offset + place, words, mask=exist)
-
-
 @triton.jit(do_not_specialize=["offset", "index"])
 def vector_residual_kernel(
     y,
@@ -183,7 +178,10 @@ def vector_residual_kernel(
     ADDS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """`x += y @ w.T`; of a shard, the part of that which is this rank's, sent to all."""
+    """`x += y @ w.T`; with `RANKS`, the part of that which is this rank's, sent to all.
+
+    Rank 0's part has `x` in it, if that `ADDS`.
+    """
     let_next_start(PDL)
     first, stride = tl.program_id(0) * R, tl.num_programs(0) * R
     block = load_block(w, first, E, K, R, PIECES, WIDE)
@@ -201,55 +199,6 @@ def vector_residual_kernel(
             tl.store(x + place, more.to(x.dtype.element_ty))
         else:
             send(more, place, place < E, addresses, offset, tickets, index, RANKS)
-
-
-@triton.jit(do_not_specialize=["offset", "index", "num_numbers"])
-def send_kernel(
-    x,
-    addresses,
-    offset,
-    tickets,
-    index,
-    num_numbers,
-    RANKS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Sends what is in `x`, 1,024 numbers a program."""
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    exist = place < num_numbers
-    numbers = tl.load(x + place, mask=exist, other=0.0)
-    send(numbers, place, exist, addresses, offset, tickets, index, RANKS)
-
-
-@triton.jit(do_not_specialize=["index", "num_numbers"])
-def sum_kernel(
-    words,
-    x,
-    tickets,
-    index,
-    num_numbers,
-    size,
-    RANKS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Waits for the numbers of all ranks, and writes their sum into `x`."""
-    let_next_start(PDL)
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    exist = place < num_numbers
-    ticket = (tl.load(tickets) + index) & 0x7FFFFFFF
-    total = tl.zeros([BLOCK], tl.float32)
-    missing = 1
-    while missing > 0:
-        total = tl.zeros([BLOCK], tl.float32)
-        wrong = tl.zeros([BLOCK], tl.int32)
-        for rank in tl.static_range(RANKS):
-            word = tl.load(words + rank * size + place, mask=exist, volatile=True)
-            wrong |= word.to(tl.int32) ^ ticket
-            total += (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-        missing = tl.max((exist & (wrong != 0)).to(tl.int32), 0)
-    tl.store(x + place, total, mask=exist)
-    wait_for_previous(PDL)
 
 
 @triton.jit
@@ -300,65 +249,13 @@ def draw_kernel(best, rows, token_ids, last_token_ids, PDL: tl.constexpr):
     tl.store(best, 0)
 
 
-@triton.jit(
-    do_not_specialize_on_alignment=["rows"], do_not_specialize=["index", "count"]
-)
-def settle_kernel(
-    best,
-    words,
-    addresses,
-    offset,
-    tickets,
-    index,
-    count,
-    rows,
-    token_ids,
-    last_token_ids,
-    num_seqs,
-    RANKS: tl.constexpr,
-    ROWS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Sends the winners of this rank, and writes the best of all ranks' as tokens.
-
-    `words` are `[RANKS, 2, ROWS]`; `best` is zeros afterwards.
-    """
-    each = tl.arange(0, ROWS)
-    base = tl.load(tickets)
-    ticket = (base + index) & 0x7FFFFFFF
-    wait_for_previous(PDL)
-    packed = tl.load(best + each)
-    tl.store(best + each, tl.zeros([ROWS], tl.int64))
-    for rank in tl.static_range(RANKS):
-        theirs = tl.load(addresses + rank).to(tl.pointer_type(tl.int64), bitcast=True)
-        place = theirs + offset + each
-        tl.store(place, (packed % 268435456) * 4294967296 + ticket)
-        tl.store(place + ROWS, (packed // 268435456) * 4294967296 + ticket)
-    top = tl.zeros([ROWS], tl.int64)
-    missing = 1
-    while missing > 0:
-        top = tl.zeros([ROWS], tl.int64)
-        wrong = tl.zeros([ROWS], tl.int32)
-        for rank in tl.static_range(RANKS):
-            place = words + rank * 2 * ROWS + each
-            low = tl.load(place, volatile=True)
-            high = tl.load(place + ROWS, volatile=True)
-            wrong |= (low.to(tl.int32) ^ ticket) | (high.to(tl.int32) ^ ticket)
-            top = tl.maximum(top, (high >> 32) * 268435456 + (low >> 32))
-        missing = tl.max((wrong != 0).to(tl.int32), 0)
-    drawn, exist = unpack_token(top), each < num_seqs
-    row = tl.load(rows + each, mask=exist, other=0)
-    tl.store(token_ids + each, drawn, mask=exist)
-    tl.store(last_token_ids + row, tl.maximum(drawn, 0), mask=exist)
-    tl.store(tickets, base + count)
-
-
 class VectorDecode(FusedDecode):
     """`FusedDecode` that multiplies without tensor cores where one sequence is alone."""
 
-    def is_vector(self, num_seqs: int) -> bool:
-        """Whether a step of so many sequences runs in this module's kernels."""
-        return num_seqs == 1 and self.model.config.hidden_size >= WIDE_FROM
+    def is_vector(self, num_seqs: int, num_columns: int = 0) -> bool:
+        """Whether a product of so many sequences and columns runs in this module's kernels."""
+        is_wide = self.model.config.hidden_size >= WIDE_FROM
+        return num_seqs == 1 and is_wide and num_columns <= MOST_COLUMNS
 
     def run_qkv(
         self,
@@ -402,21 +299,12 @@ class VectorDecode(FusedDecode):
         self, y: Tensor, w: Tensor, sizes: FusionSizes, num_seqs: int
     ) -> None:
         """See `FusedDecode`."""
-        if not self.is_vector(num_seqs):
+        if not self.is_vector(num_seqs, w.shape[1]):
             return super().run_residual(y, w, sizes, num_seqs)
-        self.run_vector_residual(y, w, None, 0, None, 0, 0, True)
+        nowhere = dict.fromkeys(("addresses", "tickets"))
+        self.run_vector_residual(y, w, offset=0, index=0, RANKS=0, ADDS=True, **nowhere)
 
-    def run_vector_residual(
-        self,
-        y: Tensor,
-        w: Tensor,
-        addresses: Tensor | None,
-        offset: int,
-        tickets: Tensor | None,
-        index: int,
-        num_ranks: int,
-        adds: bool,
-    ) -> None:
+    def run_vector_residual(self, y: Tensor, w: Tensor, **sending: Any) -> None:
         """Launches `vector_residual_kernel`."""
         launch: Any = vector_residual_kernel
         block = choose_block(w.shape[1])
@@ -424,13 +312,9 @@ class VectorDecode(FusedDecode):
             y,
             w,
             self.x,
-            addresses,
-            offset,
-            tickets,
-            index,
-            *w.shape,
-            RANKS=num_ranks,
-            ADDS=adds,
+            E=w.shape[0],
+            K=w.shape[1],
+            **sending,
             **block,
             **self.pdl,
         )

@@ -260,12 +260,12 @@ class TestStep:
         assert step.rows.last_token_ids[step.row_index].tolist() == [0, 0]
 
 
-def make_model_with_outliers(hidden_size: int) -> Qwen3ForCausalLM:
+def make_model_with_outliers(hidden_size: int, **fields: Any) -> Qwen3ForCausalLM:
     """In float16, with what real models have: some large numbers in the residual stream.
 
     `x * g` would be infinite there, if it were not scaled before it is float16.
     """
-    fields = {"hidden_size": hidden_size, "tie_word_embeddings": False}
+    fields |= {"hidden_size": hidden_size, "tie_word_embeddings": False}
     model = make_model(dtype=torch.float16, **fields)
     model.model.embed_tokens.weight.normal_(0, 20)
     model.model.embed_tokens.weight[:, 7::512] = 4000

@@ -88,7 +88,7 @@ TURN: ContextVar[TurnSum] = ContextVar("the rank of a thread")
 
 @pytest.fixture(autouse=True)
 def meetings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("sum_kernel", "settle_kernel"):
+    for name in ("sum_kernel", "choose_kernel"):
         kernel = Meeting(getattr(fused_shards, name))
         monkeypatch.setattr(fused_shards, name, kernel)
 
@@ -271,18 +271,21 @@ def test_obstacles_of_shards(
     assert fault is None if message is None else message in str(fault)
 
 
-def test_pieces_of_a_winner() -> None:
-    """Whole numbers below 2**56 go through three pieces of float32 and come back."""
+def test_words_of_a_winner() -> None:
+    """Whole numbers below 2**56 go through two words, each with a ticket, and come back."""
     numbers = torch.tensor(
-        [0, 1, 16777215, 16777216, 2**40 - 1, 2**40, 2**56 - 1, 2**55 + 12345678901]
+        [0, 1, 16777215, 16777216, 2**28 - 1, 2**28, 2**56 - 1, 2**55 + 12345678901]
     )
-    best, shared = numbers.clone(), torch.zeros(8, 4)
-    from folo_lib import fused_shards
-
-    fused_shards.share_kernel[(1,)](best, shared, ROWS=8)
+    best, words = numbers.clone(), torch.zeros(2, 8, dtype=torch.int64)
+    tickets = torch.tensor(
+        [2**31 - 3], dtype=torch.int32
+    )  # the next but one is negative
+    addresses = torch.tensor([words.data_ptr()])
+    fused_shards.share_kernel[(1,)](best, addresses, 0, tickets, 5, 1, 8, False)
     assert not best.any()
-    low, middle, high, rest = shared.to(torch.int64).unbind(1)
-    assert (low + middle * 2**24 + high * 2**40).equal(numbers) and not rest.any()
+    low, high = words
+    assert (((high >> 32) << 28) + (low >> 32)).equal(numbers)
+    assert (words & 0xFFFFFFFF).eq((2**31 - 3 + 5) % 2**31).all()
     assert fused_decode.MAX_FUSED_SEQS == 16
 
 
@@ -300,7 +303,7 @@ def test_logits_are_gathered_where_a_draw_needs_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And the benchmark's requests run in the graph that it records."""
-    from folo_lib import benchmark_tensor_parallel as benchmark, fused_shards
+    from folo_lib import benchmark_tensor_parallel as benchmark
     from folo_lib.runner import NewRequest, ScheduledRequest, StepPlan
     from folo_lib.sampling_kernels import TritonDraw
     from folo_lib.sampling_params import SamplingParams
@@ -352,7 +355,7 @@ def test_ranks_that_share_no_memory_run_graphs() -> None:
     from folo_lib.fused_shards import ShardedRunner
 
     class Group(TurnSum):
-        add_up = property()  # type: ignore[assignment]
+        find_addresses = property()  # type: ignore[assignment]
 
     whole = make_model(
         heads=16, kv_heads=4, backend="triton", intermediate_size=2048, vocab_size=192
