@@ -71,16 +71,27 @@ class TurnSum:
 
 
 class Meeting:
-    """A kernel that waits for what other ranks send: they take their turns before it."""
+    """A kernel that waits for what other ranks send: they take their turns before it.
+
+    What has not come by then never comes, and the kernel would wait for ever.
+    """
 
     def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
+        self.kernel, names = kernel, kernel.arg_names
+        self.places = [names.index(name) for name in ("words", "tickets", "index")]
 
     def __getitem__(self, grid: Any) -> Any:
         sums = TURN.get()
         sums.count += 1
         sums.turns.wait()
-        return self.kernel[grid]
+
+        def launch(*arguments: Any, **options: Any) -> None:
+            words, tickets, index = (arguments[i] for i in self.places)
+            come = words & 0xFFFFFFFF == tickets + index
+            assert come.any(1).all(), f"sum {index}: ranks {come.any(1).tolist()} sent"
+            self.kernel[grid](*arguments, **options)
+
+        return launch
 
 
 TURN: ContextVar[TurnSum] = ContextVar("the rank of a thread")
