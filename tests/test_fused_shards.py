@@ -305,6 +305,9 @@ class CountingGroup(TurnSum):
 
     gathers = 0
 
+    def find_addresses(self, shared: Tensor) -> list[int]:
+        return [shared.data_ptr()]
+
     def all_gather(self, x: Tensor) -> Tensor:
         self.gathers += 1
         return torch.cat([x, x + 1], -1)
