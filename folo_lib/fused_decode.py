@@ -46,6 +46,7 @@ import logging
 import pkgutil
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -646,83 +647,6 @@ class FusedDecode:
             **self.pdl,
         )
 
-    def run_qkv(
-        self,
-        layer: Qwen3DecoderLayer,
-        sizes: FusionSizes,
-        num_seqs: int,
-        pdl: dict[str, bool],
-    ) -> None:
-        """Launches `qkv = norm(x) @ w.T`."""
-        norm, w = layer.input_layernorm, layer.self_attn.qkv_proj.weight
-        qkv_kernel[(len(w) // (8 * sizes.qkv_groups),)](
-            self.x,
-            norm.weight,
-            w,
-            self.qkv,
-            num_seqs,
-            norm.eps,
-            *w.shape,
-            sizes.qkv_groups,
-            sizes.rows,
-            num_warps=8,
-            **pdl,
-        )
-
-    def run_gate_up(
-        self, layer: Qwen3DecoderLayer, sizes: FusionSizes, num_seqs: int
-    ) -> None:
-        """Launches the MLP up to `y`."""
-        norm, w = layer.post_attention_layernorm, layer.mlp.gate_up_proj.weight
-        gate_up_kernel[(len(w) // 16,)](
-            self.x,
-            norm.weight,
-            w,
-            self.y,
-            num_seqs,
-            norm.eps,
-            len(w) // 2,
-            w.shape[1],
-            sizes.rows,
-            num_warps=8,
-            **self.pdl,
-        )
-
-    def run_head(
-        self,
-        logits: Tensor,
-        token_ids: Tensor,
-        row_index: Tensor,
-        rows: RequestRows,
-        sizes: FusionSizes,
-    ) -> None:
-        """Launches what comes after the layers, up to tokens if it `draws`."""
-        model, num_seqs = self.model.model, len(row_index)
-        head = model.embed_tokens if self.model.lm_head is None else self.model.lm_head
-        w = head.weight
-        num_programs = min(MAX_HEAD_PROGRAMS, len(w) // (8 * sizes.head_groups))
-        head_kernel[(num_programs,)](
-            self.x,
-            model.norm.weight,
-            w,
-            logits,
-            self.best,
-            self.arrivals,
-            row_index,
-            token_ids,
-            rows.last_token_ids,
-            num_seqs,
-            model.norm.eps,
-            *w.shape,
-            sizes.head_groups,
-            sizes.rows,
-            num_warps=8,
-            num_stages=sizes.head_stages,
-            FIRST=self.first_id,
-            DRAWS=self.draws,
-            **self.pdl,
-        )
-
     def run_layer(
         self,
         layer: Qwen3DecoderLayer,
@@ -733,8 +657,21 @@ class FusedDecode:
         first_pdl: dict[str, bool],
     ) -> None:
         """Launches a layer, from `x` to `x`; `first_pdl` is of its first kernel."""
-        attention, num_seqs = layer.self_attn, len(seq_lens)
-        self.run_qkv(layer, sizes, num_seqs, first_pdl)
+        attention, mlp, num_seqs = layer.self_attn, layer.mlp, len(seq_lens)
+        options: dict[str, Any] = {"ROWS": sizes.rows, "num_warps": 8}
+        norm, w = layer.input_layernorm, attention.qkv_proj.weight
+        qkv_kernel[(len(w) // (8 * sizes.qkv_groups),)](
+            self.x,
+            norm.weight,
+            w,
+            self.qkv,
+            num_seqs,
+            norm.eps,
+            *w.shape,
+            sizes.qkv_groups,
+            **options,
+            **first_pdl,
+        )
         launch_attention(
             attention,
             self.model.model.rotary_emb,
@@ -748,8 +685,20 @@ class FusedDecode:
             self.pdl,
         )
         self.run_residual(self.attended, attention.o_proj.weight, sizes, num_seqs)
-        self.run_gate_up(layer, sizes, num_seqs)
-        self.run_residual(self.y, layer.mlp.down_proj.weight, sizes, num_seqs)
+        norm, w = layer.post_attention_layernorm, mlp.gate_up_proj.weight
+        gate_up_kernel[(len(w) // 16,)](
+            self.x,
+            norm.weight,
+            w,
+            self.y,
+            num_seqs,
+            norm.eps,
+            len(w) // 2,
+            w.shape[1],
+            **options,
+            **self.pdl,
+        )
+        self.run_residual(self.y, mlp.down_proj.weight, sizes, num_seqs)
 
     def run(
         self,
@@ -792,7 +741,29 @@ class FusedDecode:
             assert isinstance(layer, Qwen3DecoderLayer)
             self.run_layer(layer, kv_cache, seq_lens, slots, sizes, first_pdl)
             first_pdl = self.pdl
-        self.run_head(logits, token_ids, row_index, rows, sizes)
+        w = embedding if self.model.lm_head is None else self.model.lm_head.weight
+        num_programs = min(MAX_HEAD_PROGRAMS, len(w) // (8 * sizes.head_groups))
+        head_kernel[(num_programs,)](
+            self.x,
+            model.norm.weight,
+            w,
+            logits,
+            self.best,
+            self.arrivals,
+            row_index,
+            token_ids,
+            rows.last_token_ids,
+            num_seqs,
+            model.norm.eps,
+            *w.shape,
+            sizes.head_groups,
+            sizes.rows,
+            num_warps=8,
+            num_stages=sizes.head_stages,
+            FIRST=self.first_id,
+            DRAWS=self.draws,
+            **self.pdl,
+        )
 
 
 # %% ../notebooks/15_fused_decode.ipynb #fused-graphs

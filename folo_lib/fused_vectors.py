@@ -16,15 +16,16 @@ block is on its way while the sums of this one are made. Products and sums are i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fused_attention import let_next_start, wait_for_previous
-from .fused_checks import FusionSizes
-from .fused_decode import FusedDecode, pack_scores, unpack_token
+from .fused_attention import launch_attention, let_next_start, wait_for_previous
+from .fused_checks import FusionSizes, choose_fusion_sizes
+from .fused_decode import FusedDecode, begin_kernel, pack_scores, unpack_token
 from .qwen3 import Qwen3DecoderLayer
 from .runner import RequestRows
 from .ticket_sums import send
@@ -257,16 +258,8 @@ class VectorDecode(FusedDecode):
         is_wide = self.model.config.hidden_size >= WIDE_FROM
         return num_seqs == 1 and is_wide and num_columns <= MOST_COLUMNS
 
-    def run_qkv(
-        self,
-        layer: Qwen3DecoderLayer,
-        sizes: FusionSizes,
-        num_seqs: int,
-        pdl: dict[str, bool],
-    ) -> None:
-        """See `FusedDecode`."""
-        if not self.is_vector(num_seqs):
-            return super().run_qkv(layer, sizes, num_seqs, pdl)
+    def run_qkv(self, layer: Qwen3DecoderLayer, pdl: dict[str, bool]) -> None:
+        """Launches `qkv = norm(x) @ w.T`."""
         norm, w = layer.input_layernorm, layer.self_attn.qkv_proj.weight
         launch: Any = vector_qkv_kernel
         block = choose_block(w.shape[1])
@@ -274,12 +267,8 @@ class VectorDecode(FusedDecode):
             self.x, norm.weight, w, self.qkv, norm.eps, *w.shape, **block, **pdl
         )
 
-    def run_gate_up(
-        self, layer: Qwen3DecoderLayer, sizes: FusionSizes, num_seqs: int
-    ) -> None:
-        """See `FusedDecode`."""
-        if not self.is_vector(num_seqs):
-            return super().run_gate_up(layer, sizes, num_seqs)
+    def run_gate_up(self, layer: Qwen3DecoderLayer) -> None:
+        """Launches the MLP up to `y`."""
         norm, w = layer.post_attention_layernorm, layer.mlp.gate_up_proj.weight
         launch: Any = vector_gate_up_kernel
         block, inner = choose_block(w.shape[1], 2), len(w) // 2
@@ -319,20 +308,42 @@ class VectorDecode(FusedDecode):
             **self.pdl,
         )
 
-    def run_head(
+    def run_layer(
         self,
-        logits: Tensor,
-        token_ids: Tensor,
-        row_index: Tensor,
-        rows: RequestRows,
+        layer: Qwen3DecoderLayer,
+        kv_cache: tuple[Tensor, Tensor],
+        seq_lens: Tensor,
+        slots: Tensor,
         sizes: FusionSizes,
+        first_pdl: dict[str, bool],
     ) -> None:
         """See `FusedDecode`."""
-        if not self.is_vector(len(row_index)):
-            return super().run_head(logits, token_ids, row_index, rows, sizes)
+        if not self.is_vector(len(seq_lens)):
+            super().run_layer(layer, kv_cache, seq_lens, slots, sizes, first_pdl)
+            return
+        self.run_qkv(layer, first_pdl)
+        launch_attention(
+            layer.self_attn,
+            self.model.model.rotary_emb,
+            self.qkv,
+            kv_cache,
+            self.table,
+            seq_lens,
+            slots,
+            self.attended,
+            self.scratch,
+            self.pdl,
+        )
+        self.run_residual(self.attended, layer.self_attn.o_proj.weight, sizes, 1)
+        self.run_gate_up(layer)
+        self.run_residual(self.y, layer.mlp.down_proj.weight, sizes, 1)
+
+    def run_head(
+        self, row_index: Tensor, rows: RequestRows, logits: Tensor, token_ids: Tensor
+    ) -> None:
+        """Launches what comes after the layers, up to the token if it `draws`."""
         norm = self.model.model.norm
-        head = self.model.lm_head or self.model.model.embed_tokens
-        w = head.weight
+        w = (self.model.lm_head or self.model.model.embed_tokens).weight
         launch: Any = vector_head_kernel
         block = choose_block(w.shape[1])
         launch[(min(NUM_PROGRAMS, len(w) // block["R"]),)](
@@ -352,3 +363,42 @@ class VectorDecode(FusedDecode):
             launch[(1,)](
                 self.best, row_index, token_ids, rows.last_token_ids, **self.pdl
             )
+
+    def run(
+        self,
+        columns: Sequence[Tensor],
+        rows: RequestRows,
+        kv_caches: Sequence[tuple[Tensor, Tensor]],
+        logits: Tensor,
+        token_ids: Tensor,
+    ) -> None:
+        """See `FusedDecode.run`."""
+        row_index, seq_lens, _, input_ids, _, slots = columns
+        if not self.is_vector(len(seq_lens)):
+            super().run(columns, rows, kv_caches, logits, token_ids)
+            return
+        model = self.model.model
+        embedding = model.embed_tokens.weight
+        launch: Any = begin_kernel
+        launch[(1,)](
+            embedding,
+            rows.last_token_ids,
+            rows.block_table,
+            row_index,
+            input_ids,
+            seq_lens,
+            self.out,
+            self.table,
+            self.table.shape[1],
+            *embedding.shape,
+            BLOCK_SIZE=kv_caches[0][0].shape[1],
+            FIRST=self.first_id,
+        )
+        self.join(1)
+        sizes = choose_fusion_sizes(1, embedding.dtype, embedding.shape[1])
+        first_pdl = {"PDL": False}
+        for layer, kv_cache in zip(model.layers, kv_caches, strict=True):
+            assert isinstance(layer, Qwen3DecoderLayer)
+            self.run_layer(layer, kv_cache, seq_lens, slots, sizes, first_pdl)
+            first_pdl = self.pdl
+        self.run_head(row_index, rows, logits, token_ids)
