@@ -18,12 +18,19 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest
 GRADERS := .venv-graders
+EXTRAS := docs browser batch
 PAGES := $(wildcard notebooks/[0-9][0-9]_*.ipynb) $(wildcard notebooks/appendix_*.ipynb)
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Tests start many processes, each of which would compile the same files again.
+unexport PYTHONDONTWRITEBYTECODE
+# No worker waits while another has a file of slow tests before it. Pages go as a whole, since the
+# cells of one share a kernel, and so do browser tests, since those of one file share a server.
+SPREAD := -n $(JOBS) --dist worksteal
+BY_FILE := -n $(JOBS) --dist loadfile
 
 .PHONY: help run test test-more test-oldest test-browser test-batch lab edit fresh export notebooks
-.PHONY: evaluate student docs clean api soak coverage mutants
+.PHONY: evaluate student docs clean api soak coverage mutants extras
 
 help:
 	@echo "make run        hear the bundled model speak, then execute every page"
@@ -57,20 +64,20 @@ test: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) tools/export.py --check
-	$(PY) -m pytest -m "not more" -n $(JOBS) --dist loadfile --durations=20
-	$(PY) -m pytest -n $(JOBS) --dist loadfile --nbval $(PAGES)
+	$(PY) -m pytest -m "not more" $(SPREAD) --durations=20
+	$(PY) -m pytest $(BY_FILE) --nbval $(PAGES)
 
 test-more: $(READY)
-	$(PY) -m pytest -m more -n $(JOBS) --dist loadfile --durations=20
+	$(PY) -m pytest -m more $(SPREAD) --durations=20
 	@$(MAKE) --no-print-directory $(GRADERS)/.ready || echo "nbgrader and otter are not tried."
-	[ ! -e $(GRADERS)/.ready ] || $(GRADERS)/bin/python -m pytest tests/test_graders.py -m more
+	[ ! -e $(GRADERS)/.ready ] || $(GRADERS)/bin/python -m pytest tests/test_graders.py -m more -n $(JOBS)
 
 # Apart from `make test`, because tracing makes what is plain Python half as slow again.
 coverage: export HF_HUB_OFFLINE = 1
 coverage: export OMP_NUM_THREADS = 1
 coverage: $(READY)
 	$(PY) -m coverage erase
-	$(PY) -m coverage run -m pytest -q -m "not more" -n $(JOBS) --dist loadfile
+	$(PY) -m coverage run -m pytest -q -m "not more" $(SPREAD)
 	$(PY) -m coverage combine --quiet
 	$(PY) tools/coverage_report.py
 
@@ -78,10 +85,11 @@ soak: export FOLO_SOAK_MINUTES = $(MINUTES)
 soak: export OMP_NUM_THREADS = 1
 soak: export HF_HUB_OFFLINE = 1
 soak: $(READY)
-	$(PY) -m pytest tests/test_soak.py tests/test_faults.py -m more -n 2 --dist load
+	$(PY) -m pytest tests/test_soak.py tests/test_faults.py tests/test_schedules.py -m more \
+	  -n 2 --dist load
 
 test-oldest: $(OLDEST)/.ready
-	$(OLDEST)/bin/python -m pytest -m "not more" -n $(JOBS) --dist loadfile
+	$(OLDEST)/bin/python -m pytest -m "not more" $(SPREAD)
 
 lab: $(READY)
 	$(PY) tools/lab.py -- $(LAB_FLAGS)
@@ -111,7 +119,7 @@ docs: $(VENV)/.docs
 # Apart from `make test`, because they need a browser and Ray.
 test-browser test-batch: export HF_HUB_OFFLINE = 1
 test-browser: $(VENV)/.browser
-	$(PY) -m pytest tests/browser
+	$(PY) -m pytest tests/browser $(BY_FILE) --durations=10
 
 test-batch: $(VENV)/.batch
 	$(PY) -m pytest tests/batch
@@ -149,10 +157,15 @@ $(GRADERS)/.ready: $(READY)
 	$(GRADERS)/bin/python -m pip install -c constraints.txt -e ".[graders]"
 	@touch $@
 
-# What only one command needs is installed when it is first asked for.
-$(VENV)/.docs $(VENV)/.browser $(VENV)/.batch: $(VENV)/.%: $(READY)
+# What only one command needs is installed when it is first asked for; `make extras` is for who
+# runs them all, since pip takes some ten seconds a time to find out what is there.
+$(EXTRAS:%=$(VENV)/.%): $(VENV)/.%: $(READY)
 	$(PY) -m pip install -c constraints.txt -e ".[$*]"
 	@touch $@
+
+extras: $(READY)
+	$(PY) -m pip install -c constraints.txt -e ".[docs,browser,batch]"
+	@touch $(EXTRAS:%=$(VENV)/.%)
 
 $(PY):
 	@for python in $(PYTHON); do \

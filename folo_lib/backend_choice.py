@@ -16,7 +16,9 @@ logger = logging.getLogger(__name__)
 def resolve_attention_backend(
     name: str, device: torch.device, dtype: torch.dtype
 ) -> str:
-    """`"auto"` is `"triton"` on a GPU that can run it, `"torch_sdpa"` elsewhere.
+    """`"auto"` is `"triton"` on a GPU that can run it, `"torch_ragged"` on a CPU in float32.
+
+    Elsewhere it is `"torch_sdpa"`.
 
     A backend that was asked for by name is never exchanged for another. With `"auto"` the
     next best is taken, and the log says why.
@@ -25,7 +27,8 @@ def resolve_attention_backend(
         ValueError: if there is no such backend, or it cannot run there.
     """
     if name == "auto" and device.type != "cuda":
-        return "torch_sdpa"
+        fault = get_attention_backend("torch_ragged").find_fault(device, dtype)
+        return "torch_ragged" if fault is None else "torch_sdpa"
     wanted = "triton" if name == "auto" else name
     try:
         if fault := get_attention_backend(wanted).find_fault(device, dtype):

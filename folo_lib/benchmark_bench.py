@@ -205,6 +205,7 @@ class Bench:
 
     Attributes:
         waterfall_rungs: that the section `waterfall` runs; none: all.
+        batch_parts: the same for the section `batch`.
     """
 
     folder: Path
@@ -214,6 +215,7 @@ class Bench:
     num_runs: int = MIN_RUNS
     max_spread: float = MAX_SPREAD
     waterfall_rungs: Sequence[str] = ()
+    batch_parts: Sequence[str] = ()
 
     @cached_property
     def config(self) -> Qwen2Config | Qwen3Config:

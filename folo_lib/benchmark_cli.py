@@ -23,6 +23,7 @@ from folo_lib.benchmark import (
     Result,
     check_bounds,
 )
+from folo_lib.benchmark_batch import PARTS
 from folo_lib.benchmark_bench import QUICK, Bench, Sizes
 from folo_lib.benchmark_records import describe_setup, open_record, save_record
 from folo_lib.benchmark_sections import SECTIONS, parse_alone
@@ -63,6 +64,14 @@ def make_parser(prog: str = "python -m folo_lib.benchmark") -> argparse.Argument
         default=[],
         metavar="RUNG",
         help=f"only these of `waterfall` ({', '.join(RUNGS)}); a file may hold parts",
+    )
+    add(
+        "--parts",
+        nargs="+",
+        choices=list(PARTS),
+        default=[],
+        metavar="PART",
+        help=f"only these of `batch` ({', '.join(PARTS)})",
     )
     add("--model", help="a folder or hub id instead of random weights")
     add("--device", default="auto", help="cpu, cuda, cuda:1; default: a GPU if any")
@@ -176,7 +185,7 @@ def main(
             sizes = (QUICK if args.quick else Sizes()).cut(
                 config.max_position_embeddings
             )
-            options = args.runs, args.max_spread, args.rungs
+            options = args.runs, args.max_spread, args.rungs, args.parts
             bench = Bench(folder, device, dtype, sizes, *options)
             run_all(bench, args.sections, weights, args.out, command)
     except (ValueError, OSError, BenchmarkError) as error:

@@ -215,8 +215,8 @@ def load_model(
         dtype: a name in `DTYPES`, or `"auto"`: the checkpoint's own on a GPU, float32
             on a CPU.
         device: `"cpu"`, `"cuda"`, `"mps"`, or `"auto"`: CUDA if there, else the CPU.
-        attention_backend: a name in `ATTENTION_BACKENDS`, or `"auto"`: `"triton"` on a
-            GPU that can run it, else `"torch_sdpa"`.
+        attention_backend: a name in `ATTENTION_BACKENDS`, or `"auto"`: the fastest of
+            them for this device and dtype.
         use_tqdm: show a progress bar.
 
     Raises:

@@ -22,7 +22,8 @@ from folo_lib.vllm_names import ABSENT_OPTIONS, keep_known
 
 if TYPE_CHECKING:
     from folo_lib.engine import Scheduler
-    from folo_lib.runner import GPUExecutor, ModelRunner, Source
+    from folo_lib.model_source import Source
+    from folo_lib.runner import GPUExecutor, ModelRunner
 
 __all__ = ["EXECUTORS", "MODEL_RUNNERS", "SCHEDULERS", "EngineConfig"]
 
@@ -53,9 +54,8 @@ class EngineConfig:
     Attributes:
         dtype, device: see `load_model`. A model that is loaded has them, and its attention
             backend, so then all three are left out.
-        attention_backend: `"torch_naive"`, `"torch_sdpa"`, `"triton"`, or another name in
-            `folo_lib.qwen3.ATTENTION_BACKENDS`; `"auto"`: `"triton"` on a GPU that can run it,
-            else `"torch_sdpa"`.
+        attention_backend: a name in `folo_lib.qwen3.ATTENTION_BACKENDS`; `"auto"`: `"triton"`
+            on a GPU that can run it, `"torch_ragged"` on a CPU in float32, else `"torch_sdpa"`.
         max_model_len: most tokens of a prompt and its output together; None: as many as the
             model was made for and the memory holds.
         block_size: tokens in a block of the KV cache.

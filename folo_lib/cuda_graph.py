@@ -32,6 +32,7 @@ __all__ = [
 import logging
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate, chain
 from typing import Any, ClassVar, NamedTuple
@@ -42,10 +43,9 @@ from torch import Tensor
 from folo_lib.runner import (
     InFlightStep,
     ModelRunner,
+    ScheduledRequest,
     StepLayout,
     StepPlan,
-    lay_end_to_end,
-    make_input_batch,
 )
 from folo_lib.sampler import SamplingMetadata, apply_filters, gumbel_noise, make_jumps
 
@@ -453,18 +453,29 @@ class GraphRunner(ModelRunner):
             self.graphs.record()
 
     def launch(self, plan: StepPlan) -> InFlightStep:
-        """Starts a step, of which nothing is awaited."""
-        self.rows.update(plan)
-        step = lay_end_to_end(self.rows, plan, self.config.block_size)
-        if not plan.scheduled:
-            return InFlightStep()
+        """Starts a step whose longest sequences come first.
+
+        Attention ends with the last of its programs, so the longest sequences must not
+        be among the last to begin. Of a new request nothing is in the cache.
+        """
+        known = self.rows.by_id
+
+        def num_cached(one: ScheduledRequest) -> int:
+            state = known.get(one.request_id)
+            return 0 if state is None else state.num_computed_tokens
+
+        ordered = sorted(plan.scheduled, key=num_cached, reverse=True)
+        return super().launch(replace(plan, scheduled=ordered))
+
+    def run(self, step: StepLayout) -> InFlightStep:
+        """Replays the graph of a step and of its draw, or starts it layer by layer."""
         if self.graphs is not None and not step.scoring:
             counts = len(step.rows), len(step.input_ids)
             if size := find_size(self.graphs.sizes, *counts):
                 self.graphs.inputs.load(step, size)
                 self.graphs.steps[size]()
                 return self.draw_step(self.graphs, step, size)
-        return self.run(make_input_batch(self.rows, step, self.config.block_size))
+        return super().run(step)
 
     def draw_step(
         self, graphs: StepGraphs, step: StepLayout, size: GraphSize
@@ -483,8 +494,9 @@ class GraphRunner(ModelRunner):
             return InFlightStep.send(step.drawing, select(graphs.token_ids), None, [])
         rows, seq_lens, *_ = map(select, graphs.inputs.split(size)[:2])
         sampling = self.rows.sampling.gather(drawing, rows, seq_lens)
-        drawn = self.draw(select(graphs.logits), sampling)
-        return InFlightStep.send(step.drawing, *drawn, [])
+        token_ids, logprobs = self.sampler.sample(select(graphs.logits), sampling)
+        self.rows.sampling.record(sampling, token_ids)
+        return InFlightStep.send(step.drawing, token_ids, logprobs, [])
 
     def select_drawing(self, step: StepLayout) -> Callable[[Tensor], Tensor]:
         """What takes the rows of those that draw out of what a graph has written."""

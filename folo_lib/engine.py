@@ -286,10 +286,12 @@ class RequestTable:
         """After a step that broke off: all begin again, but those that failed in it.
 
         Args:
-            failed: the requests of the step, which end with the error.
+            failed: the requests that end with the error; without any, the log has it.
             error: what broke it off.
         """
         self.in_flight.clear()
+        if isinstance(error, Exception) and not failed:
+            logger.error("All requests begin again.", exc_info=error)
         requests = list(self.unfinished.values())
         for request in requests:
             request.rewind()
@@ -355,6 +357,7 @@ def run_step(executor: GPUExecutor, table: RequestTable) -> None:
         BaseException: of Ctrl-C, and of a scheduler that fails; the requests go on.
     """
     starts: dict[Request, int] = {}
+    is_read = False  # once it is, no request of the step is to blame
     try:
         plan = table.scheduler.schedule()
         requests = [table.unfinished[one.request_id] for one in plan.scheduled]
@@ -364,10 +367,11 @@ def run_step(executor: GPUExecutor, table: RequestTable) -> None:
             table.in_flight.append((step, starts))
         if len(table.in_flight) > (table.num_ahead if starts else 0):
             step, starts = table.in_flight.popleft()
-            take_outputs(table, starts, step.read(), executor)
+            output, is_read = step.read(), True
+            take_outputs(table, starts, output, executor)
     except BaseException as error:
         executor.reset()
-        table.restart(starts, error)
+        table.restart({} if is_read else starts, error)
         if not starts or not isinstance(error, Exception):
             raise
 

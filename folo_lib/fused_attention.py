@@ -143,23 +143,6 @@ def load_values(values, places, exist, TILE: tl.constexpr):
 
 
 @triton.jit
-def load_tile(
-    keys,
-    values,
-    table,
-    first,
-    end,
-    strides,
-    TILE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-):
-    """Keys and values of the tile that begins at token `first`."""
-    places, exist = find_places(table, first, end, strides, TILE, BLOCK_SIZE)
-    k = load_keys(keys, places, exist, TILE)
-    return k, load_values(values, places, exist, TILE)
-
-
-@triton.jit
 def as_keys(k, TILE: tl.constexpr):
     """What `load_keys` has loaded, as `[128, TILE]`: a column per token; see `as_right`."""
     RUNS: tl.constexpr = TILE // (8 * WARPS)
@@ -284,7 +267,9 @@ def attention_kernel(
     table += sequence * max_blocks
     keys = key_cache + head.to(tl.int64) * head_stride
     values = value_cache + head.to(tl.int64) * head_stride
-    k, v = load_tile(keys, values, table, begin, end, strides, TILE, BLOCK_SIZE)
+    places, exist = find_places(table, begin, end, strides, TILE, BLOCK_SIZE)
+    k = load_keys(keys, places, exist, TILE)
+    v = load_values(values, places, exist, TILE)
     # 16 rows for the tensor cores: a query, the newest key, the next query, the key again, and so
     # on, the queries repeated. With the key beside each query, their product can be added up
     # without a detour. Weights times cosines and sines are ready before the wait.
@@ -320,6 +305,10 @@ def attention_kernel(
     result = tl.zeros([GROUP, WARPS, 2, D], tl.float32)
     for first in tl.range(begin, end, TILE):
         scores = tl.dot(query, as_keys(k, TILE), input_precision="ieee") * scale
+        # The next tile is on its way as soon as there is room: its keys while this one's values
+        # are multiplied, its values while its own scores are. Beyond the end nothing is loaded.
+        places, exist = find_places(table, first + TILE, end, strides, TILE, BLOCK_SIZE)
+        k = load_keys(keys, places, exist, TILE)
         unseen = first + tl.arange(0, TILE)[None, :] >= end
         # Out of 16 rows come `GROUP`: the maximum drops the rows of the key and the repeated ones.
         scores = tl.where(is_key | unseen, -1e30, scores)
@@ -329,18 +318,13 @@ def attention_kernel(
         weights = tl.exp2(scores - new_highest[:, None, :, None])
         shrink = tl.exp2(highest - new_highest)
         sums = sums * shrink[:, None, :, None] + weights
-        highest, now = new_highest, v
-        # The next tile is on its way while the values of this one are multiplied.
-        if first + TILE < end:
-            following = first + TILE
-            k, v = load_tile(
-                keys, values, table, following, end, strides, TILE, BLOCK_SIZE
-            )
-        wide = tl.reshape(now.to(tl.float32), (1, RUNS * 4, WARPS, 2, D))
+        highest = new_highest
+        wide = tl.reshape(v.to(tl.float32), (1, RUNS * 4, WARPS, 2, D))
         weights = tl.reshape(weights, (GROUP, RUNS, WARPS, 4, 2))
         weights = tl.permute(weights, (0, 1, 3, 2, 4))
         weights = tl.reshape(weights, (GROUP, RUNS * 4, WARPS, 2, 1))
         result = result * shrink[:, :, None, None] + tl.sum(wide * weights, 1)
+        v = load_values(values, places, exist, TILE)
     # The warps meet for the first time, and the newest token joins them.
     top = tl.maximum(tl.max(highest, 1), own)
     shrink, own = tl.exp2(highest - top[:, None]), tl.exp2(own - top)

@@ -21,6 +21,7 @@ __all__ = [
     "pad_sequences",
     "group_by_length",
     "SequenceRead",
+    "read_alone",
     "plan_reads",
     "PerSequenceBackend",
     "TorchNaiveBackend",
@@ -35,7 +36,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -318,6 +319,11 @@ class AttentionMetadata:
         """How a backend that goes through the sequences reads the cache."""
         return plan_reads(self)
 
+    @cached_property
+    def plans(self) -> dict[str, Any]:
+        """What other backends plan once for all layers, under their names."""
+        return {}
+
 
 # %% ../notebooks/06_kv_cache.ipynb #attention-backend
 class AttentionBackend(ABC):
@@ -447,6 +453,17 @@ class SequenceRead:
     mask: Tensor | None
 
 
+def read_alone(metadata: AttentionMetadata, i: int, start: int) -> SequenceRead:
+    """The read of sequence `i`, whose first token in the step is `start`."""
+    query_len, seq_len = metadata.query_lens_list[i], metadata.seq_lens_list[i]
+    blocks, size = metadata.block_table[i], metadata.block_size
+    first_slot = find_first_slot(blocks, -(-seq_len // size), size)  # rounded up
+    mask = None
+    if 1 < query_len < seq_len:
+        mask = create_causal_mask(query_len, seq_len, device=blocks.device)[0, 0]
+    return SequenceRead(start, start + query_len, blocks, seq_len, first_slot, mask)
+
+
 def plan_reads(
     metadata: AttentionMetadata,
 ) -> tuple[list[SequenceRead], list[PaddedRead]]:
@@ -455,24 +472,16 @@ def plan_reads(
     Single tokens are padded together, see `group_by_length`. What runs several tokens,
     or has nobody to share with, reads alone.
     """
-    query_lens, seq_lens = metadata.query_lens_list, metadata.seq_lens_list
+    query_lens = metadata.query_lens_list
     starts = [0, *accumulate(query_lens)]
     longer = [[i] for i, query_len in enumerate(query_lens) if query_len > 1]
     single = [i for i, query_len in enumerate(query_lens) if query_len == 1]
     alone, padded = [], []
-    for members in longer + group_by_length(single, seq_lens):
+    for members in longer + group_by_length(single, metadata.seq_lens_list):
         if len(members) > 1:
             padded.append(pad_sequences(metadata, members))
-            continue
-        [i] = members
-        blocks, query_len, seq_len = metadata.block_table[i], query_lens[i], seq_lens[i]
-        num_blocks = -(-seq_len // metadata.block_size)  # rounded up
-        first_slot = find_first_slot(blocks, num_blocks, metadata.block_size)
-        mask = None
-        if 1 < query_len < seq_len:
-            mask = create_causal_mask(query_len, seq_len, device=blocks.device)[0, 0]
-        where = blocks, seq_len, first_slot, mask
-        alone.append(SequenceRead(starts[i], starts[i + 1], *where))
+        else:
+            alone.append(read_alone(metadata, members[0], starts[members[0]]))
     return alone, padded
 
 

@@ -7,7 +7,6 @@ __all__ = [
     "PER_STEP",
     "DECODE",
     "SMALL_DECODE",
-    "WIDE_DECODE",
     "PREFILL",
     "MEDIUM_PREFILL",
     "SMALL_PREFILL",
@@ -324,10 +323,8 @@ class TileSizes:
 
 
 DECODE = TileSizes(tile=128, num_warps=4, num_stages=2)
-SMALL_DECODE = TileSizes(tile=64, num_warps=2, num_stages=2)
-"""Of which more programs fit on a multiprocessor, see `choose_decode_sizes`."""
-WIDE_DECODE = TileSizes(tile=64, num_warps=4, num_stages=2)
-"""For float32, of which twice as much lies in the registers of a thread."""
+SMALL_DECODE = TileSizes(tile=64, num_warps=4, num_stages=2)
+"""See `choose_decode_sizes`."""
 PREFILL = TileSizes(tile=128, num_warps=8, num_stages=3, rows=128)
 MEDIUM_PREFILL = TileSizes(tile=64, num_warps=4, num_stages=2, rows=64)
 SMALL_PREFILL = TileSizes(tile=32, num_warps=4, num_stages=2, rows=32)
@@ -353,14 +350,15 @@ def choose_num_splits(num_seqs: int, num_kv_heads: int, device: torch.device) ->
 def choose_decode_sizes(
     num_programs: int, dtype: torch.dtype, device: torch.device
 ) -> TileSizes:
-    """Small tiles where the large ones would need a second round, mostly idle.
+    """Large tiles for as many programs as run at once, or for two rounds that are full.
 
-    Three programs with large tiles run on a multiprocessor at once.
+    Three programs with large tiles run on a multiprocessor at once. More programs are
+    of many lengths, and small ones leave less to wait for at the end. Of float32,
+    twice as much lies in the registers of a thread, so its tiles are small too.
     """
-    if dtype == torch.float32:
-        return WIDE_DECODE
     per_processor = num_programs / count_multiprocessors(device)
-    return SMALL_DECODE if 3 < per_processor <= 8 else DECODE
+    is_full = per_processor <= 3 or 4.5 < per_processor <= 6
+    return DECODE if is_full and dtype != torch.float32 else SMALL_DECODE
 
 
 # %% ../notebooks/13_paged_attention.ipynb #decode

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import Qwen2Config, Qwen3Config
 
     from folo_lib.config import EngineConfig
-    from folo_lib.runner import Source
+    from folo_lib.model_source import Source
 
     ModelConfig = Qwen2Config | Qwen3Config
 else:

@@ -117,9 +117,10 @@ class Attention(nn.Module):
 ATTENTION_BACKENDS = {
     "torch_naive": "folo_lib.kv_cache:TorchNaiveBackend",
     "torch_sdpa": "folo_lib.kv_cache:TorchSDPABackend",
+    "torch_ragged": "folo_lib.ragged_attention:TorchRaggedBackend",
     "triton": "folo_lib.paged_attention:TritonBackend",
 }
-"""Where each backend is found; page 06 writes the first two, page 13 the third."""
+"""Where each backend is found; page 06 writes the first two, page 13 the last."""
 
 
 def get_attention_backend(name: str = "auto") -> "type[AttentionBackend]":

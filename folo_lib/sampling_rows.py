@@ -326,6 +326,9 @@ class SamplingRows:
         num_rows: `R`, the most requests that have a row at once.
         vocab_size: `V`.
         device: where the rows are.
+
+    Attributes:
+        last_token_ids: `[R]` int64, what each drew last; 0 if that was no token.
     """
 
     NEEDED_BY: ClassVar[dict[str, str]] = {  # tables that a step does not change
@@ -344,6 +347,7 @@ class SamplingRows:
         self.ints = torch.zeros(num_rows, len(INTS), dtype=torch.int64, device=device)
         self.tables = TokenTables(num_rows, vocab_size, self.device)
         self.bad_words = BadWords(num_rows, self.device)
+        self.last_token_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.asked: list[dict[str, Any]] = [{} for _ in range(num_rows)]
         self.gathered: tuple[list[int], dict[str, Any]] | None = None
         self.united: tuple[list[int], set[str]] = [], set()
@@ -431,10 +435,14 @@ class SamplingRows:
         return found | combine_wishes([self.asked[row] for row in rows])
 
     def record(self, metadata: SamplingMetadata, token_ids: Tensor) -> None:
-        """After a step: counts what was drawn, `[B]`, without waiting for the device.
+        """After a step: keeps and counts what was drawn, without waiting for the device.
 
-        A row whose id is -1 has drawn nothing, and nothing is counted.
+        Args:
+            metadata: of the draw.
+            token_ids: `[B]`; a row whose id is -1 has drawn nothing, and nothing is counted.
         """
+        known = token_ids.clamp(min=0)  # -1 is no token that could run
+        self.last_token_ids.index_copy_(0, metadata.rows, known)
         if metadata.output_counts is not None:
             self.tables.record(metadata.rows, token_ids)
         if metadata.bad_words is not None:

@@ -111,7 +111,7 @@ def main(capability: int) -> None:
     sizes = module.SMALL_PREFILL
     tile = {"GROUP": 2, "ROWS": sizes.rows, "BQ": sizes.rows // 2, "BT": sizes.tile}
     compile_one(module.prefill_kernel, shape | tile, "fp32", capability, sizes)
-    sizes = module.WIDE_DECODE
+    sizes = module.SMALL_DECODE
     every |= {"GROUP": 2, "D": 128, "BT": sizes.tile, "MIN_CHUNK": sizes.min_chunk}
     compile_one(module.decode_kernel, every, "fp32", capability, sizes)
     for number in ("bf16", "fp16", "fp32"):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Generator, Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -17,6 +20,26 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("steady", derandomize=True)
 if "FOLO_EXPLORE" not in os.environ:
     hypothesis.settings.load_profile("steady")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
+    """What tests import is no garbage: no collection looks through it, now or later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+@pytest.fixture
+def young_garbage(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A measurement collects garbage first: here what is new, not all that tests import."""
+    collect = gc.collect
+    monkeypatch.setattr(gc, "collect", lambda: collect(1))
+    yield
+    gc.freeze()  # which the measurement has undone
 
 
 @pytest.fixture(autouse=True)

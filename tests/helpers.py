@@ -10,6 +10,13 @@ import torch
 from torch import Tensor
 
 from folo_lib.kv_cache import AttentionMetadata
+from folo_lib.runner import (
+    InputBatch,
+    ModelRunner,
+    StepPlan,
+    lay_end_to_end,
+    make_input_batch,
+)
 
 
 def brute_force(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -119,3 +126,10 @@ class BlockPool:
         """Gives the blocks back; the next sequence to ask gets them first."""
         self.free += self.blocks.pop(seq)
         del self.lengths[seq]
+
+
+def prepare_inputs(runner: ModelRunner, plan: StepPlan) -> InputBatch:
+    """Tells a runner of a step, and makes its tensors; nothing runs."""
+    rows, block_size = runner.rows, runner.config.block_size
+    rows.update(plan)
+    return make_input_batch(rows, lay_end_to_end(rows, plan, block_size), block_size)

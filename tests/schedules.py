@@ -51,7 +51,7 @@ def make_models(**changes: Any) -> Models:
     )
     theirs = models.make_reference(config, "sdpa")
     theirs.lm_head.weight.mul_(4)
-    return models.load(config, theirs, "torch_sdpa"), theirs, tokenizer
+    return models.load(config, theirs, "torch_ragged"), theirs, tokenizer
 
 
 @cache

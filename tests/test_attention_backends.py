@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+import subprocess
+import sys
 from importlib.util import find_spec
 from typing import Any
 
@@ -33,9 +35,11 @@ from folo_lib.kv_cache import (
     write_cache,
 )
 from folo_lib.qwen3 import ATTENTION_BACKENDS, get_attention_backend
+from folo_lib.ragged_attention import TorchRaggedBackend, plan_ragged
 
 BACKENDS: list[type[PerSequenceBackend]] = [TorchNaiveBackend, TorchSDPABackend]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_on_a_cpu = pytest.mark.parametrize("backend", [*BACKENDS, TorchRaggedBackend])
 INF = float("inf")
 each_heads = pytest.mark.parametrize(
     ("heads", "kv_heads"), [(1, 1), (3, 3), (6, 3), (4, 1), (12, 3), (14, 2), (8, 1)]
@@ -238,7 +242,7 @@ def random_steps(lengths: list[int], rng: random.Random) -> list[dict[int, int]]
     return steps
 
 
-@each_backend
+@each_on_a_cpu
 class TestForward:
     @pytest.mark.parametrize("block_size", [1, 4, 16])
     def test_prefill_chunk_and_decode_in_one_step(
@@ -416,8 +420,8 @@ def random_step(rng: random.Random, heads: tuple[int, int], **options: Any) -> S
     return Step(news, lengths, heads, **options)
 
 
-@each_backend
 class TestManyAtOnce:
+    @each_on_a_cpu
     @pytest.mark.parametrize("group", range(1, 9))
     def test_padded_or_not_against_brute_force_and_each_alone(
         self, backend: type[PerSequenceBackend], group: int
@@ -433,6 +437,7 @@ class TestManyAtOnce:
             assert (ours - alone).abs().max().item() <= bound
             assert (ours.double() - exact).abs().max().item() <= bound
 
+    @each_backend
     @pytest.mark.parametrize("heads", [(1, 1), (6, 2), (8, 1)])
     def test_in_bfloat16_padding_rounds_no_more_than_being_alone(
         self, backend: type[PerSequenceBackend], heads: tuple[int, int]
@@ -443,6 +448,7 @@ class TestManyAtOnce:
         alone = rounding(step.alone(backend()), exact)
         assert rounding(ours, exact) <= 1.2 * alone
 
+    @each_backend
     def test_sixty_four_tokens_are_one_call(
         self, backend: type[PerSequenceBackend], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -456,6 +462,119 @@ class TestManyAtOnce:
         monkeypatch.setattr(backend, "attend", spy)
         step.run(backend())
         assert shapes == [[64, 2, 2, 8]]
+
+
+class TestRagged:
+    """Single tokens as rows of a sparse matrix; what it computes, the tests above compare."""
+
+    def test_an_entry_for_each_own_key_and_none_else(self) -> None:
+        heads, kv_heads, block_size = 6, 2, 4
+        metadata = make_metadata([[7], [5, 2, 9], [0, 3]], [1, 3, 1], [4, 9, 6], 4)
+        cache = make_kv_cache(10, block_size, kv_heads, 8)[0]
+        read = plan_ragged(metadata, [2, 0], heads, cache)
+        assert read.tokens.tolist() == [4, 0]
+        assert read.seq_lens.tolist() == [6] * heads + [4] * heads
+        assert read.scores.shape == (2 * heads, 10 * block_size * kv_heads)
+        own = [[0, 1, 2, 3, 12, 13], [28, 29, 30, 31]]  # slots
+        columns = read.scores.col_indices().split(read.seq_lens.tolist())
+        for row, keys in enumerate(columns):
+            slots, kv_head = own[row // heads], row % heads // 3
+            assert keys.tolist() == [slot * kv_heads + kv_head for slot in slots]
+            assert (read.rows == row).sum() == len(slots)
+        starts = read.scores.crow_indices()
+        assert torch.equal(starts.diff(), read.seq_lens)
+        assert not read.scores.values().any()
+
+    def test_nothing_is_padded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Neither is anything copied: the operations have the cache's own keys."""
+        step, seen = Step([1] * 64, list(range(1, 128, 2)), (4, 2)), []
+        product = torch.sparse.sampled_addmm
+
+        def spy(scores: Tensor, queries: Tensor, keys: Tensor, **options: Any) -> Any:
+            seen.append((scores.values().numel(), keys.T.is_contiguous()))
+            return product(scores, queries, keys, **options)
+
+        monkeypatch.setattr(torch.sparse, "sampled_addmm", spy)
+        monkeypatch.setattr(TorchRaggedBackend, "attend", None)
+        step.run(TorchRaggedBackend())
+        assert seen == [(4 * 64 * 64, True)]
+
+    def test_one_plan_serves_all_layers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        step, plans = Step([1, 1, 5], [40, 9, 5], (4, 2)), []
+        plan = TorchRaggedBackend.plan
+
+        def spy(self: TorchRaggedBackend, *args: Any) -> Any:
+            plans.append(plan(self, *args))
+            return plans[-1]
+
+        monkeypatch.setattr(TorchRaggedBackend, "plan", spy)
+        backend = TorchRaggedBackend()
+        assert torch.equal(step.run(backend), step.run(backend))
+        assert len(plans) == 1
+
+    def test_company_does_not_change_a_bit(self) -> None:
+        rng = random.Random(5)
+        lengths = [rng.randint(1, 300) for _ in range(16)]
+        step = Step([1] * 16, lengths, (4, 2))
+        together = step.run(TorchRaggedBackend())
+        for rows in torch.arange(16).split(2):
+            pair, m = rows.tolist(), step.metadata
+            few = dataclasses.replace(
+                m,
+                slot_mapping=m.slot_mapping[rows],
+                block_table=m.block_table[rows],
+                query_start_loc=torch.arange(3),
+                seq_lens=m.seq_lens[rows],
+                query_lens_list=[1, 1],
+                seq_lens_list=[m.seq_lens_list[i] for i in pair],
+            )
+            ends = [[x[-1:] for x in step.sequences[i]] for i in pair]
+            qkv = [torch.cat(parts) for parts in zip(*ends, strict=True)]
+            cache = step.cache[0].clone(), step.cache[1].clone()
+            answers = TorchRaggedBackend().forward(*qkv, cache, few)
+            assert torch.equal(answers, together[rows])
+
+    def test_a_nan_stays_with_its_sequence(self) -> None:
+        step = Step([1] * 8, [30 + i for i in range(8)], (4, 2))
+        clean = step.run(TorchRaggedBackend())
+        step.cache[0][step.metadata.block_table[3, 0], 5] = float("nan")
+        spoilt = step.run(TorchRaggedBackend())
+        others = [i for i in range(8) if i != 3]
+        assert spoilt[3].isnan().all()
+        assert torch.equal(spoilt[others], clean[others])
+
+    def test_large_scores_do_not_overflow(self) -> None:
+        step = Step([1] * 8, [30 + i for i in range(8)], (4, 2))
+        for sequence in step.sequences:
+            sequence[0].mul_(1e4)
+        ours, theirs = step.run(TorchRaggedBackend()), step.run(TorchSDPABackend())
+        assert theirs.isfinite().all()
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+    def test_a_model_that_was_moved_goes_on(self) -> None:
+        """It was loaded for float32; in bfloat16 the parent does all of the work."""
+        step = Step([1] * 8, [30 + i for i in range(8)], (4, 2), dtype=torch.bfloat16)
+        assert torch.equal(step.run(TorchRaggedBackend()), step.run(TorchSDPABackend()))
+
+    @pytest.mark.parametrize(
+        ("device", "dtype"),
+        [("cpu", torch.bfloat16), ("cuda", torch.float32), ("mps", torch.float32)],
+    )
+    def test_needs_a_cpu_and_float32(self, device: str, dtype: torch.dtype) -> None:
+        fault = TorchRaggedBackend.find_fault(torch.device(device), dtype)
+        name = str(dtype).removeprefix("torch.")
+        for part in ("'torch_ragged'", repr(device), repr(name), "'torch_sdpa'"):
+            assert part in str(fault)
+        for runs in (torch.float32, torch.float64):
+            assert TorchRaggedBackend.find_fault(torch.device("cpu"), runs) is None
+
+    def test_no_warning_that_sparse_matrices_are_a_beta(self) -> None:
+        code = (
+            "import warnings; warnings.simplefilter('error'); import torch;"
+            "import folo_lib.ragged_attention;"
+            "torch.zeros(1, 1).to_sparse_csr()"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def wastes_little(lengths: list[int]) -> bool:

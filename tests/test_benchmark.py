@@ -38,6 +38,8 @@ from folo_lib.checkpoint import load_model, read_config
 from folo_lib.kv_cache import allocate_kv_caches
 from folo_lib.qwen3 import Qwen3ForCausalLM
 
+pytestmark = pytest.mark.usefixtures("young_garbage")
+
 CPU = torch.device("cpu")
 SIZES = Sizes(
     prompt_tokens=12,
@@ -302,6 +304,7 @@ class TestTurns:
 
     def test_no_run_waits_for_a_search_through_all_that_is_loaded(self) -> None:
         frozen: list[bool] = []
+        gc.unfreeze()  # what `conftest.py` has frozen
 
         class Looks(Scripted):
             def generate(self, prompt: list[int], num_tokens: int) -> Run:
@@ -1238,6 +1241,8 @@ class TestBatch:
         made = sections.SECTIONS["batch"](bench_of(tiny))
         json.dumps(made)
         assert list(made) == list(batch.PARTS)
+        alone = sections.SECTIONS["batch"](bench_of(tiny, batch_parts=["reservation"]))
+        assert alone == {"reservation": made["reservation"]}
         sizes = SIZES.batch
 
         together = made["together"]

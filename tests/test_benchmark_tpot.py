@@ -25,6 +25,8 @@ from folo_lib.benchmark_workloads import ThroughputSizes, Workload
 from folo_lib.engine import LLMEngine
 from folo_lib.kv_cache import kv_bytes_per_token
 
+pytestmark = pytest.mark.usefixtures("young_garbage")
+
 CPU = torch.device("cpu")
 SIZES = Sizes(
     throughput=ThroughputSizes(

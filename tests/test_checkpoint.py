@@ -535,8 +535,14 @@ class TestAttentionBackend:
     ) -> None:
         self.put(monkeypatch, Faulty)
         backend = resolve_attention_backend("auto", torch.device(device), torch.float32)
-        assert backend == "torch_sdpa"
+        assert backend == ("torch_ragged" if device == "cpu" else "torch_sdpa")
         assert not caplog.records
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_auto_on_a_cpu_looks_at_the_dtype(self, dtype: torch.dtype) -> None:
+        assert resolve_attention_backend("auto", CPU, dtype) == "torch_sdpa"
+        with pytest.raises(ValueError, match=r"'torch_ragged'.*'torch_sdpa'"):
+            resolve_attention_backend("torch_ragged", CPU, dtype)
 
     def test_the_backend_is_asked_about_this_device_and_dtype(
         self, monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import schedules
 import torch
+from helpers import prepare_inputs
 from schedules import Schedule
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -359,8 +360,9 @@ class TestDraws:
 class TestLayerwiseModel:
     def test_equal_to_the_model(self) -> None:
         model, runner = get_model(), make_runner(ModelRunner)
-        batch = runner.prepare_inputs(
-            start(make_request("a", 9), make_request("b", 1), make_request("c", 22))
+        batch = prepare_inputs(
+            runner,
+            start(make_request("a", 9), make_request("b", 1), make_request("c", 22)),
         )
         where = batch.input_ids, batch.positions, runner.kv_caches, batch
         ours = LayerwiseModel(model, lambda function: function)(*where)
@@ -565,6 +567,15 @@ class TestRunner:
                 drawn.append(get_tokens(one)[name])
                 assert drawn[-1] == get_tokens(other)[name]
         assert len(set(drawn)) > 3
+
+    def test_the_longest_sequences_come_first(self) -> None:
+        runner = make_runner()
+        runner.launch(start(make_request("A", 3), make_request("B", 9))).read()
+        runner.launch(start(make_request("C", 6), first_block=9)).read()
+        assert runner.graphs is not None
+        runner.launch(go_on("A", "B", "C")).read()
+        _, seq_lens, *_ = runner.graphs.inputs.split(GraphSize(4, 4, True))
+        assert seq_lens.tolist() == [10, 7, 4, 0]
 
     def test_an_empty_plan(self) -> None:
         runner = make_runner()

@@ -189,7 +189,7 @@ class TestParity:
             "qwen2 9/9 untied yarn",
         ],
     )
-    @pytest.mark.parametrize("backend", ["torch_sdpa", "torch_naive"])
+    @pytest.mark.parametrize("backend", ["torch_sdpa", "torch_naive", "torch_ragged"])
     def test_random_models(self, case: str, backend: str) -> None:
         config = make_config(case)
         model = make_reference(config)

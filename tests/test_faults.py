@@ -275,10 +275,10 @@ def test_a_fault_hurts_its_own_and_leaves_nothing(
 @pytest.mark.parametrize("run_ahead", [False, True])
 @pytest.mark.parametrize("part", list(PARTS))
 def test_a_fault_at_any_call(part: str, run_ahead: bool, notes: Notes) -> None:
-    """Ten calls of each method, and under `make soak` all of them."""
+    """Four calls of each method from the first on, and under `make soak` all of them."""
     is_soak = "FOLO_SOAK_MINUTES" in os.environ
-    num_faults = break_each(part, run_ahead, notes, most=10_000 if is_soak else 10)
-    assert num_faults > (200 if is_soak else 25)
+    num_faults = break_each(part, run_ahead, notes, most=10_000 if is_soak else 4)
+    assert num_faults > (200 if is_soak else 10)
 
 
 @pytest.mark.parametrize(
@@ -296,6 +296,8 @@ def test_a_fault_while_a_request_leaves(
         notes.records.clear()
         drive = check_fault(part, place, call, run_ahead)
         assert drive.num_told or drive.num_failed or notes.records, call
+        if part == "allocator":  # the tokens were read: nobody has to end for it
+            assert drive.num_failed == 0, call
 
 
 def test_a_fault_while_a_stream_is_left() -> None:

@@ -120,7 +120,8 @@ class Tape:
         self.logits: list[Tensor] = []
         self.tokens: list[Tensor] = []
         self.num_fused = 0
-        self.draw_well, self.runner.draw = self.runner.draw, self.draw
+        sampler = self.runner.sampler
+        self.sample_well, sampler.sample = sampler.sample, self.sample
         if getattr(self.runner, "graphs", None) is not None:
             self.draw_step_well = self.runner.draw_step
             self.runner.draw_step = self.draw_step
@@ -135,9 +136,9 @@ class Tape:
         self.runner.rows.last_token_ids.index_copy_(0, rows, drawn)
         return drawn
 
-    def draw(self, logits: Tensor, sampling: Any) -> tuple[Tensor, None]:
-        """In place of `ModelRunner.draw`."""
-        own, _ = self.draw_well(logits, sampling)
+    def sample(self, logits: Tensor, sampling: Any) -> tuple[Tensor, None]:
+        """In place of `Sampler.sample`."""
+        own, _ = self.sample_well(logits, sampling)
         drawn = self.note(logits, own, sampling.rows)
         return own if drawn is None else drawn, None
 

@@ -160,9 +160,12 @@ def cut_caches(
 
 
 def run_shards(
-    whole: Qwen3ForCausalLM, seq_lens: Sequence[int], size: int
+    whole: Qwen3ForCausalLM, seq_lens: Sequence[int], size: int, times: int = 1
 ) -> tuple[Step, list[Any]]:
-    """A step on all ranks: logits, tokens, last tokens, caches and number of sums."""
+    """A step on all ranks: logits, tokens, last tokens, caches and number of sums.
+
+    More than once it runs over what it has left behind, and must give the same.
+    """
     step = Step(whole, seq_lens)
 
     def work(sums: TurnSum) -> Any:
@@ -186,19 +189,23 @@ def run_shards(
         logits = torch.zeros(len(seq_lens), len(embedding.weight))
         token_ids = torch.zeros(len(seq_lens), dtype=torch.int64)
         outputs = []
-        for _ in range(2):  # the second over what the first has left behind
+        for _ in range(times):
             mine.rows.last_token_ids.copy_(step.rows.last_token_ids)
             fused.run(mine.get_columns(), mine.rows, caches, logits, token_ids)
             outputs.append((logits.clone(), token_ids.clone()))
-        for before, after in zip(*outputs, strict=True):
-            torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)
-        return logits, token_ids, mine.rows.last_token_ids, caches, sums.count // 2
+        for again in outputs[1:]:
+            for before, after in zip(outputs[0], again, strict=True):
+                torch.testing.assert_close(
+                    after, before, rtol=0, atol=0, equal_nan=True
+                )
+        count = sums.count // times
+        return logits, token_ids, mine.rows.last_token_ids, caches, count
 
     return step, run_ranks(size, work)
 
 
 def check_shards(whole: Qwen3ForCausalLM, seq_lens: Sequence[int], size: int) -> None:
-    step, ranks = run_shards(whole, seq_lens, size)
+    step, ranks = run_shards(whole, seq_lens, size, times=2)
     theirs = step.copy_caches()
     expected, real = step.run_plain(theirs), step.seq_lens > 0
     logits = torch.cat([one[0] for one in ranks], -1)

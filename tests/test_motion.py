@@ -18,12 +18,14 @@ from motions import MAKERS, RED, load, make_layer, run
 
 from folo_lib.course import story
 from folo_lib.course.figures import KEYS
+from folo_lib.course.motion import sampler
 from folo_lib.course.motion.attention import find_plane
 from folo_lib.course.motion.base import Canvas, Guess, Motion, percent, round_all
 from folo_lib.course.motion.kv_cache import fill_cache
 from folo_lib.course.motion.layer import watch_layers
 from folo_lib.course.motion.rope import find_hands
 from folo_lib.course.motion.sampler import FILTERS, count_kept
+from folo_lib.sampler import gumbel_noise
 
 
 def read(html: str) -> tuple[ElementTree.Element, str]:
@@ -184,6 +186,22 @@ def test_filters_count_as_the_sampler_does() -> None:
     counts = count_kept(logits, [*FILTERS])
     assert counts[0] == len(logits) and counts == sorted(counts, reverse=True)
     assert MAKERS["filters"]().says.endswith(f"{counts[-1]} tokens are left.")
+
+
+def test_the_races_of_the_still_picture_are_draws_of_the_sampler() -> None:
+    logits = run(RED)[0]
+    motion = MAKERS["race"]()
+    ids = torch.tensor(motion.facts["ids"])
+    words = [shape for canvas in motion.canvases for shape in canvas.shapes]
+    drawn = [int(s.text) for s in words if s.key.startswith("count")]
+    seeds = torch.arange(sampler.NUM_RACES)
+    zeros = torch.zeros_like(seeds)
+    noise = gumbel_noise(seeds, zeros, zeros + motion.facts["position"], len(logits))
+    winners = (logits[ids] + noise[:, ids]).argmax(dim=-1)
+    assert drawn == winners.bincount(minlength=len(ids)).tolist()
+    shares = logits[ids].softmax(dim=-1)
+    won = torch.tensor(drawn) / sampler.NUM_RACES
+    assert (won - shares).abs().max() < 0.05, "the finding: as softmax has it"
 
 
 def test_a_layer_without_hooks_left_behind() -> None:

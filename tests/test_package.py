@@ -39,6 +39,7 @@ TABLE = (
     "backend_choice",
     "checkpoint",
     "kv_cache",
+    "ragged_attention",
     "config",
     "model_source",
     "sampling_rows",

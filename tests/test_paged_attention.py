@@ -53,7 +53,6 @@ def small_tiles(
     tiles = TileSizes(TILE, 4, 2, min_chunk=TILE)
     monkeypatch.setattr(module, "DECODE", tiles)
     monkeypatch.setattr(module, "SMALL_DECODE", tiles)
-    monkeypatch.setattr(module, "WIDE_DECODE", tiles)
     rows = TileSizes(TILE, 4, 2, rows=16)
     monkeypatch.setattr(module, "choose_prefill_sizes", lambda *_: rows)
 
@@ -246,7 +245,7 @@ class TestDecode:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """No part is written for them: parts are allocated full of NaN here."""
-        for name in ("DECODE", "SMALL_DECODE", "WIDE_DECODE"):
+        for name in ("DECODE", "SMALL_DECODE"):
             tiles = TileSizes(TILE, 4, 2, min_chunk=48)
             monkeypatch.setattr(module, name, tiles)
         monkeypatch.setattr(module, "choose_num_splits", lambda *_: 4)
@@ -459,19 +458,19 @@ class TestLaunch:
                 assert found == 1 or found * needed <= programs
                 assert found == module.MAX_SPLITS or (found + 1) * needed > programs
 
-    def test_tiles_are_small_where_large_ones_would_need_a_second_round(
+    def test_tiles_are_large_where_their_rounds_are_full(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         count, large = module.count_multiprocessors(DEVICE), module.DECODE
         small = TileSizes(TILE, 2, 2)
         monkeypatch.setattr(module, "SMALL_DECODE", small)
-        numbers = 1, 3, 4, 8, 9, 50
+        numbers = 1, 3, 4, 5, 6, 7, 9, 50
         chosen = [
             choose_decode_sizes(n * count, torch.bfloat16, DEVICE) for n in numbers
         ]
-        assert chosen == [large, large, small, small, large, large]
+        assert chosen == [large, large, small, large, large, small, small, small]
         wide = [choose_decode_sizes(n * count, torch.float32, DEVICE) for n in numbers]
-        assert set(wide) == {module.WIDE_DECODE}
+        assert set(wide) == {small}
 
 
 class TestBackend:

@@ -100,7 +100,7 @@ def test_page_08_takes_the_card_from_the_recordings(
         return count_operations(n) / peak > (1_192_099_840 + 114_688 * n) / bandwidth
 
     edge = next(n for n in range(1, 1000) if is_arithmetic_the_limit(n))
-    for words in (f"or a prompt of some {round(edge, -1)} tokens", "It needs some 230"):
+    for words in (f"or a prompt of some {round(edge, -1)} tokens", "cross at some 230"):
         assert words in prose
     cells = nbformat.read(NOTEBOOKS / "08_runner.ipynb", as_version=4).cells
     [output] = next(cell for cell in cells if cell.id == "08-47").outputs

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import prepare_inputs
 from models import CASES, assert_parity, load, make_config, make_reference
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,7 +37,7 @@ from folo_lib.runner import (
     make_input_batch,
     to_device,
 )
-from folo_lib.sampler import LogprobsTensors
+from folo_lib.sampler import LogprobsTensors, Sampler
 from folo_lib.sampling_params import SamplingParams
 from folo_lib.token_logprobs import TokenLogprobs, to_entries
 
@@ -57,7 +58,7 @@ def no_gradients() -> Any:
 
 def make_model(case: str) -> Qwen3ForCausalLM:
     config = make_config(case)
-    return load(config, make_reference(config), "torch_sdpa")
+    return load(config, make_reference(config), "torch_ragged")
 
 
 def make_runner(
@@ -102,7 +103,7 @@ def run(runner: ModelRunner, *plan: Any) -> dict[str, int]:
 
 def last_logits(runner: ModelRunner, plan: StepPlan) -> Tensor:
     """`[B, V]`, where the tokens of each request end in this step."""
-    batch = runner.prepare_inputs(plan)
+    batch = prepare_inputs(runner, plan)
     hidden = runner.model(batch.input_ids, batch.positions, runner.kv_caches, batch)
     return runner.model.compute_logits(hidden[batch.query_start_loc[1:] - 1])
 
@@ -198,14 +199,16 @@ class TestInputBatch:
     def test_lays_requests_end_to_end(self, bundled: Qwen3ForCausalLM) -> None:
         runner = make_runner(bundled)
         prompts = {"A": list(range(100, 109)), "C": [21, 22, 23, 24, 25, 26, 27]}
-        runner.prepare_inputs(
+        prepare_inputs(
+            runner,
             StepPlan(
                 [ScheduledRequest("A", 9, [0, 1, 2]), ScheduledRequest("C", 4, [5, 6])],
                 [make_request(name, ids) for name, ids in prompts.items()],
-            )
+            ),
         )
         runner.rows.last_token_ids[runner.rows.by_id["A"].row] = 77
-        batch = runner.prepare_inputs(
+        batch = prepare_inputs(
+            runner,
             StepPlan(
                 [
                     ScheduledRequest("A", 1),
@@ -213,7 +216,7 @@ class TestInputBatch:
                     ScheduledRequest("C", 2),
                 ],
                 [make_request("B", [11, 12, 13, 14, 15])],
-            )
+            ),
         )
         assert isinstance(batch, InputBatch)
         assert batch.input_ids.tolist() == [77, 11, 12, 13, 14, 15, 25, 26]
@@ -268,8 +271,8 @@ class TestInputBatch:
 
         def table(a: list[int], b: list[int]) -> Tensor:
             scheduled = [ScheduledRequest("A", 5, a), ScheduledRequest("B", 5, b)]
-            return runner.prepare_inputs(
-                StepPlan(scheduled, told, ["A", "B"])
+            return prepare_inputs(
+                runner, StepPlan(scheduled, told, ["A", "B"])
             ).block_table
 
         first = table([0, 1], [2, 3])
@@ -280,9 +283,9 @@ class TestInputBatch:
         """A scheduler may change the list that it handed out, and is not changed."""
         runner, blocks = make_runner(bundled), [0, 1]
         scheduled = ScheduledRequest("A", 3, blocks)
-        runner.prepare_inputs(StepPlan([scheduled], [make_request("A", [1] * 7)]))
+        prepare_inputs(runner, StepPlan([scheduled], [make_request("A", [1] * 7)]))
         blocks[1] = 7
-        batch = runner.prepare_inputs(StepPlan([ScheduledRequest("A", 2, [6])]))
+        batch = prepare_inputs(runner, StepPlan([ScheduledRequest("A", 2, [6])]))
         assert batch.block_table.tolist() == [[0, 1]]
         assert batch.slot_mapping.tolist() == [3, 4]
         assert blocks == [0, 7]
@@ -579,8 +582,9 @@ class TestRows:
             token = run(runner, scheduled, told, ended)[name]
             assert self.counts(runner.rows, name) == {token: 1}
             assert self.prompt(runner.rows, name) == set(ids)
-        batch = runner.prepare_inputs(
-            StepPlan([ScheduledRequest("C", 1, [3])], [make_request("C", [1])], ["B"])
+        batch = prepare_inputs(
+            runner,
+            StepPlan([ScheduledRequest("C", 1, [3])], [make_request("C", [1])], ["B"]),
         )
         assert batch.sampling.output_counts is None
         assert batch.block_table.tolist() == [[3]]
@@ -609,8 +613,8 @@ class TestRows:
         drawn = run(runner, scheduled, told)
         assert len(set(drawn.values())) == 3
         run(runner, [ScheduledRequest("D", 2, [9])], [make_request("D", [1, 2])], ["B"])
-        batch = runner.prepare_inputs(
-            StepPlan([ScheduledRequest("C", 1), ScheduledRequest("A", 1)])
+        batch = prepare_inputs(
+            runner, StepPlan([ScheduledRequest("C", 1), ScheduledRequest("A", 1)])
         )
         assert batch.input_ids.tolist() == [drawn["C"], drawn["A"]]
 
@@ -622,8 +626,8 @@ class TestRows:
         run(runner, [ScheduledRequest("A", 1, [0])], [make_request("A", [3])])
         told = [make_request("B", [7, 8, 9])]
         for place in range(3):
-            batch = runner.prepare_inputs(
-                StepPlan([ScheduledRequest("B", 1, [place])], told, ["A"])
+            batch = prepare_inputs(
+                runner, StepPlan([ScheduledRequest("B", 1, [place])], told, ["A"])
             )
             assert batch.input_ids.tolist() == [7 + place]
             told = []
@@ -846,11 +850,11 @@ class TestLaunchAndRead:
     ) -> None:
         """As those of page 14 do."""
 
-        class OneTensor(ModelRunner):
+        class OneTensor(Sampler):
             place = torch.zeros(2, dtype=torch.int64)
 
-            def draw(self, logits: Tensor, sampling: Any) -> Any:
-                token_ids, logprobs = super().draw(logits, sampling)
+            def sample(self, logits: Tensor, metadata: Any) -> Any:
+                token_ids, logprobs = super().sample(logits, metadata)
                 return self.place[: len(token_ids)].copy_(token_ids), logprobs
 
         loose = SamplingParams(temperature=2.0)
@@ -859,9 +863,8 @@ class TestLaunchAndRead:
             [ScheduledRequest(n, 2, [i]) for i, n in enumerate("AB")], told
         )
         plans = [start, *[StepPlan([ScheduledRequest(n, 1) for n in "BA"])] * 2]
-        eager = make_runner(bundled)
-        late = OneTensor(bundled, EngineConfig(block_size=4))
-        late.initialize_kv_caches(64, 256)
+        eager, late = make_runner(bundled), make_runner(bundled)
+        late.sampler = OneTensor()
         seen = [eager.launch(plan).read() for plan in plans]
         launched = [late.launch(plan) for plan in plans]
         assert [step.read() for step in launched] == seen
@@ -891,20 +894,26 @@ class TestLaunchAndRead:
         drawing = [
             RequestRow(i, make_request(n, [1]), [], 1) for i, n in enumerate("AB")
         ]
-        for _ in range(3):  # the first memory for copies makes everybody wait
-            InFlightStep.send(drawing, place, None, []).read()
+
+        def launch_three() -> list[InFlightStep]:
+            steps = []
+            for _ in range(3):
+                steps.append(InFlightStep.send(drawing, place, None, []))
+                place.add_(1)
+            return steps
+
+        # The first kernels that are loaded and the first memory for copies make everybody wait.
+        for step in launch_three():
+            step.read()
         with torch.cuda.stream(get_copy_stream(place.device)):
             torch.cuda._sleep(1_000_000_000)
-        steps = []
-        for _ in range(3):
-            steps.append(InFlightStep.send(drawing, place, None, []))
-            place += 1
+        steps = launch_three()
         torch.cuda.current_stream().synchronize()
         assert not any(step.arrival.query() for step in steps if step.arrival)
         drawn = [
             [one.token_id for one in step.read().tokens.values()] for step in steps
         ]
-        assert drawn == [[4, 2], [5, 3], [6, 4]]
+        assert drawn == [[7, 5], [8, 6], [9, 7]]
 
     def test_a_step_of_nothing(
         self, bundled: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch
@@ -967,14 +976,15 @@ class TestLaunchAndRead:
         told = [make_request("A", [5, 6, 7]), make_request("B", [9])]
         scheduled = [ScheduledRequest("A", 3, [0, 1]), ScheduledRequest("B", 1, [7])]
         alone = play_alone(bundled, Story(told[1], 2)).tokens
-        break_next = runner.get_next_token_logits
 
-        def broken(hidden: Tensor, batch: InputBatch) -> Tensor:
-            logits = break_next(hidden, batch)
-            logits[[s.request.request_id == "A" for s in batch.drawing]] = float("nan")
-            return logits
+        class SpoilsA(Sampler):
+            def sample(self, logits: Tensor, metadata: Any) -> Any:
+                is_own = metadata.rows == runner.rows.by_id["A"].row
+                return super().sample(
+                    logits.masked_fill(is_own[:, None], float("nan")), metadata
+                )
 
-        runner.get_next_token_logits = broken  # type: ignore[method-assign]
+        runner.sampler = SpoilsA()
         first = runner.launch(StepPlan(scheduled, told))
         second = runner.launch(StepPlan([ScheduledRequest(n, 1) for n in "AB"]))
         tokens = [step.read().tokens for step in (first, second)]
@@ -1060,7 +1070,7 @@ def test_preparing_takes_as_many_operations_for_64_as_for_one(
         plan = StepPlan([ScheduledRequest(name, 1) for name in names])
         run(runner, plan.scheduled)
         with CountOps() as counter:
-            runner.prepare_inputs(plan)
+            prepare_inputs(runner, plan)
         counted.append([name for name, _ in counter.ops])
     assert counted[0] == counted[1]
     assert len(counted[0]) < 40

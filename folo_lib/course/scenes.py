@@ -792,6 +792,37 @@ def fused_decode(m: ModuleType) -> None:
     fused.attend(layer, [qkv], (cos, sin), caches, make_metadata())
 
 
+def tensor_parallel(m: ModuleType) -> None:
+    biased = {"attention_bias": True, "num_key_value_heads": 4}
+    config = make_config(num_attention_heads=8, **biased)
+    shapes = {
+        "q_proj.weight": [64, 24],
+        "q_proj.bias": [64],
+        "k_proj.weight": [32, 24],
+        "v_proj.weight": [32, 24],
+        "v_proj.bias": [32],
+        "o_proj.weight": [24, 64],
+        "o_proj.bias": [24],
+        "gate_proj.weight": [40, 24],
+        "up_proj.weight": [40, 24],
+        "down_proj.weight": [24, 40],
+        "k_norm.weight": [8],
+        "input_layernorm.weight": [24],
+    }
+    names = {f"model.layers.1.{name}": shape for name, shape in shapes.items()}
+    names |= {"model.embed_tokens.weight": [50, 24], "lm_head.weight": [50, 24]}
+    for size in (1, 2, 4, 8):
+        for name, shape in names.items():
+            for rank in range(size):
+                m.find_share(name, shape, config, rank, size)
+        m.make_shard_config(config, size)
+    from transformers import Qwen2Config
+
+    divided = Qwen2Config(hidden_size=24, num_attention_heads=6, num_key_value_heads=6)
+    m.find_share("k_proj.weight", [24, 24], divided, 1, 2)
+    m.make_shard_config(divided, 2)
+
+
 def benchmark(m: ModuleType) -> None:
     for values in ([3.0, 1.0, 2.0, 5.0, 9.0], [1.0, 1.0], [0.5, 0.1, 0.2, 0.4]):
         m.summarize(values)

@@ -416,3 +416,54 @@ def test_a_gpu_is_chosen(window: Any) -> None:
     assert "RTX 4090" not in says(figure)
     slide(figure, "users", 9)
     assert says(figure).endswith("None of them does.")
+
+
+EXAMPLES = {  # how the still pictures come about: press, or set a slider
+    "race": ["many"] * 5,
+    "roofline": [("batch", 6)],
+    "queue": ["forget", "leave", "next", "next", "next"],
+}
+
+
+def words_drawn(figure: Any) -> list[str]:
+    """The texts that can be seen, in the order of the drawing."""
+    seen = "it => it.textContent && !it.closest('[opacity=\"0\"]')"
+    return [
+        text.text_content()
+        for text in figure.locator("svg text").all()
+        if text.evaluate(seen)
+    ]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_still_picture_shows_what_is_to_be_found(browser: Any, name: str) -> None:
+    """With the script nothing of it is seen before the guess, and all of it can be reached."""
+    bare = browser.new_context(java_script_enabled=False).new_page()
+    still = put(bare, name)
+    found, told = words_drawn(still), says(still)
+    figure = put(browser.new_context().new_page(), name)
+    first = words_drawn(figure), says(figure)
+    assert first[0] != found and first[1] != told
+    window = figure.page
+    guess(figure, window)
+    for act in EXAMPLES[name]:
+        if isinstance(act, tuple):
+            slide(figure, *act)
+        else:
+            figure.locator(f"[data-knob={act}]").click()
+    assert words_drawn(figure) == found
+    assert told.startswith(says(figure))
+    bare.context.close()
+    window.context.close()
+
+
+def test_before_the_guess_nothing_is_given_away(window: Any) -> None:
+    figure = put(window, "race")
+    counts = figure.locator("[data-k^=count]").all_text_contents()
+    assert counts == ["0"] * 8 and says(figure).startswith("Each token stands at its")
+    figure = put(window, "roofline")
+    assert figure.locator('[data-k^=trail][opacity="1"]').count() == 0
+    assert says(figure).startswith("A step of 1 request reads")
+    figure = put(window, "queue")
+    assert figure.locator('[data-k^=lost][opacity="1"]').count() == 0
+    assert says(figure).startswith("A step runs 6 tokens of Ann")

@@ -1,5 +1,9 @@
 """What the figures that are moved by hand share: a drawing, a question, knobs, and their script.
 
+The drawing is what stands where scripts are stripped, on paper too, so it shows an example that
+tells what there is to see. Before it asks, a script may go back to a beginning that does not give
+it away.
+
 A figure is a `Canvas` with named pieces, some knobs of HTML below it, and a few lines of
 script that read the knobs and change the pieces. What every script needs (finding a piece,
 dragging it by pointer or arrow keys, saying a sentence) is `KIT`. The canvas is drawn twice:
@@ -367,12 +371,13 @@ def percent(share: float) -> str:
 
 
 class Motion:
-    """Shown by a notebook as HTML that a reader moves, with its first state as a picture.
+    """Shown by a notebook as HTML that a reader moves, and as a picture.
 
     Args:
         name: what it is called, as text and for those who do not see it.
-        canvases: its first state, in one drawing or in several, side by side if there is room.
-        says: a sentence that says what is seen in the first state.
+        canvases: what is seen without the script, in one drawing or in several, side by side if
+            there is room.
+        says: a sentence that says what is seen there.
         knobs: HTML of the controls.
         script: reads the knobs and changes the pieces; see `KIT` for what it can use.
         facts: what the script calls `data`.

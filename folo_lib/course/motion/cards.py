@@ -86,6 +86,7 @@ def count_step(shape: ModelShape, dtype: torch.dtype = torch.bfloat16) -> StepCo
 LEFT, TOP, RIGHT, BOTTOM = 52, 30, 328, 226
 XS, YS = (0.3, 3000.0), (0.1, 2000.0)  # FLOP per byte, TFLOP/s
 BATCHES = [2**i for i in range(11)]
+TRAIL = (1, 8, 64, 1024)  # requests of the small dots
 CONTEXTS = [2**i for i in range(7, 16)]
 
 
@@ -123,8 +124,11 @@ def move_roofline(
     chosen: str = "H200",
     batch: int = 1,
     context: int = 512,
+    example: int = 64,
 ) -> Motion:
     """Where decode steps of a model stand below the roof of a card.
+
+    Small dots stand for other numbers of requests, as many as `TRAIL` says.
 
     Args:
         shape: of the model, in bfloat16.
@@ -132,6 +136,7 @@ def move_roofline(
         cards: by name.
         chosen: the card of the first state.
         batch, context: powers of 2, up to 1,024 and from 128 to 32,768.
+        example: requests of the step that is drawn without the script.
     """
     cost, card = count_step(shape), cards[chosen]
     roof, times = Canvas(340, 272), Canvas(290, 150)
@@ -149,16 +154,27 @@ def move_roofline(
         roof.line(draw_roof(one), width=1, alpha=0.25)
     roof.line(draw_roof(card), "roof", width=3, colour=DEVICE.colour)
 
-    def measure(requests: int, tokens: int) -> tuple[float, float]:
+    def measure(requests: int) -> tuple[float, float]:
         """Bytes and operations of a step."""
         return (
-            cost.weights + requests * tokens * cost.cache,
-            requests * (cost.products + tokens * cost.attention),
+            cost.weights + requests * context * cost.cache,
+            requests * (cost.products + context * cost.attention),
         )
 
-    read, work = measure(batch, context)
-    intensity = work / read
-    at = spot(intensity, min(card.peak, intensity * card.bandwidth))
+    def stand(requests: int) -> tuple[float, float]:
+        read, work = measure(requests)
+        intensity = work / read
+        return spot(intensity, min(card.peak, intensity * card.bandwidth))
+
+    for i, requests in enumerate(TRAIL):
+        at = stand(requests)
+        roof.circle(at, 4, US, f"trail{i}")
+        label, side = (at[0] + 9, at[1] + 9), "start"
+        if requests == TRAIL[-1]:  # close to the one before
+            label, side = (at[0] - 3, at[1] - 16), "end"
+        roof.text(label, f"{requests:,}", f"name{i}", anchor=side, font=13)
+    read, work = measure(example)
+    at = stand(example)
     roof.line([at, (at[0], BOTTOM)], "drop", width=1, dash=":")
     roof.circle(at, 7, US, "dot")
     reading = 1e3 * read / card.bandwidth / 1e12
@@ -171,12 +187,15 @@ def move_roofline(
         times.text((2, y - 14), text, anchor="start", font=13)
         times.box((2, y), (long, 22), "", look, key)
         times.text((long + 10, y + 11), write_ms(took), f"{key}-ms", anchor="start")
-    first, many = (measure(n, context)[0] / card.bandwidth for n in (1, 64))
+    first, many = (measure(n)[0] / card.bandwidth for n in (1, 64))
     factor = f"{many / first:.1f} times as long"
+    alone = measure(1)[0] / card.bandwidth / 1e9
+    longer = max(reading, working) / alone
     return Motion(
         "a roofline",
         [roof, times],
-        describe_step(batch, context, read, work, chosen, reading, working),
+        describe_step(example, context, read, work, chosen, reading, working)
+        + f" It takes {longer:.1f} times as long as a step of one.",
         [
             select("card", "card", [*cards], [*cards].index(chosen)),
             pick("batch", "requests", BATCHES, batch),
@@ -192,6 +211,7 @@ def move_roofline(
             "frame": [LEFT, TOP, RIGHT, BOTTOM],
             "xs": XS,
             "ys": YS,
+            "trail": [[n, *stand(n)] for n in TRAIL],
         },
         Guess(
             f"A decode step of {name} serves one request with {context:,} tokens of context on "
@@ -244,12 +264,18 @@ const ms = (took) => `${took.toFixed(took < .1 ? 3 : 2)} ms`;
 const draw = () => {
   const [name, , bandwidth, peak] = data.cards[value("card")];
   const batch = data.batches[value("batch")], context = data.contexts[value("context")];
+  const measure = (n) => [weights + n * context * cache, n * (products + context * attention)];
+  const stand = ([read, work]) => {
+    const speed = Math.min(peak, work / read * bandwidth);
+    return [left + log(work / read, data.xs) * (right - left), bottom - log(speed, data.ys) * (bottom - top)];
+  };
   shown("batch", batch.toLocaleString("en")); shown("context", context.toLocaleString("en"));
-  const read = weights + batch * context * cache;
-  const work = batch * (products + context * attention);
-  const intensity = work / read, speed = Math.min(peak, intensity * bandwidth);
-  const x = left + log(intensity, data.xs) * (right - left);
-  const y = bottom - log(speed, data.ys) * (bottom - top);
+  const [read, work] = measure(batch), [x, y] = stand([read, work]);
+  data.trail.forEach(([n, fromX, fromY], i) => {
+    const [toX, toY] = stand(measure(n));
+    place(`trail${i}`, toX, toY);
+    place(`name${i}`, toX - fromX, toY - fromY);
+  });
   place("dot", x, y);
   set("drop", {d: `M${x} ${y}L${x} ${bottom}`});
   set("roof", {d: "M" + data.roofs[value("card")].map((at) => at.join(" ")).join("L")});
@@ -263,13 +289,16 @@ const draw = () => {
   }
   says(`A step of ${batch.toLocaleString("en")} request${batch > 1 ? "s" : ""} reads ` +
     `${(read / 1e9).toFixed(2)} GB and computes ${Math.round(work / 1e9).toLocaleString("en")} GFLOP, ` +
-    `${intensity.toFixed(1)} operations per byte: an ${name} waits for ` +
+    `${(work / read).toFixed(1)} operations per byte: an ${name} waits for ` +
     `${took.read > took.work ? "memory" : "arithmetic"}, and gives at most ` +
     `${three(batch / most * 1e3)} tokens per second.`);
 };
+const trail = (is) => data.trail.forEach((_, i) => { show(`trail${i}`, is); show(`name${i}`, is); });
+draw();
+trail(false);
 reveal(() => {
   for (const key of ["card", "batch", "context"]) on(key, draw);
-  draw();
+  trail(true);
 });
 """
 

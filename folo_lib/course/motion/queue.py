@@ -13,6 +13,8 @@ __all__ = ["Told", "count_blocks", "run_queue"]
 NAME = (52, 26)  # pixels of the sign with a request's name
 WAITING, RUNNING, BLOCKS, DONE = 26, 92, 172, 236  # upper edges
 SIGN = Look("#ECECEC", "", "", "")
+NUM_WRITTEN = 3
+"""Tokens of the request that runs in the still picture."""
 
 
 class Told(NamedTuple):
@@ -40,6 +42,9 @@ def run_queue(
     requests: Sequence[Told], num_blocks: int = 8, block_size: int = 4
 ) -> Motion:
     """Requests that run one after another, step by step; any of them can be withdrawn.
+
+    Without the script it shows a later step: the reader of the first has left, and its blocks
+    are lost.
 
     Args:
         requests: in the order in which they came, at most four.
@@ -70,24 +75,26 @@ def run_queue(
     for i in range(num_blocks):
         at, size = (2 + wide * i, BLOCKS), (wide - 4, 28)
         canvas.box(at, size, dash=":", width=0.8)
-        owner, seen = (requests[0].name, 1.0) if i < needs[0] else ("", 0.0)
-        key = f"block{i}"
+        is_lost, is_held = i < needs[0], needs[0] <= i < needs[0] + needs[1]
+        owner, seen = requests[1].name if is_held else "", float(is_held)
+        key, gone = f"block{i}", float(is_lost)
         canvas.box(at, size, owner, CACHE, key, write=True, font=13, alpha=seen)
-        canvas.text(
-            (at[0] + wide / 2 - 2, BLOCKS + 14), "lost", f"lost{i}", font=12, alpha=0.0
-        )
+        middle = at[0] + wide / 2 - 2, BLOCKS + 14
+        canvas.text(middle, "lost", f"lost{i}", font=12, alpha=gone)
     most = max(len(request.words) for request in requests)
     step = 232 / most
-    one = requests[0]  # it has begun in the first state
+    one = requests[1]
     canvas.box((62, RUNNING), (40, 26), one.num_prompt_tokens, PREFILL, "prompt")
     for i in range(most):
         place = 106 + step * i, RUNNING
-        canvas.box(place, (step - 3, 26), "", DECODE, f"token{i}", alpha=0.0)
-    told = one.prompt + one.words[0]
+        seen = float(i < NUM_WRITTEN - 1)
+        canvas.box(place, (step - 3, 26), "", DECODE, f"token{i}", alpha=seen)
+    told = one.prompt + "".join(one.words[:NUM_WRITTEN])
     canvas.text((2, RUNNING + 40), told, "words", anchor="start", font=13)
+    left = "the reader left after 1 token"
     for i, request in enumerate(requests):
         canvas.box(
-            (2 + 58 * (i - 1), WAITING) if i else (2, RUNNING),
+            [(2, DONE), (2, RUNNING), (2, WAITING), (60, WAITING)][i],
             NAME,
             request.name,
             SIGN,
@@ -96,13 +103,14 @@ def run_queue(
             glides=True,
         )
         place = 62, DONE + 30 * i + 13
-        canvas.text(place, "", f"ended{i}", anchor="start", font=12)
+        canvas.text(place, "" if i else left, f"ended{i}", anchor="start", font=12)
     first, second, third = (request.name for request in requests[:3])
     return Motion(
         "a queue and its blocks",
         canvas,
-        f"A step runs {one.num_prompt_tokens} tokens of {first}, which gets "
-        f"“{one.words[0].strip()}”. Blocks free: {num_blocks - needs[0]} of {num_blocks}.",
+        f"A step runs 1 token of {second}, which gets “{one.words[NUM_WRITTEN - 1].strip()}”. "
+        f"Blocks free: {num_blocks - sum(needs[:2])} of {num_blocks}, lost: {needs[0]}. "
+        f"{third} needs {needs[2]}.",
         [
             button("next", "Next step"),
             button("leave", "The reader leaves"),
@@ -209,6 +217,8 @@ const reset = () => {
   owners = Array(data.blocks).fill(null);
   draw(`${waiting.length} requests wait.`);
 };
+reset();
+step();
 reveal(() => {
   on("next", step);
   on("leave", () => withdraw(running));
@@ -219,7 +229,5 @@ reveal(() => {
   });
   on("reset", reset);
   data.requests.forEach((_, i) => press(piece(`sign${i}`), () => withdraw(i)));
-  reset();
-  step();
 });
 """

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from folo_lib.course.figures import US, Look
 from folo_lib.course.motion.base import (
     Canvas,
@@ -19,6 +21,7 @@ from folo_lib.sampler import (
     apply_min_p_filtering,
     apply_top_k_filtering,
     apply_top_p_filtering,
+    gumbel_noise,
 )
 
 if TYPE_CHECKING:
@@ -202,14 +205,31 @@ reveal(() => {
 
 NUM_RUNNERS = 8
 SCALE = 26  # pixels for a logit
-START = 70
+START, END, ZERO = 70, 338, 175  # of the track, and where the best logit stands
 LONGEST = 190
+NUM_RACES = 500
+"""In the still picture."""
+
+
+def run_races(scores: Tensor, ids: Tensor, position: int, vocab_size: int) -> Tensor:
+    """Logits with the noise of seeds 0, 1, 2, ..., as the script has it: `[NUM_RACES, runners]`.
+
+    Args:
+        scores: `[runners]`.
+        ids: their tokens, `[runners]`.
+        position: of the token that is drawn.
+        vocab_size: `V`.
+    """
+    seeds = torch.arange(NUM_RACES)
+    zeros = torch.zeros_like(seeds)
+    return scores + gumbel_noise(seeds, zeros, zeros + position, vocab_size)[:, ids]
 
 
 def race(logits: Tensor, label: Callable[[int], str], position: int) -> Motion:
     """A draw as a race: each token starts at its logit, noise pushes it, the furthest wins.
 
-    The noise is that of `gumbel_noise` for seeds 0, 1, 2, ..., computed again by the script.
+    Without the script it shows the last of `NUM_RACES` and who has won them. The noise is that of
+    `gumbel_noise` for seeds 0, 1, 2, ..., computed again by the script.
 
     Args:
         logits: of the next token, `[V]`; the eight likeliest take part.
@@ -221,26 +241,42 @@ def race(logits: Tensor, label: Callable[[int], str], position: int) -> Motion:
     shares = ordered.softmax(dim=-1).tolist()
     words = [label(int(i)) for i in ids]
     scores = (ordered - ordered[0]).tolist()
-    track, wins = Canvas(340, 40 + 28 * NUM_RUNNERS), Canvas(250, 40 + 28 * NUM_RUNNERS)
+    sums = run_races(ordered - ordered[0], ids, position, len(logits))
+    winners = sums.argmax(dim=-1)
+    wins = winners.bincount(minlength=NUM_RUNNERS).tolist()
+    winner, tallest = int(winners[-1]), max(*shares, max(wins) / NUM_RACES)
+    high = 40 + 28 * NUM_RUNNERS
+    track, counts = Canvas(340, high), Canvas(250, high)
     track.text((START + 8, 12), "logit  →  logit + noise", anchor="start", font=13)
-    wins.text((2, 12), "wins (line: probability)", anchor="start", font=13)
+    counts.text((2, 12), "wins (line: probability)", anchor="start", font=13)
     for i, (word, score) in enumerate(zip(words, scores, strict=True)):
         y = 40 + 28 * i
-        x = 175 + SCALE * score
+        x, to = (
+            round(max(START, min(END, ZERO + SCALE * at)), 1)
+            for at in (score, float(sums[-1, i]))
+        )
+        seen = 1.0 if i == winner else 0.35
         track.text((START - 6, y), word, anchor="end")
-        track.line([(START, y), (338, y)], width=0.5, dash=":")
-        track.line([(x, y), (x, y)], f"way{i}", width=4, colour=US.colour)
+        track.line([(START, y), (END, y)], width=0.5, dash=":")
+        track.line([(x, y), (to, y)], f"way{i}", width=4, colour=US.colour)
         track.line([(x, y - 9), (x, y + 9)], f"start{i}", width=2.5)
-        track.circle((x, y), 7, US, f"runner{i}", glides=True)
-        wins.box((2, y - 8), (1, 16), "", US, f"wins{i}")
-        place = 2 + LONGEST * shares[i] / shares[0]
-        wins.line([(place, y - 11), (place, y + 11)], f"fair{i}", width=2.5)
-        wins.text((place + 8, y), "0", f"count{i}", anchor="start")
+        track.circle((to, y), 7, US, f"runner{i}", glides=True, alpha=seen)
+        long, place = (
+            round(LONGEST * share / tallest, 1)
+            for share in (wins[i] / NUM_RACES, shares[i])
+        )
+        counts.box((2, y - 8), (max(1, long), 16), "", US, f"wins{i}")
+        line = [(2 + place, y - 11), (2 + place, y + 11)]
+        counts.line(line, f"fair{i}", width=2.5)
+        after = max(long, 2 + place) + 8
+        counts.text((after, y), wins[i], f"count{i}", anchor="start")
     best = words[0]
     return Motion(
         "a race with noise",
-        [track, wins],
-        f"Each token stands at its logit, “{best}” in front with {percent(shares[0])}.",
+        [track, counts],
+        f"Race {NUM_RACES} (seed {NUM_RACES - 1}): “{words[winner]}” is drawn. “{best}” has won "
+        f"{wins[0]} of {NUM_RACES}, {percent(wins[0] / NUM_RACES)}; its probability is "
+        f"{percent(shares[0])}.",
         [
             button("one", "One race"),
             button("many", "A hundred races"),
@@ -254,7 +290,8 @@ def race(logits: Tensor, label: Callable[[int], str], position: int) -> Motion:
             "ids": ids.tolist(),
             "position": position,
             "unit": SCALE,
-            "limits": [START, 338],
+            "limits": [START, END],
+            "zero": ZERO,
             "longest": LONGEST,
         },
         Guess(
@@ -294,8 +331,8 @@ const stand = (sums) => {
   const shares = softmax(at), tall = races ? Math.max(...wins) / races : 0;
   const scale = data.longest / Math.max(...shares, tall);
   data.words.forEach((_, i) => {
-    const y = 40 + 28 * i, from = fit(175 + data.unit * at[i]);
-    const to = sums ? fit(175 + data.unit * sums[i]) : from;
+    const y = 40 + 28 * i, from = fit(data.zero + data.unit * at[i]);
+    const to = sums ? fit(data.zero + data.unit * sums[i]) : from;
     place(`runner${i}`, to, y);
     show(`runner${i}`, best < 0 || best === i ? 1 : .35);
     set(`way${i}`, {d: `M${from} ${y}L${to} ${y}`});
@@ -326,6 +363,7 @@ const reset = () => {
   stand();
   says("Each token stands at its logit divided by the temperature.");
 };
+reset();
 reveal(() => {
   on("one", () => tell(stand(run())));
   on("many", () => {
@@ -335,6 +373,5 @@ reveal(() => {
   });
   on("reset", reset);
   on("temperature", reset);
-  reset();
 });
 """

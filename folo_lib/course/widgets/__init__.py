@@ -1,12 +1,12 @@
-"""Widgets of the pages: attention, RoPE, cache memory, sampling, planted bugs, a generation.
+"""Widgets of the pages: attention, cache memory, sampling, planted bugs, a generation.
 
-    from folo_lib.course.widgets import rope_explorer
+    from folo_lib.course.widgets import kv_memory_calculator
 
-    rope_explorer()  # the last expression of a cell
+    kv_memory_calculator()  # the last expression of a cell
 
 Each function returns a `CourseWidget`, which shows itself: controls and a picture in JupyterLab,
 the picture alone where no kernel runs. `controls` holds the controls by name, so that Python
-can turn them too: `widget.controls["pair"].value = 5`.
+can turn them too: `widget.controls["batch"].value = 8`.
 """
 
 try:
@@ -31,7 +31,6 @@ from folo_lib.course.widgets.memory import (
     ModelShape,
     kv_memory_calculator,
 )
-from folo_lib.course.widgets.rope import rope_explorer
 from folo_lib.course.widgets.sampling import (
     next_token_distributions,
     sampling_playground,
@@ -51,6 +50,5 @@ __all__ = [
     "kv_memory_calculator",
     "live_generation",
     "next_token_distributions",
-    "rope_explorer",
     "sampling_playground",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -304,12 +305,22 @@ def live_generation(engine: LLMEngine, prompt: str) -> LiveGeneration:
     return LiveGeneration(engine, prompt)
 
 
+WORD = re.compile(r" *\S*")
+
+
 def lay_out(pieces: Sequence[Piece], width: int) -> Iterator[tuple[int, int, Piece]]:
-    """Line, column and text of what fits on lines of `width` characters."""
+    """Line, column and text of what fits on lines of `width` characters.
+
+    Lines break before a space where they can, so that none begins with a comma.
+    """
     line = column = 0
-    for piece in pieces:
+    for i, piece in enumerate(pieces):
         text = piece.text
-        if column and column + len(text) > width:  # a token is not torn apart
+        rest_of_word = WORD.match("".join(each.text for each in pieces[i:]))
+        needed = rest_of_word.end() if rest_of_word else 0
+        if needed > width:
+            needed = len(text)  # a token is not torn apart where its word must be
+        if column and column + needed > width:
             line, column, text = line + 1, 0, text.lstrip(" ")
         for number, rest in enumerate(text.split("\n")):
             part = rest
