@@ -31,14 +31,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from folo_lib import fused_checks
 from folo_lib.benchmark import BenchmarkError, Result
 from folo_lib.config import EngineConfig
 from folo_lib.cuda_graph import GraphRunner, GraphSize
 from folo_lib.qwen3 import Qwen3ForCausalLM
 from folo_lib.runner import NewRequest, ScheduledRequest, StepPlan
 from folo_lib.sampling_params import SamplingParams
-from folo_lib.symmetric_memory import METHODS, SymmetricGroup
+from folo_lib.symmetric_memory import METHODS, TICKET_BYTES, SymmetricGroup
 from folo_lib.tensor_parallel import ShardedForCausalLM
 
 if TYPE_CHECKING:
@@ -67,8 +66,6 @@ QWEN3: Mapping[str, Mapping[str, int]] = {
 SIZE = 2  # ranks
 CONTEXT = 128  # tokens of a sequence before the first step
 BLOCK_SIZE = 16
-NUM_LATE = fused_checks.NUM_LATE
-OTHER_LATE = 0, 128, 512  # programs that ask for the next matrix, 64 kB each
 MAX_SECONDS = 160  # that the whole may take
 
 
@@ -130,12 +127,9 @@ class MutedGroup(SymmetricGroup):
             return torch.zeros(*shape, dtype=dtype, device=self.device)
         return super().allocate(*shape, dtype=dtype)
 
-    def add_up(self, shared: Tensor, out: Tensor) -> None:
-        """See `SymmetricGroup`."""
-        if self.is_muted:
-            out.copy_(shared)
-        else:
-            super().add_up(shared, out)
+    def find_addresses(self, shared: Tensor) -> list[int]:
+        """See `SymmetricGroup`; muted, a rank sends to itself alone."""
+        return [shared.data_ptr()] if self.is_muted else super().find_addresses(shared)
 
     def all_reduce_by(self, method: str, x: Tensor) -> Tensor:
         """See `SymmetricGroup`."""
@@ -179,13 +173,20 @@ def measure_sums(group: SymmetricGroup, sizes: ParallelSizes) -> list[Result]:
         x = torch.zeros(kilobytes * 512, dtype=torch.bfloat16, device=group.device)
         shared, total = group.buffer[: x.nbytes].view(x.dtype), torch.empty_like(x)
         ways: dict[str, Callable[[], object]] = {
-            "one_shot": lambda a=shared, b=total: group.add_up(a, b),  # type: ignore[misc]
+            "tickets": lambda a=x: group.all_reduce_by("tickets", a),  # type: ignore[misc]
+            "one_shot": lambda a=shared, b=total: (
+                torch.ops.symm_mem.one_shot_all_reduce_out(  # type: ignore[misc]
+                    a, "sum", group.name, b
+                )
+            ),
             "two_shot": lambda a=shared: torch.ops.symm_mem.two_shot_all_reduce_(  # type: ignore[misc]
                 a, "sum", group.name
             ),
             "nccl": lambda a=x: dist.all_reduce(a),  # type: ignore[misc]
             "group": lambda a=x: group.all_reduce(a),  # type: ignore[misc]
         }
+        if x.nbytes > TICKET_BYTES:
+            del ways["tickets"]
         for name, way in ways.items():
 
             def several(way: Callable[[], object] = way) -> None:
@@ -320,33 +321,24 @@ def run_case(
     model = make_model(case, group if case.devices > 1 else None, num_layers)
     runner = make_runner(model, case, sizes.num_steps)
     rows: list[Result] = []
-    for variant in list_variants(runner, case):
+    for variant in list_variants(case):
         group.is_muted = group.is_muted or not variant["has_sums"]
         if rows:
-            fused_checks.NUM_LATE = variant["num_late"]
             record(runner, case)
         try:
             alone = group.is_muted or case.devices == 1
             seconds = time_steps(runner, case, sizes, (lambda: None) if alone else meet)
         finally:
             group.is_muted = not dist.is_initialized()
-            fused_checks.NUM_LATE = NUM_LATE
         row: Result = asdict(case) | variant | {"runner": type(runner).__name__}
         row |= {"graphs": type(runner.graphs).__name__}
         rows.append(row | describe(seconds, 1e3, "ms"))
     return rows
 
 
-def list_variants(runner: GraphRunner, case: Case) -> list[Result]:
-    """As it is; with copies in place of sums; asking for less or more before a sum."""
-    if case.devices == 1:
-        return [{"has_sums": False}]
-    variants = [{"has_sums": True, "num_late": NUM_LATE}]
-    variants.append({"has_sums": False, "num_late": NUM_LATE})
-    is_fused = getattr(runner.graphs, "is_fused", lambda size: False)
-    if is_fused(GraphSize(case.requests, case.requests, True)):
-        variants += [{"has_sums": True, "num_late": n} for n in OTHER_LATE]
-    return variants
+def list_variants(case: Case) -> list[Result]:
+    """With sums on two devices; and with each rank's own part in place of them."""
+    return [{"has_sums": True}] * (case.devices > 1) + [{"has_sums": False}]
 
 
 def try_case(case: Case, group: MutedGroup, sizes: ParallelSizes) -> list[Result]:
@@ -491,8 +483,6 @@ def measure_ranks(
 def find_row(rows: Sequence[Result], case: Case, has_sums: bool) -> Result | None:
     """The row of a case."""
     wanted: Result = asdict(case) | {"has_sums": has_sums}
-    if case.devices > 1:
-        wanted["num_late"] = NUM_LATE
     return next((row for row in rows if wanted.items() <= row.items()), None)
 
 

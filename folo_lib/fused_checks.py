@@ -8,7 +8,7 @@ import torch
 
 from .qwen3 import Attention, Qwen3ForCausalLM
 
-__all__ = ["NUM_LATE", "FusionSizes", "choose_fusion_sizes", "find_obstacle"]
+__all__ = ["FusionSizes", "choose_fusion_sizes", "find_obstacle"]
 
 
 def find_obstacle(model: Qwen3ForCausalLM) -> str | None:
@@ -37,10 +37,6 @@ def find_obstacle(model: Qwen3ForCausalLM) -> str | None:
         f"{dtype}": dtype not in (torch.bfloat16, torch.float16, torch.float32),
     }
     return next((name for name, is_broken in rules.items() if is_broken), None)
-
-
-NUM_LATE = 256
-"""Programs of a shard's product that ask for the next matrix, 64 kB each; 16 MB in all."""
 
 
 class FusionSizes(NamedTuple):

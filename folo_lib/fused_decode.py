@@ -43,6 +43,7 @@ __all__ = [
 # mypy: disable-error-code="assignment"
 # ruff: noqa: RUF005  (Triton has no stars in tuples)
 import logging
+import pkgutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -773,7 +774,7 @@ class FusedGraphs(StepGraphs):
         filtered: what draws with top_k and top_p, by the number of sequences.
     """
 
-    decode_class = FusedDecode
+    decode_class = "folo_lib.fused_vectors:VectorDecode"
 
     def is_fused(self, size: GraphSize) -> bool:
         """Whether steps of that size run in `FusedDecode`."""
@@ -783,7 +784,8 @@ class FusedGraphs(StepGraphs):
     def record(self) -> None:
         """Records all steps and draws."""
         runner, max_blocks = self.runner, self.runner.rows.block_table.shape[1]
-        self.fused = self.decode_class(runner.model, max_blocks, has_pdl(runner.device))
+        make_decode = pkgutil.resolve_name(self.decode_class)
+        self.fused = make_decode(runner.model, max_blocks, has_pdl(runner.device))
         num_seqs, vocab_size = self.logits.shape
         self.draw_kernels = TritonDraw(num_seqs, vocab_size, runner.device)
         self.filtered: dict[int, Callable[[], None]] = {}

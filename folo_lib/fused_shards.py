@@ -1,8 +1,9 @@
 """The fused step of page 15 for a shard of a model: the sums of page 16 between its kernels.
 
 A rank has some heads and some columns of the MLP, so its output projection and its down projection
-give one part of what the residual stream grows by. Rank 0 adds the stream itself. All write into a
-buffer that all can read, and the sum of those buffers is the new stream, on every rank.
+give one part of what the residual stream grows by. Rank 0 adds the stream itself. Each sends its
+part to all others as soon as it has it, and the sum of the parts is the new stream, on every rank;
+`ticket_sums.py` says how they know that all parts have come.
 
 The stream and the parts are float32 here, whatever the model's dtype is. In bfloat16 each part
 would be rounded, rank 0's to the last digits of the stream, and the sum again; in float32 the
@@ -10,9 +11,7 @@ stream is nearer to the exact one than on a single GPU.
 
 The embedding and the head are cut by tokens. A token that is another rank's has zeros, so the
 sum of all is its embedding. Of the head each rank knows its own winner, packed as on page 15 in a
-whole number below 2**56. Three pieces of it, of 24 and 16 bits, are exact as float32. Every rank
-writes its pieces to a place of its own, where all others have zeros, so that the same sum hands
-everybody's winners to everybody: 12 bytes for each sequence and rank.
+whole number below 2**56. It travels as two words, 16 bytes for each sequence and rank.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -27,14 +26,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import fused_checks
 from .config import EngineConfig
 from .cuda_graph import GraphSize, StepGraphs
 from .fused_attention import let_next_start, wait_for_previous
 from .fused_checks import FusionSizes
 from .fused_decode import (
     MAX_FUSED_SEQS,
-    FusedDecode,
     FusedGraphs,
     FusedRunner,
     load_first_tiles,
@@ -42,13 +39,15 @@ from .fused_decode import (
     multiply,
     unpack_token,
 )
-from .qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
+from .fused_vectors import VectorDecode
+from .qwen3 import Qwen3ForCausalLM
 from .runner import InFlightStep, RequestRows, StepLayout
 from .tensor_parallel import RankGroup, ShardedForCausalLM, VocabParallelEmbedding
+from .ticket_sums import send, send_kernel, sum_kernel
 
 __all__ = ["ShardedDecode", "ShardedGraphs", "ShardedRunner", "SharedGroup"]
 
-PIECES = tl.constexpr(4)  # of a winner; the last one is always 0, for a row of 16 bytes
+SUM_BLOCK = 256  # numbers of a sum that a program makes
 
 
 class SharedGroup(RankGroup, Protocol):
@@ -58,54 +57,30 @@ class SharedGroup(RankGroup, Protocol):
         """Zeros that all ranks can read."""
         ...
 
-    def add_up(self, shared: Tensor, out: Tensor) -> None:
-        """Writes into `out` the sum over ranks of what is in `shared`."""
+    def find_addresses(self, shared: Tensor) -> list[int]:
+        """Where a kernel of this rank finds the `shared` of each rank."""
+        ...
 
 
-@triton.jit
-def bring(w, first, SECOND: tl.constexpr, HALF: tl.constexpr):
-    """Lets 64 kB of a matrix travel to the cache of the GPU, and does not wait for them.
-
-    They begin `first` bytes after the matrix does; what is `HALF` bytes or more after that
-    begin is taken from `SECOND` bytes on. Of the 256 threads 64 ask for 1 kB each.
-    """
-    i = tl.arange(0, 256)
-    place = first + i.to(tl.int64) * 1024
-    place = tl.where(place < HALF, place, place - HALF + SECOND)
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.lt.s32 p, $2, 64;"
-        " @p cp.async.bulk.prefetch.L2.global [$1], 1024; mov.b32 $0, 0; }",
-        "=r,l,r",
-        [w.to(tl.int64) + place, i],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["offset", "index"])
 def part_kernel(
     y,
     w,
     x,
-    out,
-    following,
+    addresses,
+    offset,
+    tickets,
+    index,
     num_seqs,
     E: tl.constexpr,
     K: tl.constexpr,  # of the matrix
     GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
+    RANKS: tl.constexpr,
     ADDS: tl.constexpr,
-    LATE: tl.constexpr,
-    SECOND: tl.constexpr,
 ):
-    """`residual_kernel` of a shard: `out = y @ w.T`, and `x` beside it if it `ADDS` that.
-
-    After that the memory of the GPU would have nothing to do until the sum is made. So the last
-    `LATE` programs ask for the begin of the matrix that is multiplied then, 64 kB each; half of
-    them for what begins at `SECOND` bytes, if that is not 0.
-    """
+    """`residual_kernel` of a shard: sends `y @ w.T`, and `x` with it if it `ADDS` that."""
     let_next_start(PDL)
     row = tl.program_id(0) * 8 * GROUPS
     tiles = load_first_tiles(w, row, 8, K, GROUPS)
@@ -115,76 +90,81 @@ def part_kernel(
     exist = sequences < num_seqs
     before = tl.load(x + place, exist, 0.0) if ADDS else 0.0
     more = multiply(y, (), tiles, w, row, 8, num_seqs, 0.0, K, GROUPS, ROWS, False)
-    tl.store(out + place, before + more, mask=exist)
-    late = tl.program_id(0) - tl.num_programs(0) + LATE
-    if LATE > 0 and late >= 0:
-        bring(following, late * 65536, SECOND, LATE * (32768 if SECOND > 0 else 65536))
+    send(before + more, place, exist, addresses, offset, tickets, index, RANKS)
 
 
-@triton.jit
-def share_kernel(best, shared, ROWS: tl.constexpr):
-    """Packed winners `[B]` to their pieces `[B, PIECES]`; `best` is zeros afterwards."""
+@triton.jit(do_not_specialize=["offset", "index"])
+def share_kernel(
+    best,
+    addresses,
+    offset,
+    tickets,
+    index,
+    RANKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Sends the packed winners of this rank, `[ROWS]`; `best` is zeros afterwards.
+
+    A word has room for 32 bits of the 56, so they go in two.
+    """
+    let_next_start(PDL)
     each = tl.arange(0, ROWS)
+    ticket = ((tl.load(tickets) + index) & 0x7FFFFFFF).to(tl.int64)
+    wait_for_previous(PDL)
     packed = tl.load(best + each)
-    place = shared + each * PIECES
-    tl.store(place, (packed % 16777216).to(tl.float32))
-    tl.store(place + 1, (packed // 16777216 % 65536).to(tl.float32))
-    tl.store(place + 2, (packed // 1099511627776).to(tl.float32))
     tl.store(best + each, tl.zeros([ROWS], tl.int64))
+    for rank in tl.static_range(RANKS):
+        theirs = tl.load(addresses + rank).to(tl.pointer_type(tl.int64), bitcast=True)
+        place = theirs + offset + each
+        tl.store(place, ((packed & 0xFFFFFFF) << 32) | ticket)
+        tl.store(place + ROWS, ((packed >> 28) << 32) | ticket)
 
 
-@triton.jit(do_not_specialize_on_alignment=["rows"])
+@triton.jit(do_not_specialize_on_alignment=["rows"], do_not_specialize=["index"])
 def choose_kernel(
-    pieces,  # [RANKS, ROWS, PIECES]
+    words,  # [RANKS, 2, ROWS]
+    tickets,
+    index,
     rows,
     token_ids,
-    last_token_ids,  # [B], [B], [R]
+    last_token_ids,
     num_seqs,
     RANKS: tl.constexpr,
     ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """The best of the winners of all ranks, for each sequence."""
+    """Waits for the winners of all ranks, and writes the best of them as tokens."""
     each = tl.arange(0, ROWS)
+    base = tl.load(tickets)
+    ticket = (base + index) & 0x7FFFFFFF
     top = tl.zeros([ROWS], tl.int64)
-    for rank in tl.static_range(RANKS):
-        place = pieces + (rank * ROWS + each) * PIECES
-        low, middle = tl.load(place).to(tl.int64), tl.load(place + 1).to(tl.int64)
-        high = tl.load(place + 2).to(tl.int64)
-        top = tl.maximum(top, high * 1099511627776 + middle * 16777216 + low)
+    missing = 1
+    while missing > 0:
+        top = tl.zeros([ROWS], tl.int64)
+        wrong = tl.zeros([ROWS], tl.int32)
+        for rank in tl.static_range(RANKS):
+            place = words + rank * 2 * ROWS + each
+            low = tl.load(place, volatile=True)
+            high = tl.load(place + ROWS, volatile=True)
+            wrong |= (low.to(tl.int32) ^ ticket) | (high.to(tl.int32) ^ ticket)
+            top = tl.maximum(top, ((high >> 32) << 28) | (low >> 32))
+        missing = tl.max((wrong != 0).to(tl.int32), 0)
+    wait_for_previous(PDL)
     drawn, exist = unpack_token(top), each < num_seqs
     row = tl.load(rows + each, mask=exist, other=0)
     tl.store(token_ids + each, drawn, mask=exist)
     tl.store(last_token_ids + row, tl.maximum(drawn, 0), mask=exist)
+    tl.store(tickets, base + index + 1)
 
 
-def find_following(model: ShardedForCausalLM) -> dict[int, tuple[Tensor, int]]:
-    """By address of a matrix before a sum: the matrix after it, and where its half begins.
-
-    Only gate and up are read from two places at a time; the second begins at that byte.
-    """
-    found, before = {}, None
-    for layer in model.model.layers:
-        assert isinstance(layer, Qwen3DecoderLayer)
-        attention, mlp = layer.self_attn, layer.mlp
-        if before is not None:
-            found[before.data_ptr()] = attention.qkv_proj.weight, 0
-        w, before = mlp.gate_up_proj.weight, mlp.down_proj.weight
-        found[attention.o_proj.weight.data_ptr()] = w, w.nbytes // 2
-    assert before is not None
-    head = model.lm_head or model.model.embed_tokens
-    found[before.data_ptr()] = head.weight, 0
-    return found
-
-
-class ShardedDecode(FusedDecode):
+class ShardedDecode(VectorDecode):
     """`FusedDecode` of one rank's shard; all ranks run the same steps at the same time.
 
     Args:
         model: the shard, of which `find_obstacle` finds none; its group is a `SharedGroup`.
         max_blocks: of a sequence.
-        uses_pdl: see `FusedDecode`. PyTorch's kernel does not let the one after a sum start
-            before it has ended, so that one asks for the begin of its matrix too late; what
-            `part_kernel` has asked for before makes up for it.
+        uses_pdl: see `FusedDecode`.
     """
 
     draws = False
@@ -198,45 +178,93 @@ class ShardedDecode(FusedDecode):
         assert isinstance(embedding, VocabParallelEmbedding)
         self.group: SharedGroup = cast(SharedGroup, model.group)
         self.first_id = embedding.start
-        self.num_late = fused_checks.NUM_LATE if uses_pdl else 0
-        self.following = find_following(model)
-        size, allocate = model.config.hidden_size, self.group.allocate
-        self.out = allocate(MAX_FUSED_SEQS, size, dtype=torch.float32)
+        group, size, most = self.group, model.config.hidden_size, MAX_FUSED_SEQS
+        self.out = torch.zeros(most, size, device=group.device)
         self.x = torch.zeros_like(self.out)
-        shape = self.group.size, MAX_FUSED_SEQS, PIECES.value
-        self.shared = allocate(*shape, dtype=torch.float32)
-        self.pieces = torch.zeros_like(self.shared)
+        self.words = [self.make_words(most * size) for _ in range(2)]
+        self.winners = self.make_words(2 * most)
+        self.tickets = torch.full(
+            (1,), 128, dtype=torch.int32, device=group.device
+        )  # words that nobody has sent are zeros
+        self.index = 0
+
+    def make_words(self, length: int) -> tuple[Tensor, Tensor]:
+        """Room for `length` words of each rank, `[ranks, length]`, and where all have it."""
+        shape = self.group.size, length
+        words = self.group.allocate(*shape, dtype=torch.int64)
+        places = self.group.find_addresses(words)
+        return words, torch.tensor(places, device=words.device)
+
+    def choose_words(self) -> tuple[Tensor, dict[str, Any]]:
+        """Those of the next sum, and how `send` finds them."""
+        self.index += 1
+        words, addresses = self.words[self.index % 2]
+        slot = min(self.group.rank, len(addresses) - 1)
+        return words, {
+            "addresses": addresses,
+            "offset": slot * words.shape[1],
+            "tickets": self.tickets,
+            "index": self.index,
+        }
+
+    def add_up(self, words: Tensor, num_seqs: int) -> None:
+        """Launches the sum of what all ranks send there: `x`."""
+        launch: Any = sum_kernel
+        num_numbers = num_seqs * self.x.shape[1]
+        launch[(triton.cdiv(num_numbers, SUM_BLOCK),)](
+            words,
+            self.x,
+            self.tickets,
+            self.index,
+            num_numbers,
+            words.shape[1],
+            RANKS=len(self.words[0][1]),
+            BLOCK=SUM_BLOCK,
+            num_warps=4,
+            **self.pdl,
+        )
 
     def join(self, num_seqs: int) -> None:
         """`x` becomes the sum of `out` over all ranks."""
-        self.group.add_up(self.out[:num_seqs], self.x[:num_seqs])
+        self.index = 0
+        words, sending = self.choose_words()
+        num_numbers = num_seqs * self.x.shape[1]
+        launch: Any = send_kernel
+        launch[(triton.cdiv(num_numbers, 1024),)](
+            self.out,
+            num_numbers=num_numbers,
+            RANKS=len(sending["addresses"]),
+            BLOCK=1024,
+            **sending,
+        )
+        self.add_up(words, num_seqs)
 
     def run_residual(
         self, y: Tensor, w: Tensor, sizes: FusionSizes, num_seqs: int
     ) -> None:
         """Launches a product and the sum of it over ranks; rank 0 adds the old `x`."""
-        launch: Any = part_kernel
-        groups, following = sizes.residual_groups, self.following[w.data_ptr()]
-        matrix, second = following
-        num_programs = len(w) // (8 * groups)
-        num_late = min(self.num_late, num_programs, matrix.nbytes // 65536)
-        launch[(num_programs,)](
-            y,
-            w,
-            self.x,
-            self.out,
-            matrix,
-            num_seqs,
-            *w.shape,
-            groups,
-            sizes.rows,
-            ADDS=self.group.rank == 0,
-            LATE=num_late // 2 * 2,
-            SECOND=second,
-            num_warps=8,
-            **self.pdl,
-        )
-        self.join(num_seqs)
+        words, sending = self.choose_words()
+        if len(sending["addresses"]) == 1:  # nobody to add to, when a sum is left out
+            return super().run_residual(y, w, sizes, num_seqs)
+        sending |= {"RANKS": len(sending["addresses"]), "ADDS": self.group.rank == 0}
+        if self.is_vector(num_seqs, w.shape[1]):
+            self.run_vector_residual(y, w, **sending)
+        else:
+            launch: Any = part_kernel
+            launch[(len(w) // (8 * sizes.residual_groups),)](
+                y,
+                w,
+                self.x,
+                num_seqs=num_seqs,
+                E=w.shape[0],
+                K=w.shape[1],
+                GROUPS=sizes.residual_groups,
+                ROWS=sizes.rows,
+                num_warps=8,
+                **sending,
+                **self.pdl,
+            )
+        self.add_up(words, num_seqs)
 
     def run(
         self,
@@ -248,18 +276,31 @@ class ShardedDecode(FusedDecode):
     ) -> None:
         """See `FusedDecode.run`; `logits` `[B, V / ranks]` are those of the shard."""
         super().run(columns, rows, kv_caches, logits, token_ids)
+        words, addresses = self.winners
+        slot = min(self.group.rank, len(addresses) - 1)
+        self.index += 1
+        shape = {"RANKS": len(addresses), "ROWS": MAX_FUSED_SEQS, "num_warps": 1}
         share: Any = share_kernel
-        share[(1,)](self.best, self.shared[self.group.rank], ROWS=MAX_FUSED_SEQS)
-        self.group.add_up(self.shared, self.pieces)
+        share[(1,)](
+            self.best,
+            addresses,
+            slot * words.shape[1],
+            self.tickets,
+            self.index,
+            **shape,
+            **self.pdl,
+        )
         choose: Any = choose_kernel
         choose[(1,)](
-            self.pieces,
+            words,
+            self.tickets,
+            self.index,
             columns[0],
             token_ids,
             rows.last_token_ids,
             len(columns[1]),
-            RANKS=self.group.size,
-            ROWS=MAX_FUSED_SEQS,
+            **shape,
+            **self.pdl,
         )
 
 
@@ -270,7 +311,7 @@ class ShardedGraphs(FusedGraphs):
         own_logits: `[MAX_FUSED_SEQS, V / ranks]`, of the shard.
     """
 
-    decode_class = ShardedDecode
+    decode_class = "folo_lib.fused_shards:ShardedDecode"
 
     @torch.inference_mode()
     def record(self) -> None:
@@ -309,7 +350,7 @@ class ShardedRunner(FusedRunner):
         super().__init__(model, config)
         if self.graphs_class is not FusedGraphs:
             return
-        if hasattr(getattr(model, "group", None), "add_up"):
+        if hasattr(getattr(model, "group", None), "find_addresses"):
             self.graphs_class = ShardedGraphs
         else:
             self.graphs_class = StepGraphs

@@ -1,21 +1,21 @@
-"""Sums over the GPUs of one host, in memory that all of them can read.
+"""Sums over the GPUs of one host, in memory that all of them can read and write.
 
 NCCL, PyTorch's library for what several GPUs do together, is made for long messages. PyTorch's
 symmetric memory is quicker where they are short: each GPU maps the buffers of all others into its
-own address space, and one kernel reads from all of them and adds. Two of PyTorch's kernels are
-used here, neither with NVLink multicast:
+own address space. Two ways are used here, neither with NVLink multicast:
 
-- One shot: every rank reads all buffers whole, and adds. Right where a message is short.
-- Two shots: every rank adds a part of its own, and writes that part into all buffers. Each reads
-  less, and waits one time more.
+- Tickets, for short messages: one kernel writes this rank's part into the memory of all others,
+  and adds up theirs as they come; see `ticket_sums.py`.
+- Two shots, a kernel of PyTorch's: every rank adds a part of its own, and writes that part into
+  all buffers. Each reads less, and waits one time more.
 
-What the kernels promise (read in PyTorch's source, `CUDASymmetricMemoryOps.cu`): a block waits at
+What PyTorch's kernel promises (read in its source, `CUDASymmetricMemoryOps.cu`): a block waits at
 the begin until the blocks of its number have begun on all ranks, by when everything that was
 launched before has ended there, and at the end until they have read. So after the kernel a rank
 may overwrite its buffer: no peer reads it any more. One buffer serves all sums that follow one
-another on one stream, there is no second one to alternate with, and a graph can be replayed as
-often as wanted. All ranks add in the order of the ranks, so all have the same bits. bfloat16 is
-rounded after each addition: with two ranks once, as a sum in float32 would be.
+another on one stream, and a graph can be replayed as often as wanted. All ranks add in the order
+of the ranks, so all have the same bits. In two shots bfloat16 is rounded after each addition, with
+tickets once; with two ranks that is the same.
 """
 
 from __future__ import annotations
@@ -35,12 +35,15 @@ from .tensor_parallel import CONNECT_SECONDS, naming_lost_rank
 
 __all__ = ["METHODS", "SymmetricGroup"]
 
-METHODS = "one_shot", "two_shot", "nccl"
+METHODS = "tickets", "two_shot", "nccl"
 # Up to how many bytes the first two are the quickest, by rule, so that every start adds alike.
 # Measured by the benchmark's section `tensor_parallel`.
-ONE_SHOT_BYTES = 512 * 2**10
+TICKET_BYTES = 2**20
 TWO_SHOT_BYTES = 8 * 2**20
-DTYPES = (torch.bfloat16, torch.float32)  # that PyTorch's kernels add
+DTYPES = (torch.bfloat16, torch.float32)  # that both add
+PROGRAM_WORDS = (
+    512  # of four bytes, that a program adds up; few enough for all to run at once
+)
 
 CONNECTED: weakref.WeakValueDictionary[int, SymmetricGroup] = (
     weakref.WeakValueDictionary()
@@ -75,6 +78,7 @@ class SymmetricGroup:
         self.device = torch.device("cuda", rank)
         self.number = next(self.numbers)
         self.end: Callable[[], object] = list  # nothing is to be left yet
+        self.addresses: dict[int, list[int]] = {}  # of what `allocate` gave
         CONNECTED[self.number] = self
         torch.cuda.set_device(self.device)  # Triton launches there
 
@@ -108,13 +112,22 @@ class SymmetricGroup:
             end.atexit = False  # the end of the process does it
             self.end = end
             self.buffer = self.allocate(TWO_SHOT_BYTES, dtype=torch.uint8)
+            shape = 2, self.size, TICKET_BYTES // 4
+            self.words = self.allocate(*shape, dtype=torch.int64)
+            addresses = self.find_addresses(self.words)
+            self.word_addresses = torch.tensor(addresses, device=self.device)
+            num_programs = TICKET_BYTES // 4 // PROGRAM_WORDS
+            self.tickets = torch.zeros(
+                num_programs, dtype=torch.int32, device=self.device
+            )
 
     def allocate(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Zeros of that shape that all ranks can read; all ranks call it together."""
         import torch.distributed._symmetric_memory as symmetric
 
         tensor: Tensor = symmetric.empty(*shape, dtype=dtype, device=self.device)
-        symmetric.rendezvous(tensor, self.world)
+        handle = symmetric.rendezvous(tensor, self.world)
+        self.addresses[tensor.data_ptr()] = list(handle.buffer_ptrs)
         tensor.zero_()
         torch.cuda.synchronize(self.device)
         dist.barrier(
@@ -122,18 +135,15 @@ class SymmetricGroup:
         )  # nobody reads before all are zeros
         return tensor
 
-    def add_up(self, shared: Tensor, out: Tensor) -> None:
-        """Writes into `out` the sum over ranks of what is in `shared`, in one shot.
-
-        `shared` is a contiguous part of what `allocate` gave, the same part on all ranks.
-        """
-        torch.ops.symm_mem.one_shot_all_reduce_out(shared, "sum", self.name, out)
+    def find_addresses(self, shared: Tensor) -> list[int]:
+        """Where a kernel here finds what `allocate` gave each rank at the same time."""
+        return self.addresses[shared.data_ptr()]
 
     def choose(self, x: Tensor) -> str:
         """Which of `METHODS` adds up messages of that size."""
         if x.dtype not in DTYPES or x.nbytes % 16 or x.nbytes > TWO_SHOT_BYTES:
             return "nccl"
-        return "one_shot" if x.nbytes <= ONE_SHOT_BYTES else "two_shot"
+        return "tickets" if x.nbytes <= TICKET_BYTES else "two_shot"
 
     def all_reduce_by(self, method: str, x: Tensor) -> Tensor:
         """`all_reduce` by one of `METHODS`."""
@@ -141,14 +151,34 @@ class SymmetricGroup:
             total = x.clone(memory_format=torch.contiguous_format)
             dist.all_reduce(total)
             return total
+        if method == "tickets":
+            return self.exchange(x.contiguous())
         shared = self.buffer[: x.nbytes].view(x.dtype).view(x.shape)
         shared.copy_(x)
-        if method == "one_shot":
-            total = torch.empty_like(shared)
-            self.add_up(shared, total)
-            return total
         torch.ops.symm_mem.two_shot_all_reduce_(shared, "sum", self.name)
         return shared.clone()
+
+    def exchange(self, x: Tensor) -> Tensor:
+        """`all_reduce` with tickets; `x` has at most `TICKET_BYTES`."""
+        from .ticket_sums import exchange_kernel
+
+        total, num_words = torch.empty_like(x), x.nbytes // 4
+        launch: Any = exchange_kernel
+        launch[(-(-num_words // PROGRAM_WORDS),)](
+            x.view(-1).view(torch.int32),
+            total.view(-1).view(torch.int32),
+            self.words,
+            self.word_addresses,
+            self.tickets,
+            num_words,
+            self.words.shape[2],
+            RANK=self.rank,
+            RANKS=self.size,
+            BLOCK=PROGRAM_WORDS,
+            FLOAT=x.dtype == torch.float32,
+            num_warps=4,
+        )
+        return total
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """See `RankGroup`; in a compiled layer it is one operator that stays as it is."""

@@ -12,7 +12,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -175,12 +175,16 @@ def has_pdl() -> bool:
     return HAS_GPU and torch.cuda.get_device_capability() >= (9, 0)
 
 
-def check_step(model: Qwen3ForCausalLM, seq_lens: Sequence[int]) -> None:
+def check_step(
+    model: Qwen3ForCausalLM,
+    seq_lens: Sequence[int],
+    make: Callable[[Step], FusedDecode | None] = lambda step: None,
+) -> None:
     """Logits, caches and tokens are those of the plain model; float32."""
     step = Step(model, seq_lens)
     theirs, ours = step.copy_caches(), step.copy_caches()
     expected = step.run_plain(theirs)
-    logits, token_ids = step.run_fused(ours)
+    logits, token_ids = step.run_fused(ours, make(step))
     real = step.seq_lens > 0
     tolerance = 1e-5 * max(1.0, expected.std().item())
     torch.testing.assert_close(logits[real], expected, rtol=0, atol=tolerance)
@@ -261,12 +265,12 @@ class TestStep:
         assert step.rows.last_token_ids[step.row_index].tolist() == [0, 0]
 
 
-def make_model_with_outliers(hidden_size: int) -> Qwen3ForCausalLM:
+def make_model_with_outliers(hidden_size: int, **fields: Any) -> Qwen3ForCausalLM:
     """In float16, with what real models have: some large numbers in the residual stream.
 
     `x * g` would be infinite there, if it were not scaled before it is float16.
     """
-    fields = {"hidden_size": hidden_size, "tie_word_embeddings": False}
+    fields |= {"hidden_size": hidden_size, "tie_word_embeddings": False}
     model = make_model(dtype=torch.float16, **fields)
     model.model.embed_tokens.weight.normal_(0, 20)
     model.model.embed_tokens.weight[:, 7::512] = 4000

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from test_fused_decode import (
     no_gradients,
 )
 
-from folo_lib import fused_decode
+from folo_lib import fused_decode, fused_shards
 from folo_lib.fused_checks import find_obstacle
 from folo_lib.fused_shards import ShardedDecode
 from folo_lib.qwen3 import Qwen3ForCausalLM
@@ -61,13 +62,46 @@ class TurnSum:
     def allocate(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(*shape, dtype=dtype)
 
-    def add_up(self, shared: Tensor, out: Tensor) -> None:
-        self.count += 1
+    def find_addresses(self, shared: Tensor) -> list[int]:
         self.turns.board[self.rank] = shared
         self.turns.wait()
-        total = torch.stack(self.turns.board).sum(0)
+        addresses = [one.data_ptr() for one in self.turns.board]
         self.turns.wait()  # all have read
-        out.copy_(total)
+        return addresses
+
+
+class Meeting:
+    """A kernel that waits for what other ranks send: they take their turns before it.
+
+    What has not come by then never comes, and the kernel would wait for ever.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, names = kernel, kernel.arg_names
+        self.places = [names.index(name) for name in ("words", "tickets", "index")]
+
+    def __getitem__(self, grid: Any) -> Any:
+        sums = TURN.get()
+        sums.count += 1
+        sums.turns.wait()
+
+        def launch(*arguments: Any, **options: Any) -> None:
+            words, tickets, index = (arguments[i] for i in self.places)
+            come = words & 0xFFFFFFFF == tickets + index
+            assert come.any(1).all(), f"sum {index}: ranks {come.any(1).tolist()} sent"
+            self.kernel[grid](*arguments, **options)
+
+        return launch
+
+
+TURN: ContextVar[TurnSum] = ContextVar("the rank of a thread")
+
+
+@pytest.fixture(autouse=True)
+def meetings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("sum_kernel", "choose_kernel"):
+        kernel = Meeting(getattr(fused_shards, name))
+        monkeypatch.setattr(fused_shards, name, kernel)
 
 
 def run_ranks(size: int, work: Callable[[TurnSum], Any]) -> list[Any]:
@@ -77,7 +111,9 @@ def run_ranks(size: int, work: Callable[[TurnSum], Any]) -> list[Any]:
     def run(rank: int) -> Any:
         with torch.inference_mode(), turns.running:
             try:
-                return work(TurnSum(rank, turns))
+                sums = TurnSum(rank, turns)
+                TURN.set(sums)
+                return work(sums)
             except BaseException:
                 turns.barrier.abort()
                 raise
@@ -253,18 +289,21 @@ def test_obstacles_of_shards(
     assert fault is None if message is None else message in str(fault)
 
 
-def test_pieces_of_a_winner() -> None:
-    """Whole numbers below 2**56 go through three pieces of float32 and come back."""
+def test_words_of_a_winner() -> None:
+    """Whole numbers below 2**56 go through two words, each with a ticket, and come back."""
     numbers = torch.tensor(
-        [0, 1, 16777215, 16777216, 2**40 - 1, 2**40, 2**56 - 1, 2**55 + 12345678901]
+        [0, 1, 16777215, 16777216, 2**28 - 1, 2**28, 2**56 - 1, 2**55 + 12345678901]
     )
-    best, shared = numbers.clone(), torch.zeros(8, 4)
-    from folo_lib import fused_shards
-
-    fused_shards.share_kernel[(1,)](best, shared, ROWS=8)
+    best, words = numbers.clone(), torch.zeros(2, 8, dtype=torch.int64)
+    tickets = torch.tensor(
+        [2**31 - 3], dtype=torch.int32
+    )  # the next but one is negative
+    addresses = torch.tensor([words.data_ptr()])
+    fused_shards.share_kernel[(1,)](best, addresses, 0, tickets, 5, 1, 8, False)
     assert not best.any()
-    low, middle, high, rest = shared.to(torch.int64).unbind(1)
-    assert (low + middle * 2**24 + high * 2**40).equal(numbers) and not rest.any()
+    low, high = words
+    assert (((high >> 32) << 28) + (low >> 32)).equal(numbers)
+    assert (words & 0xFFFFFFFF).eq((2**31 - 3 + 5) % 2**31).all()
     assert fused_decode.MAX_FUSED_SEQS == 16
 
 
@@ -272,6 +311,9 @@ class CountingGroup(TurnSum):
     """One rank of two, whose logits are its own ones twice."""
 
     gathers = 0
+
+    def find_addresses(self, shared: Tensor) -> list[int]:
+        return [shared.data_ptr()]
 
     def all_gather(self, x: Tensor) -> Tensor:
         self.gathers += 1
@@ -282,7 +324,7 @@ def test_logits_are_gathered_where_a_draw_needs_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And the benchmark's requests run in the graph that it records."""
-    from folo_lib import benchmark_tensor_parallel as benchmark, fused_shards
+    from folo_lib import benchmark_tensor_parallel as benchmark
     from folo_lib.runner import NewRequest, ScheduledRequest, StepPlan
     from folo_lib.sampling_kernels import TritonDraw
     from folo_lib.sampling_params import SamplingParams
@@ -334,7 +376,7 @@ def test_ranks_that_share_no_memory_run_graphs() -> None:
     from folo_lib.fused_shards import ShardedRunner
 
     class Group(TurnSum):
-        add_up = property()  # type: ignore[assignment]
+        find_addresses = property()  # type: ignore[assignment]
 
     whole = make_model(
         heads=16, kv_heads=4, backend="triton", intermediate_size=2048, vocab_size=192

@@ -61,7 +61,9 @@ TABLE = (
     "fused_decode",
     "parallel_checks",
     "tensor_parallel",
+    "ticket_sums",
     "symmetric_memory",
+    "fused_vectors",
     "fused_shards",
     "serving",
     "server_protocol",
@@ -384,6 +386,7 @@ class TestModules:
         # Looked up by name, when they are wanted.
         with_kernels = {"paged_attention", "sampling_kernels"}
         with_kernels |= {"fused_attention", "fused_decode", "fused_shards"}
+        with_kernels |= {"fused_vectors", "ticket_sums"}
         with_kernels |= {"benchmark_floor"}
         if path.stem in with_kernels:
             allowed = allowed | {"triton"}
