@@ -30,7 +30,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -339,17 +339,26 @@ def take_outputs(
                 request.append_token(token, now)
         except Exception as error:
             fail(request, error)
-        _, inbox = table.groups[request.request_id]
+        group, inbox = table.groups[request.request_id]
         if request.status.is_finished:
             request.metrics.peak_memory = executor.get_peak_memory()
-        elif token is None or not inbox.every_token:
-            continue
-        table.update(request)
+            table.update(request)
+        elif token is not None and inbox.every_token:
+            inbox.updated[request.request_id] = group
 
 
 # %% ../notebooks/10_engine.ipynb #run-step
-def run_step(executor: GPUExecutor, table: RequestTable) -> None:
+def run_step(
+    executor: GPUExecutor,
+    table: RequestTable,
+    before_read: Callable[[InFlightStep], object] = lambda step: None,
+) -> None:
     """Schedules and launches a step, then reads one, and hands out what it brought.
+
+    Args:
+        executor: runs it.
+        table: of the requests.
+        before_read: is called with the step that is read, while it may still run.
 
     Raises:
         BaseException: of Ctrl-C, and of a scheduler that fails; the requests go on.
@@ -364,6 +373,7 @@ def run_step(executor: GPUExecutor, table: RequestTable) -> None:
             table.in_flight.append((step, starts))
         if len(table.in_flight) > (table.num_ahead if starts else 0):
             step, starts = table.in_flight.popleft()
+            before_read(step)
             take_outputs(table, starts, step.read(), executor)
     except BaseException as error:
         executor.reset()
@@ -551,11 +561,20 @@ class LLMEngine(VllmNames):  # adds get_tokenizer(), and how it is printed
         with self._lock, undisturbed(self.executor, self._table, KeyboardInterrupt, []):
             self._table.add(groups, inbox)
 
-    def advance(self, inbox: Inbox) -> list[RequestOutput]:
-        """An output for each prompt with news; if there are none, runs a step first."""
+    def advance(
+        self,
+        inbox: Inbox,
+        before_read: Callable[[InFlightStep], object] = lambda step: None,
+    ) -> list[RequestOutput]:
+        """An output for each prompt with news; if there are none, runs a step first.
+
+        Args:
+            inbox: of the caller.
+            before_read: see `run_step`.
+        """
         with self._lock:
             if not inbox.updated and self._table.unfinished:
-                run_step(self.executor, self._table)
+                run_step(self.executor, self._table, before_read)
             return self._table.collect(inbox) if inbox.updated else []
 
     def withdraw(self, groups: Groups) -> None:

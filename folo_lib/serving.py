@@ -6,10 +6,9 @@
 __all__ = [
     "News",
     "logger",
-    "MOST_SKIPPED",
     "T",
     "RequestStream",
-    "put_all",
+    "Mailbox",
     "EngineDeadError",
     "OwnerThread",
     "EngineOverloadedError",
@@ -22,6 +21,7 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import Future
@@ -30,6 +30,7 @@ from typing import Self, TypeVar
 
 from .engine import Inbox, LLMEngine, Prompt
 from .request import Request, RequestOutput
+from .runner import InFlightStep
 from .sampling_params import SamplingParams
 
 
@@ -57,7 +58,8 @@ class RequestStream:
         self.group, self.on_close = group, on_close
         self.request_id = group[0].request_id
         self.loop = asyncio.get_running_loop()
-        self.has_news = asyncio.Event()
+        self.has_news = False
+        self.reader: asyncio.Future[None] | None = None  # what it awaits
         self.latest: RequestOutput | None = None
         self.error: Exception | None = None
         self.finished = False
@@ -73,7 +75,9 @@ class RequestStream:
             self.error = news
         else:
             self.latest = news
-        self.has_news.set()
+        self.has_news = True
+        if self.reader is not None and not self.reader.done():  # else it was cancelled
+            self.reader.set_result(None)
 
     def __aiter__(self) -> Self:
         return self
@@ -81,8 +85,10 @@ class RequestStream:
     async def __anext__(self) -> RequestOutput:
         if self.finished:
             raise StopAsyncIteration
-        await self.has_news.wait()
-        self.has_news.clear()
+        if not self.has_news:
+            self.reader = self.loop.create_future()
+            await self.reader
+        self.has_news = False
         if self.latest is None or self.error is not None:
             self.finished = True
             raise self.error or StopAsyncIteration
@@ -97,20 +103,51 @@ class RequestStream:
 
 
 # %% ../notebooks/17_serving.ipynb #put-all
-News = Iterable[tuple[RequestStream, RequestOutput | Exception]]
+News = dict["RequestStream", RequestOutput | Exception]
 
 
-def put_all(news: News, unread: set[asyncio.AbstractEventLoop]) -> None:
-    """Puts news into streams, in the thread of their loop, which is then up to date."""
-    for stream, what in news:
-        stream.put(what)
-    loop = asyncio.get_running_loop()
-    loop.call_soon(unread.discard, loop)  # after the readers that were woken
+class Mailbox:
+    """News on its way to the streams of one event loop, which is woken once for all.
+
+    What comes before the loop has looked takes the place of older news, so nothing
+    piles up in front of a loop that is busy.
+
+    Args:
+        loop: that is woken.
+
+    Attributes:
+        seconds: that the loop's thread has worked on the last news, readers included.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop, self.lock = loop, threading.Lock()
+        self.news: News = {}
+        self.seconds = 0.0
+
+    def send(self, news: News) -> None:
+        """Takes news, from any thread; RuntimeError if the loop is closed."""
+        with self.lock:
+            is_first = not self.news
+            self.news.update(news)
+        if is_first:
+            self.loop.call_soon_threadsafe(self.open)
+
+    def open(self) -> None:
+        """Puts the news into its streams; for the thread of the loop only."""
+        begin = time.thread_time()
+        with self.lock:
+            news, self.news = self.news, {}
+        for stream, what in news.items():
+            stream.put(what)
+        self.loop.call_soon(self.note, begin)  # after the readers that were woken
+
+    def note(self, begin: float) -> None:
+        """How long the last news took."""
+        self.seconds = time.thread_time() - begin
 
 
 # %% ../notebooks/17_serving.ipynb #owner-thread
 logger = logging.getLogger(__name__)
-MOST_SKIPPED = 3  # steps in a row whose tokens wait for a loop that is busy
 
 
 class EngineDeadError(RuntimeError):
@@ -125,17 +162,23 @@ class OwnerThread:
 
     Attributes:
         streams: those that are unfinished, by request id; the owner's alone.
-        unread: loops whose readers have not seen the last news yet.
+        mailboxes: by event loop.
         notes: functions that the owner calls between two steps.
         closing: set, it stops when no stream is left; `stopping`: after this step.
         error: why it has stopped; None as long as it runs.
         stats: of the engine, after the last step.
     """
 
+    DEFER = True
+    RATIO = 4
+
     def __init__(self, engine: LLMEngine) -> None:
         self.engine, self.inbox = engine, Inbox(every_token=True)
         self.streams: dict[str, RequestStream] = {}
-        self.unread, self.num_skipped = set[asyncio.AbstractEventLoop](), 0
+        self.mailboxes: dict[asyncio.AbstractEventLoop, Mailbox] = {}
+        self.pending: News = {}
+        self.told = 0.0
+        self.late = self.skipped = 0
         self.notes: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self.closing = self.stopping = False
         self.error: EngineDeadError | None = None
@@ -149,9 +192,9 @@ class OwnerThread:
         try:
             while not self.stopping and (self.streams or not self.closing):
                 self.read_notes(wait=not self.streams)
-                self.choose_news()
-                outputs = self.engine.advance(self.inbox)
+                outputs = self.engine.advance(self.inbox, self.before_read)
                 self.stats = self.engine.stats()  # who has an end may look at once
+                self.flush()
                 self.deliver(outputs)
         except BaseException as cause:
             logger.exception("The engine's loop broke off.")
@@ -161,15 +204,18 @@ class OwnerThread:
             self.drop(stream, error)
         self.read_notes()
 
-    def choose_news(self) -> None:
-        """Leaves the next step's tokens for a later output, if a loop is behind.
+    def before_read(self, step: InFlightStep) -> None:
+        """Hands out what has waited for it, and decides whether these tokens wait.
 
-        An output says all that has come, so nothing is lost; ends are told at once.
+        Tokens wait for a later output if the device waits for us already, and handing
+        out the last ones is not long ago, compared with the time that it took.
         """
-        if self.num_skipped == MOST_SKIPPED:
-            self.unread.clear()  # perhaps a loop has died; the others must not wait
-        self.inbox.every_token = not self.unread
-        self.num_skipped = 0 if self.inbox.every_token else self.num_skipped + 1
+        is_late, since = step.has_arrived, time.perf_counter() - self.told
+        self.flush()
+        seconds = sum(mailbox.seconds for mailbox in self.mailboxes.values())
+        self.inbox.every_token = not is_late or since >= self.RATIO * seconds
+        self.late += is_late
+        self.skipped += not self.inbox.every_token
 
     def post(self, note: Callable[[], object]) -> None:
         """Leaves a note, from any thread."""
@@ -208,25 +254,41 @@ class OwnerThread:
 
     def deliver(self, outputs: Iterable[RequestOutput]) -> None:
         """Hands the outputs of a step over, and forgets the streams that end."""
-        news = [(self.streams[output.request_id], output) for output in outputs]
-        for stream, output in news:
+        ended = False
+        for output in outputs:
+            stream = self.streams[output.request_id]
+            self.pending[stream] = output
             if output.finished:
+                ended = True
                 del self.streams[stream.request_id]
-        self.hand_over(news)
+        if (
+            ended
+            or not self.DEFER
+            or self.engine._table.num_ahead == 0
+            or not self.streams
+        ):
+            self.flush()
 
-    def hand_over(self, news: News) -> None:
+    def flush(self) -> None:
+        if self.pending:
+            pending, self.pending = self.pending, {}
+            self.hand_over(pending.items())
+            self.told = time.perf_counter()
+
+    def hand_over(
+        self, news: Iterable[tuple[RequestStream, RequestOutput | Exception]]
+    ) -> None:
         """Wakes each event loop once, however many of its streams have news."""
-        by_loop = defaultdict(list)
+        by_loop = defaultdict[asyncio.AbstractEventLoop, News](dict)
         for stream, what in news:
-            by_loop[stream.loop].append((stream, what))
-        for loop, pairs in by_loop.items():
-            self.unread.add(loop)
+            by_loop[stream.loop][stream] = what
+        for loop, news in by_loop.items():
+            mailbox = self.mailboxes.setdefault(loop, Mailbox(loop))
             try:
-                loop.call_soon_threadsafe(put_all, pairs, self.unread)
+                mailbox.send(news)
             except RuntimeError:  # the loop is closed, so nobody reads any more
-                self.unread.discard(loop)
-                for stream, _ in pairs:
-                    self.drop(stream)
+                for stream in news:
+                    self.post(partial(self.drop, stream))
 
 
 # %% ../notebooks/17_serving.ipynb #async-llm-engine

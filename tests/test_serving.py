@@ -19,13 +19,13 @@ from folo_lib import LLMEngine, SamplingParams, bundled_model_path
 from folo_lib.block_pool import PagedKVCacheManager
 from folo_lib.request import RequestOutput
 from folo_lib.serving import (
-    MOST_SKIPPED,
+
     AsyncLLMEngine,
     EngineDeadError,
     EngineOverloadedError,
     OwnerThread,
     RequestStream,
-    put_all,
+
 )
 
 T = TypeVar("T")
