@@ -6,6 +6,7 @@
 __all__ = [
     "News",
     "logger",
+    "MOST_SKIPPED",
     "T",
     "RequestStream",
     "Mailbox",
@@ -63,11 +64,6 @@ class RequestStream:
         self.latest: RequestOutput | None = None
         self.error: Exception | None = None
         self.finished = False
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether nothing has come, and somebody still listens."""
-        return self.latest is None and self.error is None and not self.finished
 
     def put(self, news: RequestOutput | Exception) -> None:
         """Keeps the latest, and wakes the reader. For the thread of the loop only."""
@@ -148,6 +144,7 @@ class Mailbox:
 
 # %% ../notebooks/17_serving.ipynb #owner-thread
 logger = logging.getLogger(__name__)
+MOST_SKIPPED = 3
 
 
 class EngineDeadError(RuntimeError):
@@ -162,6 +159,7 @@ class OwnerThread:
 
     Attributes:
         streams: those that are unfinished, by request id; the owner's alone.
+        waiting: those for which nothing has come.
         mailboxes: by event loop.
         notes: functions that the owner calls between two steps.
         closing: set, it stops when no stream is left; `stopping`: after this step.
@@ -175,9 +173,11 @@ class OwnerThread:
     def __init__(self, engine: LLMEngine) -> None:
         self.engine, self.inbox = engine, Inbox(every_token=True)
         self.streams: dict[str, RequestStream] = {}
+        self.waiting: set[RequestStream] = set()
         self.mailboxes: dict[asyncio.AbstractEventLoop, Mailbox] = {}
         self.pending: News = {}
         self.told = 0.0
+        self.num_skipped = 0
         self.late = self.skipped = 0
         self.notes: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self.closing = self.stopping = False
@@ -213,7 +213,10 @@ class OwnerThread:
         is_late, since = step.has_arrived, time.perf_counter() - self.told
         self.flush()
         seconds = sum(mailbox.seconds for mailbox in self.mailboxes.values())
-        self.inbox.every_token = not is_late or since >= self.RATIO * seconds
+        rests = is_late and since < self.RATIO * seconds
+        rests = rests and self.num_skipped < MOST_SKIPPED
+        self.num_skipped = self.num_skipped + 1 if rests else 0
+        self.inbox.every_token = not rests
         self.late += is_late
         self.skipped += not self.inbox.every_token
 
@@ -245,6 +248,7 @@ class OwnerThread:
     def drop(self, stream: RequestStream, error: Exception | None = None) -> None:
         """Aborts and forgets a request; its reader gets the error, if there is one."""
         request_id = stream.request_id
+        self.waiting.discard(stream)
         self.engine.withdraw([stream.group])
         if self.streams.get(request_id) is stream:  # else the id is another's by now
             del self.streams[request_id]
@@ -279,6 +283,7 @@ class OwnerThread:
         self, news: Iterable[tuple[RequestStream, RequestOutput | Exception]]
     ) -> None:
         """Wakes each event loop once, however many of its streams have news."""
+        self.waiting.difference_update(dict(news))
         by_loop = defaultdict[asyncio.AbstractEventLoop, News](dict)
         for stream, what in news:
             by_loop[stream.loop][stream] = what
@@ -333,7 +338,6 @@ class AsyncLLMEngine:
         if max_waiting < 1:
             raise ValueError(f"max_waiting={max_waiting} must be at least 1.")
         self.engine, self.max_waiting = engine, max_waiting
-        self.waiting: list[RequestStream] = []
         self.owner = OwnerThread(engine)
 
     async def generate(
@@ -372,7 +376,7 @@ class AsyncLLMEngine:
         """Queues a request that `engine.processor` made."""
         self.check_open()
         stream = RequestStream(group, self.leave)
-        self.waiting.append(stream)
+        self.owner.waiting.add(stream)
         self.owner.post(partial(self.owner.start, stream))
         return stream
 
@@ -380,8 +384,7 @@ class AsyncLLMEngine:
         """Raises the error that a request would get now, if it would get one."""
         if self.owner.closing or self.owner.error is not None:
             raise self.owner.error or EngineDeadError("the engine is shutting down.")
-        self.waiting = [stream for stream in self.waiting if stream.is_waiting]
-        if len(self.waiting) >= self.max_waiting:
+        if len(self.owner.waiting) >= self.max_waiting:
             raise EngineOverloadedError(
                 f"{self.max_waiting} requests wait already: try again later."
             )
