@@ -7,6 +7,7 @@ __all__ = [
     "News",
     "logger",
     "MOST_SKIPPED",
+    "LEAST_PAUSE",
     "T",
     "RequestStream",
     "Mailbox",
@@ -99,7 +100,7 @@ class RequestStream:
 
 
 # %% ../notebooks/17_serving.ipynb #put-all
-News = dict["RequestStream", RequestOutput | Exception]
+News = dict[RequestStream, RequestOutput | Exception]
 
 
 class Mailbox:
@@ -112,7 +113,9 @@ class Mailbox:
         loop: that is woken.
 
     Attributes:
-        seconds: that the loop's thread has worked on the last news, readers included.
+        news: that the loop has not taken yet.
+        seconds: of the processor, that the last news took in the thread of the loop:
+            the streams and their readers.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -121,30 +124,31 @@ class Mailbox:
         self.seconds = 0.0
 
     def send(self, news: News) -> None:
-        """Takes news, from any thread; RuntimeError if the loop is closed."""
+        """Takes news, from any thread; a RuntimeError if the loop is closed."""
         with self.lock:
-            is_first = not self.news
+            is_asleep = not self.news
             self.news.update(news)
-        if is_first:
+        if is_asleep:
             self.loop.call_soon_threadsafe(self.open)
 
     def open(self) -> None:
-        """Puts the news into its streams; for the thread of the loop only."""
+        """Puts the news into their streams, in the thread of the loop."""
         begin = time.thread_time()
         with self.lock:
             news, self.news = self.news, {}
         for stream, what in news.items():
             stream.put(what)
-        self.loop.call_soon(self.note, begin)  # after the readers that were woken
+        self.loop.call_soon(self.stop_clock, begin)  # after the readers that were woken
 
-    def note(self, begin: float) -> None:
-        """How long the last news took."""
+    def stop_clock(self, begin: float) -> None:
+        """The readers have had their turn."""
         self.seconds = time.thread_time() - begin
 
 
 # %% ../notebooks/17_serving.ipynb #owner-thread
 logger = logging.getLogger(__name__)
-MOST_SKIPPED = 3
+MOST_SKIPPED = 3  # steps in a row whose tokens wait
+LEAST_PAUSE = 4  # times as long as the readers' work, if the device waits for the host
 
 
 class EngineDeadError(RuntimeError):
@@ -160,15 +164,14 @@ class OwnerThread:
     Attributes:
         streams: those that are unfinished, by request id; the owner's alone.
         waiting: those for which nothing has come.
-        mailboxes: by event loop.
+        mailboxes: of the event loops that streams belong to.
+        pending: tokens that are handed out while the next step runs.
+        holds_back: whether there is such a while: steps run on a device of their own.
         notes: functions that the owner calls between two steps.
         closing: set, it stops when no stream is left; `stopping`: after this step.
         error: why it has stopped; None as long as it runs.
         stats: of the engine, after the last step.
     """
-
-    DEFER = True
-    RATIO = 4
 
     def __init__(self, engine: LLMEngine) -> None:
         self.engine, self.inbox = engine, Inbox(every_token=True)
@@ -176,9 +179,7 @@ class OwnerThread:
         self.waiting: set[RequestStream] = set()
         self.mailboxes: dict[asyncio.AbstractEventLoop, Mailbox] = {}
         self.pending: News = {}
-        self.told = 0.0
-        self.num_skipped = 0
-        self.late = self.skipped = 0
+        self.holds_back, self.told, self.num_skipped = False, 0.0, 0
         self.notes: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self.closing = self.stopping = False
         self.error: EngineDeadError | None = None
@@ -194,7 +195,6 @@ class OwnerThread:
                 self.read_notes(wait=not self.streams)
                 outputs = self.engine.advance(self.inbox, self.before_read)
                 self.stats = self.engine.stats()  # who has an end may look at once
-                self.flush()
                 self.deliver(outputs)
         except BaseException as cause:
             logger.exception("The engine's loop broke off.")
@@ -205,20 +205,20 @@ class OwnerThread:
         self.read_notes()
 
     def before_read(self, step: InFlightStep) -> None:
-        """Hands out what has waited for it, and decides whether these tokens wait.
+        """Hands tokens out while a step runs, and decides whether those of the step wait.
 
-        Tokens wait for a later output if the device waits for us already, and handing
-        out the last ones is not long ago, compared with the time that it took.
+        They wait for a later output if the device has nothing to do, and the last news
+        are not long ago, compared with the work that they were for their readers. An
+        output says all that has come, so nothing is lost; ends are told at once.
         """
-        is_late, since = step.has_arrived, time.perf_counter() - self.told
-        self.flush()
+        is_late, pause = step.has_arrived, time.perf_counter() - self.told
+        self.holds_back = step.arrival is not None
+        self.hand_out()
         seconds = sum(mailbox.seconds for mailbox in self.mailboxes.values())
-        rests = is_late and since < self.RATIO * seconds
-        rests = rests and self.num_skipped < MOST_SKIPPED
-        self.num_skipped = self.num_skipped + 1 if rests else 0
-        self.inbox.every_token = not rests
-        self.late += is_late
-        self.skipped += not self.inbox.every_token
+        waits = is_late and pause < LEAST_PAUSE * seconds
+        waits = waits and self.num_skipped < MOST_SKIPPED
+        self.num_skipped = self.num_skipped + 1 if waits else 0
+        self.inbox.every_token = not waits
 
     def post(self, note: Callable[[], object]) -> None:
         """Leaves a note, from any thread."""
@@ -243,56 +243,51 @@ class OwnerThread:
             self.engine.submit([stream.group], self.inbox)
             self.streams[stream.request_id] = stream
         except (ValueError, EngineDeadError) as error:
-            self.hand_over([(stream, error)])
+            self.hand_over({stream: error})
 
     def drop(self, stream: RequestStream, error: Exception | None = None) -> None:
         """Aborts and forgets a request; its reader gets the error, if there is one."""
         request_id = stream.request_id
         self.waiting.discard(stream)
+        self.pending.pop(stream, None)
         self.engine.withdraw([stream.group])
         if self.streams.get(request_id) is stream:  # else the id is another's by now
             del self.streams[request_id]
             self.inbox.updated.pop(request_id, None)
         if error is not None:
-            self.hand_over([(stream, error)])
+            self.hand_over({stream: error})
 
     def deliver(self, outputs: Iterable[RequestOutput]) -> None:
-        """Hands the outputs of a step over, and forgets the streams that end."""
-        ended = False
+        """Takes the outputs of a step, and forgets the streams that end."""
+        num_streams = len(self.streams)
         for output in outputs:
             stream = self.streams[output.request_id]
             self.pending[stream] = output
             if output.finished:
-                ended = True
-                del self.streams[stream.request_id]
-        if (
-            ended
-            or not self.DEFER
-            or self.engine._table.num_ahead == 0
-            or not self.streams
-        ):
-            self.flush()
+                del self.streams[output.request_id]
+        if not self.holds_back or len(self.streams) < num_streams:
+            self.hand_out()
+        if not self.streams:
+            self.mailboxes.clear()  # a loop that has ended is not kept
 
-    def flush(self) -> None:
+    def hand_out(self) -> None:
+        """Hands over what is pending."""
         if self.pending:
-            pending, self.pending = self.pending, {}
-            self.hand_over(pending.items())
+            news, self.pending = self.pending, {}
+            self.hand_over(news)
             self.told = time.perf_counter()
 
-    def hand_over(
-        self, news: Iterable[tuple[RequestStream, RequestOutput | Exception]]
-    ) -> None:
+    def hand_over(self, news: News) -> None:
         """Wakes each event loop once, however many of its streams have news."""
-        self.waiting.difference_update(dict(news))
+        self.waiting.difference_update(news)
         by_loop = defaultdict[asyncio.AbstractEventLoop, News](dict)
-        for stream, what in news:
+        for stream, what in news.items():
             by_loop[stream.loop][stream] = what
-        for loop, news in by_loop.items():
-            mailbox = self.mailboxes.setdefault(loop, Mailbox(loop))
+        for loop, own in by_loop.items():
             try:
-                mailbox.send(news)
+                self.mailboxes.setdefault(loop, Mailbox(loop)).send(own)
             except RuntimeError:  # the loop is closed, so nobody reads any more
-                for stream in news:
+                for stream in own:
                     self.post(partial(self.drop, stream))
 
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -19,16 +20,16 @@ from folo_lib import LLMEngine, SamplingParams, bundled_model_path
 from folo_lib.block_pool import PagedKVCacheManager
 from folo_lib.request import RequestOutput
 from folo_lib.serving import (
-
+    LEAST_PAUSE,
+    MOST_SKIPPED,
     AsyncLLMEngine,
     EngineDeadError,
     EngineOverloadedError,
-    OwnerThread,
     RequestStream,
-
 )
 
 T = TypeVar("T")
+Step: Any = partial(SimpleNamespace, arrival=None)
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, seed=0)
 LONG = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True, seed=0)
 PROMPTS = [f"{'Once upon a time ' * (1 + i % 5)}{i}" for i in range(12)]
@@ -201,6 +202,66 @@ class TestAnswers:
         assert counts[-1] == 40 and len(counts) >= 40 // (MOST_SKIPPED + 1) // 2
         assert num_unread == [1]
 
+    def test_tokens_wait_while_the_device_does(self, engine: LLMEngine) -> None:
+        """But not if the last are long ago, and not for ever."""
+
+        async def main() -> list[list[bool]]:
+            async with serving(engine) as served:
+                owner, pause = served.owner, 3600.0
+                await served.ask(lambda: None)
+                mailbox: Any = SimpleNamespace(seconds=2 * pause / LEAST_PAUSE)
+                owner.mailboxes[asyncio.get_running_loop()] = mailbox
+                late, busy = Step(has_arrived=True), Step(has_arrived=False)
+
+                def choose(*steps: Any, ago: float = pause) -> list[bool]:
+                    chosen = []
+                    for step in steps:
+                        owner.told = time.perf_counter() - ago
+                        owner.before_read(step)
+                        chosen.append(owner.inbox.every_token)
+                    return chosen
+
+                chosen = [
+                    choose(busy, late, busy, late),
+                    choose(late, late, ago=3 * pause),
+                    choose(*[late] * (MOST_SKIPPED + 2)),
+                ]
+                owner.mailboxes.clear()
+                return chosen
+
+        assert run(main()) == [
+            [True, False, True, False],
+            [True, True],
+            [False] * MOST_SKIPPED + [True, False],
+        ]
+
+    def test_tokens_are_handed_out_while_the_next_step_runs(
+        self, engine: LLMEngine
+    ) -> None:
+        """On a device of its own; where a launch is the work itself, at once."""
+        [group] = engine.processor.process_requests([PROMPTS[0]], GREEDY)
+        token, end = (SimpleNamespace(request_id="a", finished=i) for i in (0, 1))
+
+        async def main() -> list[list[Any]]:
+            async with serving(engine) as served:
+                owner, told = served.owner, []
+                await served.ask(lambda: None)
+                stream = RequestStream(group, on_close=owner.post)
+                stream.put = told.append  # type: ignore[method-assign]
+                history = []
+                for has_device, output in [(0, token), (1, token), (1, end)]:
+                    arrival = object() if has_device else None
+                    owner.before_read(Step(has_arrived=False, arrival=arrival))
+                    await asyncio.sleep(0.001)
+                    owner.streams["a"] = stream
+                    owner.deliver([output])  # type: ignore[list-item]
+                    await asyncio.sleep(0.001)
+                    history.append(list(told))
+                stream.finished = True
+                return history
+
+        assert run(main()) == [[token], [token], [token, token, end]]
+
     def test_from_two_event_loops_and_a_thread_without_one(
         self, engine: LLMEngine
     ) -> None:
@@ -232,6 +293,10 @@ class TestAnswers:
         assert [got[i] for i in range(3)] == expected
 
     def test_each_loop_is_woken_once_and_for_its_own(self, engine: LLMEngine) -> None:
+        class Stream:
+            def __init__(self, loop: "Loop") -> None:
+                self.loop = loop
+
         class Loop:
             def __init__(self) -> None:
                 self.calls: list[Any] = []
@@ -242,7 +307,7 @@ class TestAnswers:
         async def main() -> None:
             async with serving(engine) as served:
                 owner, loops = served.owner, (Loop(), Loop())
-                one, two, three = (SimpleNamespace(loop=loops[i]) for i in (0, 1, 0))
+                one, two, three = map(Stream, (loops[0], loops[1], loops[0]))
                 news: Any = {one: 1, two: 2}
                 owner.hand_over(news)
                 news = {one: 3, three: 4}
@@ -431,6 +496,24 @@ class TestRefusals:
                     await anext(again)
                 assert not (await anext(first)).finished
                 first.close()
+
+        run(main())
+
+    def test_who_has_ended_or_left_waits_no_more(self, engine: LLMEngine) -> None:
+        """And is not kept until the next request comes."""
+
+        async def main() -> None:
+            async with serving(engine) as served:
+                ended = served.add_request(PROMPTS[0], GREEDY)
+                left = served.add_request(PROMPTS[1], GREEDY)
+                refused = served.add_request(PROMPTS[0], GREEDY, ended.request_id)
+                assert served.owner.waiting == {ended, left, refused}
+                left.close()
+                with pytest.raises(ValueError, match="in use"):
+                    await last_of(refused)
+                await last_of(ended)
+                await served.ask(lambda: None)
+                assert not served.owner.waiting and not served.owner.mailboxes
 
         run(main())
 
