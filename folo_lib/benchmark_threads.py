@@ -18,7 +18,7 @@ from typing import Any
 from unittest import mock
 
 from folo_lib.benchmark import Result
-from folo_lib.engine import LLMEngine
+from folo_lib.engine import Inbox, LLMEngine
 
 Clock = Callable[[], float]
 
@@ -61,9 +61,9 @@ class StepClock:
         """Wraps `advance`, and `launch` of the executor."""
         advance, launch = self.engine.advance, self.engine.executor.launch
 
-        def clocked_advance(*args: Any) -> Any:
+        def clocked_advance(inbox: Inbox) -> Any:
             begin = time.thread_time()
-            outputs = advance(*args)
+            outputs = advance(inbox)
             self.step_cpu += time.thread_time() - begin
             return outputs
 

@@ -195,10 +195,12 @@ class Inbox:
 
     Attributes:
         every_token: whether each token is news; if not, only the end of a prompt is.
+        before_read: what `run_step` calls, if the caller runs a step.
         updated: the samples of each such prompt, by request id.
     """
 
     every_token: bool
+    before_read: Callable[[InFlightStep], object] = lambda step: None
     updated: dict[str, list[Request]] = field(default_factory=dict)
 
 
@@ -561,20 +563,11 @@ class LLMEngine(VllmNames):  # adds get_tokenizer(), and how it is printed
         with self._lock, undisturbed(self.executor, self._table, KeyboardInterrupt, []):
             self._table.add(groups, inbox)
 
-    def advance(
-        self,
-        inbox: Inbox,
-        before_read: Callable[[InFlightStep], object] = lambda step: None,
-    ) -> list[RequestOutput]:
-        """An output for each prompt with news; if there are none, runs a step first.
-
-        Args:
-            inbox: of the caller.
-            before_read: see `run_step`.
-        """
+    def advance(self, inbox: Inbox) -> list[RequestOutput]:
+        """An output for each prompt with news; if there are none, runs a step first."""
         with self._lock:
             if not inbox.updated and self._table.unfinished:
-                run_step(self.executor, self._table, before_read)
+                run_step(self.executor, self._table, inbox.before_read)
             return self._table.collect(inbox) if inbox.updated else []
 
     def withdraw(self, groups: Groups) -> None:

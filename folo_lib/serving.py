@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = [
     "News",
-    "logger",
     "MOST_SKIPPED",
     "LEAST_PAUSE",
+    "logger",
     "T",
     "RequestStream",
     "Mailbox",
+    "Outbox",
     "EngineDeadError",
     "OwnerThread",
     "EngineOverloadedError",
@@ -145,10 +146,63 @@ class Mailbox:
         self.seconds = time.thread_time() - begin
 
 
+# %% ../notebooks/17_serving.ipynb #outbox
+MOST_SKIPPED = 3  # steps in a row whose tokens rest
+LEAST_PAUSE = 4  # times the readers' work, while the device waits for the host
+
+
+class Outbox:
+    """News of an engine on its way out: when it is handed over, and to which loops.
+
+    Attributes:
+        waiting: streams for which nothing has come.
+        pending: tokens that are handed out while the next step runs.
+        holds_back: whether there is such a while: steps run on a device of their own.
+        mailboxes: of the event loops that streams belong to.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: set[RequestStream] = set()
+        self.pending: News = {}
+        self.mailboxes: dict[asyncio.AbstractEventLoop, Mailbox] = {}
+        self.holds_back, self.told, self.num_skipped = False, 0.0, 0
+
+    def is_due(self, step: InFlightStep) -> bool:
+        """Whether the tokens of a step are to be told, or rest for a later output.
+
+        They rest if the device has nothing to do, and the last news are not long ago,
+        compared with the work that they were for their readers.
+        """
+        self.holds_back = step.arrival is not None
+        seconds = sum(mailbox.seconds for mailbox in self.mailboxes.values())
+        rests = time.perf_counter() - self.told < LEAST_PAUSE * seconds
+        rests = rests and step.has_arrived and self.num_skipped < MOST_SKIPPED
+        self.num_skipped = self.num_skipped + 1 if rests else 0
+        return not rests
+
+    def hand_out(self) -> None:
+        """Hands over what is pending."""
+        if self.pending:
+            news, self.pending = self.pending, {}
+            self.hand_over(news)
+            self.told = time.perf_counter()
+
+    def hand_over(self, news: News) -> None:
+        """Wakes each event loop once, however many of its streams have news."""
+        self.waiting.difference_update(news)
+        by_loop = defaultdict[asyncio.AbstractEventLoop, News](dict)
+        for stream, what in news.items():
+            by_loop[stream.loop][stream] = what
+        for loop, own in by_loop.items():
+            try:
+                self.mailboxes.setdefault(loop, Mailbox(loop)).send(own)
+            except RuntimeError:  # the loop is closed, so nobody reads any more
+                for stream in own:
+                    stream.close()
+
+
 # %% ../notebooks/17_serving.ipynb #owner-thread
 logger = logging.getLogger(__name__)
-MOST_SKIPPED = 3  # steps in a row whose tokens wait
-LEAST_PAUSE = 4  # times as long as the readers' work, if the device waits for the host
 
 
 class EngineDeadError(RuntimeError):
@@ -163,10 +217,7 @@ class OwnerThread:
 
     Attributes:
         streams: those that are unfinished, by request id; the owner's alone.
-        waiting: those for which nothing has come.
-        mailboxes: of the event loops that streams belong to.
-        pending: tokens that are handed out while the next step runs.
-        holds_back: whether there is such a while: steps run on a device of their own.
+        outbox: of their news.
         notes: functions that the owner calls between two steps.
         closing: set, it stops when no stream is left; `stopping`: after this step.
         error: why it has stopped; None as long as it runs.
@@ -174,12 +225,9 @@ class OwnerThread:
     """
 
     def __init__(self, engine: LLMEngine) -> None:
-        self.engine, self.inbox = engine, Inbox(every_token=True)
+        self.engine, self.outbox = engine, Outbox()
+        self.inbox = Inbox(every_token=True, before_read=self.before_read)
         self.streams: dict[str, RequestStream] = {}
-        self.waiting: set[RequestStream] = set()
-        self.mailboxes: dict[asyncio.AbstractEventLoop, Mailbox] = {}
-        self.pending: News = {}
-        self.holds_back, self.told, self.num_skipped = False, 0.0, 0
         self.notes: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self.closing = self.stopping = False
         self.error: EngineDeadError | None = None
@@ -193,7 +241,7 @@ class OwnerThread:
         try:
             while not self.stopping and (self.streams or not self.closing):
                 self.read_notes(wait=not self.streams)
-                outputs = self.engine.advance(self.inbox, self.before_read)
+                outputs = self.engine.advance(self.inbox)
                 self.stats = self.engine.stats()  # who has an end may look at once
                 self.deliver(outputs)
         except BaseException as cause:
@@ -205,20 +253,9 @@ class OwnerThread:
         self.read_notes()
 
     def before_read(self, step: InFlightStep) -> None:
-        """Hands tokens out while a step runs, and decides whether those of the step wait.
-
-        They wait for a later output if the device has nothing to do, and the last news
-        are not long ago, compared with the work that they were for their readers. An
-        output says all that has come, so nothing is lost; ends are told at once.
-        """
-        is_late, pause = step.has_arrived, time.perf_counter() - self.told
-        self.holds_back = step.arrival is not None
-        self.hand_out()
-        seconds = sum(mailbox.seconds for mailbox in self.mailboxes.values())
-        waits = is_late and pause < LEAST_PAUSE * seconds
-        waits = waits and self.num_skipped < MOST_SKIPPED
-        self.num_skipped = self.num_skipped + 1 if waits else 0
-        self.inbox.every_token = not waits
+        """Tells of the last step while this one runs, whose tokens are due or rest."""
+        self.inbox.every_token = self.outbox.is_due(step)
+        self.outbox.hand_out()
 
     def post(self, note: Callable[[], object]) -> None:
         """Leaves a note, from any thread."""
@@ -243,52 +280,32 @@ class OwnerThread:
             self.engine.submit([stream.group], self.inbox)
             self.streams[stream.request_id] = stream
         except (ValueError, EngineDeadError) as error:
-            self.hand_over({stream: error})
+            self.outbox.hand_over({stream: error})
 
     def drop(self, stream: RequestStream, error: Exception | None = None) -> None:
         """Aborts and forgets a request; its reader gets the error, if there is one."""
         request_id = stream.request_id
-        self.waiting.discard(stream)
-        self.pending.pop(stream, None)
+        self.outbox.waiting.discard(stream)
+        self.outbox.pending.pop(stream, None)
         self.engine.withdraw([stream.group])
         if self.streams.get(request_id) is stream:  # else the id is another's by now
             del self.streams[request_id]
             self.inbox.updated.pop(request_id, None)
         if error is not None:
-            self.hand_over({stream: error})
+            self.outbox.hand_over({stream: error})
 
     def deliver(self, outputs: Iterable[RequestOutput]) -> None:
         """Takes the outputs of a step, and forgets the streams that end."""
         num_streams = len(self.streams)
         for output in outputs:
             stream = self.streams[output.request_id]
-            self.pending[stream] = output
+            self.outbox.pending[stream] = output
             if output.finished:
                 del self.streams[output.request_id]
-        if not self.holds_back or len(self.streams) < num_streams:
-            self.hand_out()
+        if not self.outbox.holds_back or len(self.streams) < num_streams:
+            self.outbox.hand_out()
         if not self.streams:
-            self.mailboxes.clear()  # a loop that has ended is not kept
-
-    def hand_out(self) -> None:
-        """Hands over what is pending."""
-        if self.pending:
-            news, self.pending = self.pending, {}
-            self.hand_over(news)
-            self.told = time.perf_counter()
-
-    def hand_over(self, news: News) -> None:
-        """Wakes each event loop once, however many of its streams have news."""
-        self.waiting.difference_update(news)
-        by_loop = defaultdict[asyncio.AbstractEventLoop, News](dict)
-        for stream, what in news.items():
-            by_loop[stream.loop][stream] = what
-        for loop, own in by_loop.items():
-            try:
-                self.mailboxes.setdefault(loop, Mailbox(loop)).send(own)
-            except RuntimeError:  # the loop is closed, so nobody reads any more
-                for stream in own:
-                    self.post(partial(self.drop, stream))
+            self.outbox.mailboxes.clear()  # a loop that has ended is not kept
 
 
 # %% ../notebooks/17_serving.ipynb #async-llm-engine
@@ -371,7 +388,7 @@ class AsyncLLMEngine:
         """Queues a request that `engine.processor` made."""
         self.check_open()
         stream = RequestStream(group, self.leave)
-        self.owner.waiting.add(stream)
+        self.owner.outbox.waiting.add(stream)
         self.owner.post(partial(self.owner.start, stream))
         return stream
 
@@ -379,7 +396,7 @@ class AsyncLLMEngine:
         """Raises the error that a request would get now, if it would get one."""
         if self.owner.closing or self.owner.error is not None:
             raise self.owner.error or EngineDeadError("the engine is shutting down.")
-        if len(self.owner.waiting) >= self.max_waiting:
+        if len(self.owner.outbox.waiting) >= self.max_waiting:
             raise EngineOverloadedError(
                 f"{self.max_waiting} requests wait already: try again later."
             )

@@ -25,6 +25,7 @@ from folo_lib.serving import (
     AsyncLLMEngine,
     EngineDeadError,
     EngineOverloadedError,
+    Outbox,
     RequestStream,
 )
 
@@ -179,7 +180,7 @@ class TestAnswers:
             idle.wait(30)  # the loop does nothing else meanwhile
             [mailbox] = (
                 box
-                for loop, box in served.owner.mailboxes.items()
+                for loop, box in served.owner.outbox.mailboxes.items()
                 if loop is asyncio.get_running_loop()
             )
             num_unread.append(len(mailbox.news))
@@ -202,38 +203,21 @@ class TestAnswers:
         assert counts[-1] == 40 and len(counts) >= 40 // (MOST_SKIPPED + 1) // 2
         assert num_unread == [1]
 
-    def test_tokens_wait_while_the_device_does(self, engine: LLMEngine) -> None:
+    def test_tokens_rest_while_the_device_waits(self) -> None:
         """But not if the last are long ago, and not for ever."""
+        outbox, pause = Outbox(), 3600.0
+        mailbox: Any = SimpleNamespace(seconds=2 * pause / LEAST_PAUSE)
+        outbox.mailboxes = {None: mailbox}  # type: ignore[dict-item]
+        late, busy = Step(has_arrived=True), Step(has_arrived=False)
 
-        async def main() -> list[list[bool]]:
-            async with serving(engine) as served:
-                owner, pause = served.owner, 3600.0
-                await served.ask(lambda: None)
-                mailbox: Any = SimpleNamespace(seconds=2 * pause / LEAST_PAUSE)
-                owner.mailboxes[asyncio.get_running_loop()] = mailbox
-                late, busy = Step(has_arrived=True), Step(has_arrived=False)
+        def choose(*steps: Any, ago: float = pause) -> list[bool]:
+            outbox.told = time.perf_counter() - ago
+            return [outbox.is_due(step) for step in steps]
 
-                def choose(*steps: Any, ago: float = pause) -> list[bool]:
-                    chosen = []
-                    for step in steps:
-                        owner.told = time.perf_counter() - ago
-                        owner.before_read(step)
-                        chosen.append(owner.inbox.every_token)
-                    return chosen
-
-                chosen = [
-                    choose(busy, late, busy, late),
-                    choose(late, late, ago=3 * pause),
-                    choose(*[late] * (MOST_SKIPPED + 2)),
-                ]
-                owner.mailboxes.clear()
-                return chosen
-
-        assert run(main()) == [
-            [True, False, True, False],
-            [True, True],
-            [False] * MOST_SKIPPED + [True, False],
-        ]
+        assert choose(busy, late, busy, late) == [True, False, True, False]
+        assert choose(late, late, ago=3 * pause) == [True, True]
+        resting = [False] * MOST_SKIPPED
+        assert choose(*[late] * (MOST_SKIPPED + 2)) == [*resting, True, False]
 
     def test_tokens_are_handed_out_while_the_next_step_runs(
         self, engine: LLMEngine
@@ -292,9 +276,9 @@ class TestAnswers:
         run(served.shutdown())
         assert [got[i] for i in range(3)] == expected
 
-    def test_each_loop_is_woken_once_and_for_its_own(self, engine: LLMEngine) -> None:
+    def test_each_loop_is_woken_once_and_for_its_own(self) -> None:
         class Stream:
-            def __init__(self, loop: "Loop") -> None:
+            def __init__(self, loop: Loop) -> None:
                 self.loop = loop
 
         class Loop:
@@ -304,19 +288,15 @@ class TestAnswers:
             def call_soon_threadsafe(self, function: Any) -> None:
                 self.calls.append(function)
 
-        async def main() -> None:
-            async with serving(engine) as served:
-                owner, loops = served.owner, (Loop(), Loop())
-                one, two, three = map(Stream, (loops[0], loops[1], loops[0]))
-                news: Any = {one: 1, two: 2}
-                owner.hand_over(news)
-                news = {one: 3, three: 4}
-                owner.hand_over(news)  # before the first loop has looked
-                boxes = [owner.mailboxes.pop(loop) for loop in loops]  # type: ignore
-                assert [loop.calls for loop in loops] == [[box.open] for box in boxes]
-                assert [box.news for box in boxes] == [{one: 3, three: 4}, {two: 2}]
-
-        run(main())
+        outbox, loops = Outbox(), (Loop(), Loop())
+        one, two, three = map(Stream, (loops[0], loops[1], loops[0]))
+        news: Any = {one: 1, two: 2}
+        outbox.hand_over(news)
+        news = {one: 3, three: 4}
+        outbox.hand_over(news)  # before the first loop has looked
+        boxes: Any = [outbox.mailboxes[loop] for loop in loops]  # type: ignore[index]
+        assert [loop.calls for loop in loops] == [[box.open] for box in boxes]
+        assert [box.news for box in boxes] == [{one: 3, three: 4}, {two: 2}]
 
     def test_who_has_ended_is_forgotten(self, engine: LLMEngine) -> None:
         async def main() -> None:
@@ -507,13 +487,16 @@ class TestRefusals:
                 ended = served.add_request(PROMPTS[0], GREEDY)
                 left = served.add_request(PROMPTS[1], GREEDY)
                 refused = served.add_request(PROMPTS[0], GREEDY, ended.request_id)
-                assert served.owner.waiting == {ended, left, refused}
+                assert served.owner.outbox.waiting == {ended, left, refused}
                 left.close()
                 with pytest.raises(ValueError, match="in use"):
                     await last_of(refused)
                 await last_of(ended)
                 await served.ask(lambda: None)
-                assert not served.owner.waiting and not served.owner.mailboxes
+                assert (
+                    not served.owner.outbox.waiting
+                    and not served.owner.outbox.mailboxes
+                )
 
         run(main())
 
