@@ -384,6 +384,7 @@ def run_step(
             raise
 
 
+# %% ../notebooks/10_engine.ipynb #undisturbed
 @contextmanager
 def undisturbed(
     executor: GPUExecutor, table: RequestTable, on: type[BaseException], leaving: Groups
