@@ -341,12 +341,12 @@ def take_outputs(
                 request.append_token(token, now)
         except Exception as error:
             fail(request, error)
-        group, inbox = table.groups[request.request_id]
+        _, inbox = table.groups[request.request_id]
         if request.status.is_finished:
             request.metrics.peak_memory = executor.get_peak_memory()
-            table.update(request)
-        elif token is not None and inbox.every_token:
-            inbox.updated[request.request_id] = group
+        elif token is None or not inbox.every_token:
+            continue
+        table.update(request)
 
 
 # %% ../notebooks/10_engine.ipynb #run-step
