@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from folo_lib.benchmark import BenchmarkError, Result, make_prompt, summarize
@@ -75,14 +76,14 @@ ON_GPU = ServingSizes(
 
 async def read_all(
     served: AsyncLLMEngine, prompts: Sequence[list[int]], params: SamplingParams
-) -> list[float]:
-    """Streams that begin at the same time; seconds until the first token of each."""
+) -> list[Visit]:
+    """Streams that begin at the same time, and what the client of each saw."""
 
-    async def read(prompt: list[int]) -> float:
+    async def read(prompt: list[int]) -> Visit:
         done = await visit(served, prompt, params, time.perf_counter())
         if done.num_tokens != params.max_tokens:
             raise RuntimeError(f"a stream ended after {done.num_tokens} tokens.")
-        return done.ttft
+        return done
 
     return list(await asyncio.gather(*map(read, prompts)))
 
@@ -204,6 +205,7 @@ class Streams:
             temperature=0, max_tokens=sizes.stream_tokens, ignore_eos=True
         )
         self.first = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+        self.visits: list[Visit] = []  # of all streams, without HTTP
         self.ways: dict[str, Callable[[], float]] = {
             "generate": self.generate,
             "async": self.stream,
@@ -220,7 +222,7 @@ class Streams:
     def stream(self) -> float:
         """The same as streams."""
         begin = time.perf_counter()
-        asyncio.run(read_all(self.served, self.prompts, self.params))
+        self.visits += asyncio.run(read_all(self.served, self.prompts, self.params))
         return time.perf_counter() - begin
 
     def ask(self, running: Running) -> float:
@@ -229,7 +231,11 @@ class Streams:
         return seconds
 
     def measure_speeds(self) -> Result:
-        """Tokens per second of each way, in turns."""
+        """Tokens per second of each way, in turns; of the streams how they come.
+
+        `outputs`: that a stream got on average, fewer than tokens where some came together;
+        `gaps`: percentiles of the seconds between two outputs.
+        """
         total = self.sizes.streams * self.sizes.stream_tokens
         speeds: dict[str, list[float]] = {name: [] for name in self.ways}
         for _ in range(self.sizes.num_runs + 1):  # the first warms up
@@ -240,6 +246,11 @@ class Streams:
             pairs = zip(speeds[name][1:], speeds["generate"][1:], strict=True)
             share = statistics.median(ours / all_ for ours, all_ in pairs)
             rows[name]["of_generate"] = share
+        outputs = [len(visit.times) for visit in self.visits]
+        gaps = [b - a for visit in self.visits for a, b in pairwise(visit.times)]
+        cuts = statistics.quantiles(gaps, n=100, method="inclusive")
+        rows["async"]["outputs"] = statistics.mean(outputs)  # of a stream
+        rows["async"]["gaps"] = {f"p{p}": cuts[p - 1] for p in PERCENTILES}
         for name, row in rows.items():
             share = row.get("of_generate", 1)
             print(f"{name}: {row['median']:,.0f} tokens/s, {share:.0%}", flush=True)
@@ -251,7 +262,8 @@ class Streams:
         del ttft["generate"]
         alone = self.prompts[:4]
         for prompt in alone * (self.sizes.num_runs + 1):  # the first of each warms up
-            ttft["async"] += asyncio.run(read_all(self.served, [prompt], self.first))
+            visits = asyncio.run(read_all(self.served, [prompt], self.first))
+            ttft["async"] += [one.ttft for one in visits]
             if self.running is not None:
                 done = read_over_http(self.running, [prompt], self.first)
                 ttft["http"] += done["ttft"]

@@ -30,7 +30,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -195,10 +195,12 @@ class Inbox:
 
     Attributes:
         every_token: whether each token is news; if not, only the end of a prompt is.
+        before_read: what `run_step` calls, if the caller runs a step.
         updated: the samples of each such prompt, by request id.
     """
 
     every_token: bool
+    before_read: Callable[[InFlightStep], object] = lambda step: None
     updated: dict[str, list[Request]] = field(default_factory=dict)
 
 
@@ -350,8 +352,17 @@ def take_outputs(
 
 
 # %% ../notebooks/10_engine.ipynb #run-step
-def run_step(executor: GPUExecutor, table: RequestTable) -> None:
+def run_step(
+    executor: GPUExecutor,
+    table: RequestTable,
+    before_read: Callable[[InFlightStep], object] = lambda step: None,
+) -> None:
     """Schedules and launches a step, then reads one, and hands out what it brought.
+
+    Args:
+        executor: runs it.
+        table: of the requests.
+        before_read: is called with the step that is read, while it may still run.
 
     Raises:
         BaseException: of Ctrl-C, and of a scheduler that fails; the requests go on.
@@ -367,6 +378,7 @@ def run_step(executor: GPUExecutor, table: RequestTable) -> None:
             table.in_flight.append((step, starts))
         if len(table.in_flight) > (table.num_ahead if starts else 0):
             step, starts = table.in_flight.popleft()
+            before_read(step)
             output, is_read = step.read(), True
             take_outputs(table, starts, output, executor)
     except BaseException as error:
@@ -376,6 +388,7 @@ def run_step(executor: GPUExecutor, table: RequestTable) -> None:
             raise
 
 
+# %% ../notebooks/10_engine.ipynb #undisturbed
 @contextmanager
 def undisturbed(
     executor: GPUExecutor, table: RequestTable, on: type[BaseException], leaving: Groups
@@ -559,7 +572,7 @@ class LLMEngine(VllmNames):  # adds get_tokenizer(), and how it is printed
         """An output for each prompt with news; if there are none, runs a step first."""
         with self._lock:
             if not inbox.updated and self._table.unfinished:
-                run_step(self.executor, self._table)
+                run_step(self.executor, self._table, inbox.before_read)
             return self._table.collect(inbox) if inbox.updated else []
 
     def withdraw(self, groups: Groups) -> None:

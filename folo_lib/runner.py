@@ -447,6 +447,12 @@ class InFlightStep:
             arrival = get_copy_stream(token_ids.device).record_event()
         return cls(drawing, ids, logprobs, scores, arrival)
 
+    @property
+    def has_arrived(self) -> bool:
+        """Whether `read` would not wait: the device is done."""
+        arrival = self.arrival
+        return arrival is None or bool(arrival.query())  # type: ignore[no-untyped-call]
+
     def read(self) -> StepOutput:
         """Waits for the results; a step that was launched later is not waited for."""
         if self.arrival is not None:

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = [
     "News",
-    "logger",
     "MOST_SKIPPED",
+    "LEAST_PAUSE",
+    "logger",
     "T",
     "RequestStream",
-    "put_all",
+    "Mailbox",
+    "Outbox",
     "EngineDeadError",
     "OwnerThread",
     "EngineOverloadedError",
@@ -22,6 +24,7 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import Future
@@ -30,6 +33,7 @@ from typing import Self, TypeVar
 
 from .engine import Inbox, LLMEngine, Prompt
 from .request import Request, RequestOutput
+from .runner import InFlightStep
 from .sampling_params import SamplingParams
 
 
@@ -57,15 +61,11 @@ class RequestStream:
         self.group, self.on_close = group, on_close
         self.request_id = group[0].request_id
         self.loop = asyncio.get_running_loop()
-        self.has_news = asyncio.Event()
+        self.has_news = False
+        self.reader: asyncio.Future[None] | None = None  # what it awaits
         self.latest: RequestOutput | None = None
         self.error: Exception | None = None
         self.finished = False
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether nothing has come, and somebody still listens."""
-        return self.latest is None and self.error is None and not self.finished
 
     def put(self, news: RequestOutput | Exception) -> None:
         """Keeps the latest, and wakes the reader. For the thread of the loop only."""
@@ -73,7 +73,9 @@ class RequestStream:
             self.error = news
         else:
             self.latest = news
-        self.has_news.set()
+        self.has_news = True
+        if self.reader is not None and not self.reader.done():  # else it was cancelled
+            self.reader.set_result(None)
 
     def __aiter__(self) -> Self:
         return self
@@ -81,8 +83,10 @@ class RequestStream:
     async def __anext__(self) -> RequestOutput:
         if self.finished:
             raise StopAsyncIteration
-        await self.has_news.wait()
-        self.has_news.clear()
+        if not self.has_news:
+            self.reader = self.loop.create_future()
+            await self.reader
+        self.has_news = False
         if self.latest is None or self.error is not None:
             self.finished = True
             raise self.error or StopAsyncIteration
@@ -97,20 +101,108 @@ class RequestStream:
 
 
 # %% ../notebooks/17_serving.ipynb #put-all
-News = Iterable[tuple[RequestStream, RequestOutput | Exception]]
+News = dict[RequestStream, RequestOutput | Exception]
 
 
-def put_all(news: News, unread: set[asyncio.AbstractEventLoop]) -> None:
-    """Puts news into streams, in the thread of their loop, which is then up to date."""
-    for stream, what in news:
-        stream.put(what)
-    loop = asyncio.get_running_loop()
-    loop.call_soon(unread.discard, loop)  # after the readers that were woken
+class Mailbox:
+    """News on its way to the streams of one event loop, which is woken once for all.
+
+    What comes before the loop has looked takes the place of older news, so nothing
+    piles up in front of a loop that is busy.
+
+    Args:
+        loop: that is woken.
+
+    Attributes:
+        news: that the loop has not taken yet.
+        seconds: of the processor, that the last news took in the thread of the loop:
+            the streams and their readers.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop, self.lock = loop, threading.Lock()
+        self.news: News = {}
+        self.seconds = 0.0
+
+    def send(self, news: News) -> None:
+        """Takes news, from any thread; a RuntimeError if the loop is closed."""
+        with self.lock:
+            is_asleep = not self.news
+            self.news.update(news)
+        if is_asleep:
+            self.loop.call_soon_threadsafe(self.open)
+
+    def open(self) -> None:
+        """Puts the news into their streams, in the thread of the loop."""
+        begin = time.thread_time()
+        with self.lock:
+            news, self.news = self.news, {}
+        for stream, what in news.items():
+            stream.put(what)
+        self.loop.call_soon(self.stop_clock, begin)  # after the readers that were woken
+
+    def stop_clock(self, begin: float) -> None:
+        """The readers have had their turn."""
+        self.seconds = time.thread_time() - begin
+
+
+# %% ../notebooks/17_serving.ipynb #outbox
+MOST_SKIPPED = 3  # steps in a row whose tokens rest
+LEAST_PAUSE = 4  # times the readers' work, while the device waits for the host
+
+
+class Outbox:
+    """News of an engine on its way out: when it is handed over, and to which loops.
+
+    Attributes:
+        waiting: streams for which nothing has come.
+        pending: tokens that are handed out while the next step runs.
+        holds_back: whether there is such a while: steps run on a device of their own.
+        mailboxes: of the event loops that streams belong to.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: set[RequestStream] = set()
+        self.pending: News = {}
+        self.mailboxes: dict[asyncio.AbstractEventLoop, Mailbox] = {}
+        self.holds_back, self.told, self.num_skipped = False, 0.0, 0
+
+    def is_due(self, step: InFlightStep) -> bool:
+        """Whether the tokens of a step are to be told, or rest for a later output.
+
+        They rest if the device has nothing to do, and the last news are not long ago,
+        compared with the work that they were for their readers.
+        """
+        self.holds_back = step.arrival is not None
+        seconds = sum(mailbox.seconds for mailbox in self.mailboxes.values())
+        rests = time.perf_counter() - self.told < LEAST_PAUSE * seconds
+        rests = rests and step.has_arrived and self.num_skipped < MOST_SKIPPED
+        self.num_skipped = self.num_skipped + 1 if rests else 0
+        return not rests
+
+    def hand_out(self) -> None:
+        """Hands over what is pending."""
+        if self.pending:
+            news, self.pending = self.pending, {}
+            self.hand_over(news)
+            self.told = time.perf_counter()
+
+    def hand_over(self, news: News) -> None:
+        """Wakes each event loop once, however many of its streams have news."""
+        self.waiting.difference_update(news)
+        by_loop = defaultdict[asyncio.AbstractEventLoop, News](dict)
+        for stream, what in news.items():
+            by_loop[stream.loop][stream] = what
+        for loop, own in by_loop.items():
+            try:
+                self.mailboxes.setdefault(loop, Mailbox(loop)).send(own)
+            except RuntimeError:  # the loop is closed, so nobody reads any more
+                for stream in own:
+                    stream.close()
 
 
 # %% ../notebooks/17_serving.ipynb #owner-thread
 logger = logging.getLogger(__name__)
-MOST_SKIPPED = 3  # steps in a row whose tokens wait for a loop that is busy
 
 
 class EngineDeadError(RuntimeError):
@@ -125,7 +217,7 @@ class OwnerThread:
 
     Attributes:
         streams: those that are unfinished, by request id; the owner's alone.
-        unread: loops whose readers have not seen the last news yet.
+        outbox: of their news.
         notes: functions that the owner calls between two steps.
         closing: set, it stops when no stream is left; `stopping`: after this step.
         error: why it has stopped; None as long as it runs.
@@ -133,9 +225,9 @@ class OwnerThread:
     """
 
     def __init__(self, engine: LLMEngine) -> None:
-        self.engine, self.inbox = engine, Inbox(every_token=True)
+        self.engine, self.outbox = engine, Outbox()
+        self.inbox = Inbox(every_token=True, before_read=self.before_read)
         self.streams: dict[str, RequestStream] = {}
-        self.unread, self.num_skipped = set[asyncio.AbstractEventLoop](), 0
         self.notes: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self.closing = self.stopping = False
         self.error: EngineDeadError | None = None
@@ -149,7 +241,6 @@ class OwnerThread:
         try:
             while not self.stopping and (self.streams or not self.closing):
                 self.read_notes(wait=not self.streams)
-                self.choose_news()
                 outputs = self.engine.advance(self.inbox)
                 self.stats = self.engine.stats()  # who has an end may look at once
                 self.deliver(outputs)
@@ -161,15 +252,10 @@ class OwnerThread:
             self.drop(stream, error)
         self.read_notes()
 
-    def choose_news(self) -> None:
-        """Leaves the next step's tokens for a later output, if a loop is behind.
-
-        An output says all that has come, so nothing is lost; ends are told at once.
-        """
-        if self.num_skipped == MOST_SKIPPED:
-            self.unread.clear()  # perhaps a loop has died; the others must not wait
-        self.inbox.every_token = not self.unread
-        self.num_skipped = 0 if self.inbox.every_token else self.num_skipped + 1
+    def before_read(self, step: InFlightStep) -> None:
+        """Tells of the last step while this one runs, whose tokens are due or rest."""
+        self.inbox.every_token = self.outbox.is_due(step)
+        self.outbox.hand_out()
 
     def post(self, note: Callable[[], object]) -> None:
         """Leaves a note, from any thread."""
@@ -194,39 +280,32 @@ class OwnerThread:
             self.engine.submit([stream.group], self.inbox)
             self.streams[stream.request_id] = stream
         except (ValueError, EngineDeadError) as error:
-            self.hand_over([(stream, error)])
+            self.outbox.hand_over({stream: error})
 
     def drop(self, stream: RequestStream, error: Exception | None = None) -> None:
         """Aborts and forgets a request; its reader gets the error, if there is one."""
         request_id = stream.request_id
+        self.outbox.waiting.discard(stream)
+        self.outbox.pending.pop(stream, None)
         self.engine.withdraw([stream.group])
         if self.streams.get(request_id) is stream:  # else the id is another's by now
             del self.streams[request_id]
             self.inbox.updated.pop(request_id, None)
         if error is not None:
-            self.hand_over([(stream, error)])
+            self.outbox.hand_over({stream: error})
 
     def deliver(self, outputs: Iterable[RequestOutput]) -> None:
-        """Hands the outputs of a step over, and forgets the streams that end."""
-        news = [(self.streams[output.request_id], output) for output in outputs]
-        for stream, output in news:
+        """Takes the outputs of a step, and forgets the streams that end."""
+        num_streams = len(self.streams)
+        for output in outputs:
+            stream = self.streams[output.request_id]
+            self.outbox.pending[stream] = output
             if output.finished:
-                del self.streams[stream.request_id]
-        self.hand_over(news)
-
-    def hand_over(self, news: News) -> None:
-        """Wakes each event loop once, however many of its streams have news."""
-        by_loop = defaultdict(list)
-        for stream, what in news:
-            by_loop[stream.loop].append((stream, what))
-        for loop, pairs in by_loop.items():
-            self.unread.add(loop)
-            try:
-                loop.call_soon_threadsafe(put_all, pairs, self.unread)
-            except RuntimeError:  # the loop is closed, so nobody reads any more
-                self.unread.discard(loop)
-                for stream, _ in pairs:
-                    self.drop(stream)
+                del self.streams[output.request_id]
+        if not self.outbox.holds_back or len(self.streams) < num_streams:
+            self.outbox.hand_out()
+        if not self.streams:
+            self.outbox.mailboxes.clear()  # a loop that has ended is not kept
 
 
 # %% ../notebooks/17_serving.ipynb #async-llm-engine
@@ -271,7 +350,6 @@ class AsyncLLMEngine:
         if max_waiting < 1:
             raise ValueError(f"max_waiting={max_waiting} must be at least 1.")
         self.engine, self.max_waiting = engine, max_waiting
-        self.waiting: list[RequestStream] = []
         self.owner = OwnerThread(engine)
 
     async def generate(
@@ -310,7 +388,7 @@ class AsyncLLMEngine:
         """Queues a request that `engine.processor` made."""
         self.check_open()
         stream = RequestStream(group, self.leave)
-        self.waiting.append(stream)
+        self.owner.outbox.waiting.add(stream)
         self.owner.post(partial(self.owner.start, stream))
         return stream
 
@@ -318,8 +396,7 @@ class AsyncLLMEngine:
         """Raises the error that a request would get now, if it would get one."""
         if self.owner.closing or self.owner.error is not None:
             raise self.owner.error or EngineDeadError("the engine is shutting down.")
-        self.waiting = [stream for stream in self.waiting if stream.is_waiting]
-        if len(self.waiting) >= self.max_waiting:
+        if len(self.owner.outbox.waiting) >= self.max_waiting:
             raise EngineOverloadedError(
                 f"{self.max_waiting} requests wait already: try again later."
             )

@@ -31,6 +31,12 @@ def test_the_whole_section(bench: Bench) -> None:
     made = json.loads(json.dumps(serving.run_serving(bench, SIZES)))
     assert set(made["speeds"]) == {"generate", "async", "http"}
     assert all(len(row["values"]) == 2 for row in made["speeds"].values())
+    assert 2 <= made["speeds"]["async"]["outputs"] <= 4
+    assert (
+        0
+        < made["speeds"]["async"]["gaps"]["p50"]
+        <= made["speeds"]["async"]["gaps"]["p99"]
+    )
     assert made["ttft_alone"]["async"] > 0 and made["ttft_alone"]["http"] > 0
     assert made["left_out"] == {}
     for way in ("generate", "async", "http"):

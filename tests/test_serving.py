@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -19,16 +20,17 @@ from folo_lib import LLMEngine, SamplingParams, bundled_model_path
 from folo_lib.block_pool import PagedKVCacheManager
 from folo_lib.request import RequestOutput
 from folo_lib.serving import (
+    LEAST_PAUSE,
     MOST_SKIPPED,
     AsyncLLMEngine,
     EngineDeadError,
     EngineOverloadedError,
-    OwnerThread,
+    Outbox,
     RequestStream,
-    put_all,
 )
 
 T = TypeVar("T")
+Step: Any = partial(SimpleNamespace, arrival=None)
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, seed=0)
 LONG = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True, seed=0)
 PROMPTS = [f"{'Once upon a time ' * (1 + i % 5)}{i}" for i in range(12)]
@@ -163,11 +165,12 @@ class TestAnswers:
         [only] = run(main())
         assert only.finished and len(only.outputs[0].token_ids) == 8
 
-    def test_tokens_wait_for_a_loop_that_is_behind_but_not_for_ever(
+    def test_a_loop_that_does_something_else_holds_up_nobody(
         self, engine: LLMEngine
     ) -> None:
-        """Another loop gets its tokens nevertheless, three steps later at most."""
-        served, counts, idle = AsyncLLMEngine(engine), list[int](), threading.Event()
+        """Another loop gets its tokens nevertheless, and nothing piles up for the first."""
+        served, idle = AsyncLLMEngine(engine), threading.Event()
+        counts, num_unread = list[int](), list[int]()
         params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 
         async def busy() -> None:
@@ -175,6 +178,12 @@ class TestAnswers:
             await anext(stream)
             await asyncio.sleep(0)
             idle.wait(30)  # the loop does nothing else meanwhile
+            [mailbox] = (
+                box
+                for loop, box in served.owner.outbox.mailboxes.items()
+                if loop is asyncio.get_running_loop()
+            )
+            num_unread.append(len(mailbox.news))
             stream.close()
 
         async def quick() -> None:
@@ -192,21 +201,50 @@ class TestAnswers:
             thread.join(60)
         run(served.shutdown())
         assert counts[-1] == 40 and len(counts) >= 40 // (MOST_SKIPPED + 1) // 2
+        assert num_unread == [1]
 
-    def test_a_loop_that_keeps_up_skips_nothing(self, engine: LLMEngine) -> None:
-        async def main() -> list[bool]:
+    def test_tokens_rest_while_the_device_waits(self) -> None:
+        """But not if the last are long ago, and not for ever."""
+        outbox, pause = Outbox(), 3600.0
+        mailbox: Any = SimpleNamespace(seconds=2 * pause / LEAST_PAUSE)
+        outbox.mailboxes = {None: mailbox}  # type: ignore[dict-item]
+        late, busy = Step(has_arrived=True), Step(has_arrived=False)
+
+        def choose(*steps: Any, ago: float = pause) -> list[bool]:
+            outbox.told = time.perf_counter() - ago
+            return [outbox.is_due(step) for step in steps]
+
+        assert choose(busy, late, busy, late) == [True, False, True, False]
+        assert choose(late, late, ago=3 * pause) == [True, True]
+        resting = [False] * MOST_SKIPPED
+        assert choose(*[late] * (MOST_SKIPPED + 2)) == [*resting, True, False]
+
+    def test_tokens_are_handed_out_while_the_next_step_runs(
+        self, engine: LLMEngine
+    ) -> None:
+        """On a device of its own; where a launch is the work itself, at once."""
+        [group] = engine.processor.process_requests([PROMPTS[0]], GREEDY)
+        token, end = (SimpleNamespace(request_id="a", finished=i) for i in (0, 1))
+
+        async def main() -> list[list[Any]]:
             async with serving(engine) as served:
-                owner, chosen = served.owner, list[bool]()
+                owner, told = served.owner, []
                 await served.ask(lambda: None)
-                for unread in [set(), {1}, {1}, {1}, {1}, set(), {1}]:
-                    owner.unread = unread
-                    owner.choose_news()
-                    chosen.append(owner.inbox.every_token)
-                owner.unread = set()
-                owner.choose_news()
-                return chosen
+                stream = RequestStream(group, on_close=owner.post)
+                stream.put = told.append  # type: ignore[method-assign]
+                history = []
+                for has_device, output in [(0, token), (1, token), (1, end)]:
+                    arrival = object() if has_device else None
+                    owner.before_read(Step(has_arrived=False, arrival=arrival))
+                    await asyncio.sleep(0.001)
+                    owner.streams["a"] = stream
+                    owner.deliver([output])  # type: ignore[list-item]
+                    await asyncio.sleep(0.001)
+                    history.append(list(told))
+                stream.finished = True
+                return history
 
-        assert run(main()) == [True, False, False, False, True, True, False]
+        assert run(main()) == [[token], [token], [token, token, end]]
 
     def test_from_two_event_loops_and_a_thread_without_one(
         self, engine: LLMEngine
@@ -239,23 +277,26 @@ class TestAnswers:
         assert [got[i] for i in range(3)] == expected
 
     def test_each_loop_is_woken_once_and_for_its_own(self) -> None:
-        calls: list[tuple[str, list[Any]]] = []
+        class Stream:
+            def __init__(self, loop: Loop) -> None:
+                self.loop = loop
 
         class Loop:
-            def __init__(self, name: str) -> None:
-                self.name = name
+            def __init__(self) -> None:
+                self.calls: list[Any] = []
 
-            def call_soon_threadsafe(
-                self, function: Any, pairs: list[Any], unread: set[Any]
-            ) -> None:
-                assert function is put_all and self in unread
-                calls.append((self.name, [what for _, what in pairs]))
+            def call_soon_threadsafe(self, function: Any) -> None:
+                self.calls.append(function)
 
-        one, other = (SimpleNamespace(loop=Loop(name)) for name in "ab")
-        news: Any = [(one, 1), (other, 2), (one, 3)]
-        owner: Any = SimpleNamespace(unread=set())
-        OwnerThread.hand_over(owner, news)
-        assert calls == [("a", [1, 3]), ("b", [2])]
+        outbox, loops = Outbox(), (Loop(), Loop())
+        one, two, three = map(Stream, (loops[0], loops[1], loops[0]))
+        news: Any = {one: 1, two: 2}
+        outbox.hand_over(news)
+        news = {one: 3, three: 4}
+        outbox.hand_over(news)  # before the first loop has looked
+        boxes: Any = [outbox.mailboxes[loop] for loop in loops]  # type: ignore[index]
+        assert [loop.calls for loop in loops] == [[box.open] for box in boxes]
+        assert [box.news for box in boxes] == [{one: 3, three: 4}, {two: 2}]
 
     def test_who_has_ended_is_forgotten(self, engine: LLMEngine) -> None:
         async def main() -> None:
@@ -435,6 +476,27 @@ class TestRefusals:
                     await anext(again)
                 assert not (await anext(first)).finished
                 first.close()
+
+        run(main())
+
+    def test_who_has_ended_or_left_waits_no_more(self, engine: LLMEngine) -> None:
+        """And is not kept until the next request comes."""
+
+        async def main() -> None:
+            async with serving(engine) as served:
+                ended = served.add_request(PROMPTS[0], GREEDY)
+                left = served.add_request(PROMPTS[1], GREEDY)
+                refused = served.add_request(PROMPTS[0], GREEDY, ended.request_id)
+                assert served.owner.outbox.waiting == {ended, left, refused}
+                left.close()
+                with pytest.raises(ValueError, match="in use"):
+                    await last_of(refused)
+                await last_of(ended)
+                await served.ask(lambda: None)
+                assert (
+                    not served.owner.outbox.waiting
+                    and not served.owner.outbox.mailboxes
+                )
 
         run(main())
 

@@ -103,6 +103,14 @@ def test_without_http_a_figure_says_so() -> None:
     assert ax.get_title() == "No HTTP" and len(ax.patches) == 1
 
 
+def test_outputs_of_a_stream_are_told_where_they_were_counted() -> None:
+    record = copy.deepcopy(CPU)
+    row = record["sections"]["serving"][-1]["speeds"]["async"]
+    row |= {"outputs": 41.4, "gaps": {"p50": 0.0123, "p99": 0.5}}
+    said = "in 41 outputs, half of them within 12.3 ms of the last, 99 % within 500.0"
+    assert any(line.endswith(said) for line in shown.list_serving([record]))
+
+
 def test_page_18_says_what_its_recordings_hold() -> None:
     cells = nbformat.read(DATA.parent / "18_benchmark.ipynb", as_version=4).cells
     texts = {cell.id: cell for cell in cells}

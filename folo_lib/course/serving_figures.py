@@ -128,6 +128,13 @@ def list_serving(records: Sequence[Result]) -> list[str]:
                     f"  {name}: {speeds[way]['of_generate']:.0%} of that; the first "
                     f"token of one client after {1e3 * made['ttft_alone'][way]:.1f} ms"
                 )
+        if "outputs" in speeds["async"]:
+            gaps = speeds["async"]["gaps"]
+            lines.append(
+                f"  a stream of {made['sizes']['stream_tokens']} tokens came in "
+                f"{speeds['async']['outputs']:.0f} outputs, half of them within "
+                f"{1e3 * gaps['p50']:.1f} ms of the last, 99 % within {1e3 * gaps['p99']:.1f}"
+            )
         if theirs:
             lines.append(
                 f"  vLLM's AsyncLLM: {theirs['tokens_per_second']:,.0f} tokens/s; "
