@@ -777,7 +777,7 @@ def test_a_backend_that_reads_on_the_host_runs_eagerly(
         prompts, params = make_traffic()
         outputs = engine.generate(prompts, params, use_tqdm=False)
     [record] = caplog.records
-    said = f"decode={decode!r} needs attention_backend='triton', not 'torch_sdpa'"
+    said = f"decode={decode!r} needs attention_backend='triton', not 'torch_ragged'"
     assert record.getMessage() == f"{said}: steps run eagerly."
     assert [one.outputs[0].token_ids for one in outputs] == write_eagerly()
 

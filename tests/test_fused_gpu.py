@@ -109,7 +109,8 @@ class Tape:
             text is read. Without them nothing but the notes is added to what the engine does.
 
     Attributes:
-        logits, tokens: of each step `[B, V]` and `[B]`, before any token is forced.
+        logits, tokens: of each step `[B, V]` and `[B]`, before any token is forced; in the order
+            of the requests' rows, since a step has an order of its own.
         num_fused: how many of the steps ran in `FusedDecode`.
     """
 
@@ -128,11 +129,12 @@ class Tape:
 
     def note(self, logits: Tensor, own: Tensor, rows: Tensor) -> Tensor | None:
         """What is drawn instead of `own`, if that is so."""
-        self.logits.append(logits.float().clone())
-        self.tokens.append(own.clone())
+        order = rows.argsort()
+        self.logits.append(logits.float()[order])
+        self.tokens.append(own[order])
         if self.forced is None:
             return None
-        drawn = self.forced[len(self.tokens) - 1]
+        drawn = self.forced[len(self.tokens) - 1][order.argsort()]
         self.runner.rows.last_token_ids.index_copy_(0, rows, drawn)
         return drawn
 

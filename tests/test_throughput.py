@@ -189,7 +189,7 @@ class TestThroughput:
         ours = made["folo_lib"]
         few = bench.sizes.throughput
         assert ours["runner"] == "ModelRunner"
-        assert ours["attention"] == ["TorchSDPABackend"]
+        assert ours["attention"] == ["TorchRaggedBackend"]
         assert ours["tokens"]["tokens"] == 2 * 5 and ours["memory"] is None
         assert [row["requests"] for row in ours["equal"]] == [2, 3]
         for row in (*ours["equal"], ours["mixed"]):
