@@ -156,14 +156,22 @@ def test_page_16_says_what_its_recording_holds() -> None:
     one, two = find("8B", 1, 1), find("8B", 1, 2, has_sums=True)
     many = find("8B", 64, 2, has_sums=True) / find("8B", 64, 1)
     small = find("0.6B", 1, 2, has_sums=True) / find("0.6B", 1, 1)
-    assert two / one > 0.65 and many > 1 / 1.6 and find("8B", 64, 1) < one
+    assert two / one <= 0.65 and many > 1 / 1.6
+    sums = {
+        one["shape"]: one["sums_ms"]
+        for one in measured["ratios"]
+        if one["requests"] == 1
+    }
     prose = read_prose("16_tensor_parallel")
     for words in (
         f"it makes it {small:.1f} times as long",
+        f"The factor of {small:.1f} is not",
         f"runs on two cards in {find('32B', 1, 2, has_sums=True):.2f} ms",
         f"with one sequence, and it takes {two / one:.2f}",
+        f"Of the {two:.2f} ms the sums are {sums['8B']:.2f} ms",
         f"which is a ratio of {1 / 1.6}, and it is {many:.2f}",
-        f"of one sequence would take {find('8B', 1, 2):.2f} ms",
-        f"and half of the {one:.2f} ms would be {one / 2:.2f}",
+        f"such a step would take {find('8B', 64, 2):.2f} ms",
+        f"and half of the {find('8B', 64, 1):.2f} ms would be {find('8B', 64, 1) / 2:.2f}",
+        f"they are {sums['0.6B']:.2f} of the {find('0.6B', 1, 2, has_sums=True):.2f} ms",
     ):
         assert words in prose
