@@ -16,12 +16,14 @@ from matplotlib.figure import Figure
 
 from folo_lib.benchmark_bench import LatencySizes, Sizes
 from folo_lib.benchmark_serving import PERCENTILES, ServingSizes
+from folo_lib.benchmark_waterfall import RUNGS
 from folo_lib.benchmark_workloads import ThroughputSizes
 from folo_lib.course import throughput_figures as shown
 from folo_lib.course.figures import HUGGING_FACE, OTHER, US
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "notebooks" / "data" / "throughput_h200.json"
+LATER = RECORD.with_name("engine_h200.json")
 PAGE = ROOT / "notebooks" / "18_benchmark.ipynb"
 Result = dict[str, Any]
 
@@ -174,7 +176,7 @@ def test_waterfall(ax: Any, record: Result) -> None:
     assert colours == [shown.SLOW.colour, US.colour, US.colour]
     assert dots(ax) == [3]
     assert texts(ax) == ["2 (the first of 256 requests)", "50", "200, 4.00 times"]
-    assert ax.get_title() == "100 times the tokens of the naive engine"
+    assert ax.get_title() == '100.0 times the tokens per second of "slow"'
     assert [label.get_text() for label in ax.get_yticklabels()] == [
         "slow",
         "many",
@@ -332,17 +334,22 @@ def numbers(text: str) -> set[str]:
     return {*re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", text)}
 
 
-def test_the_page_prints_the_recording() -> None:
-    record = shown.read_recording(RECORD)
+def test_the_page_prints_the_recordings() -> None:
     text = printed(cells_of_section())
-    lists = shown.list_throughput, shown.list_waterfall, shown.list_tpot
-    for line in [line for one in (*lists, shown.list_latency) for line in one(record)]:
-        assert line + "\n" in text, (
-            "tools/run_pages.py --save notebooks/18_benchmark.ipynb"
-        )
-    for name, recordings in record["sections"].items():
-        for made in recordings:
-            assert re.search(rf"^{name} +{made['date'][:16]} UTC", text, re.MULTILINE)
+    few = shown.list_tpot, shown.list_latency
+    for path, lists in (
+        (RECORD, (shown.list_throughput, *few)),
+        (LATER, (shown.list_waterfall, *few)),
+    ):
+        record = shown.read_recording(path)
+        for line in [line for one in lists for line in one(record)]:
+            assert line + "\n" in text, (
+                "tools/run_pages.py --save notebooks/18_benchmark.ipynb"
+            )
+        for name, recordings in record["sections"].items():
+            for made in recordings:
+                date = made["date"][:16]
+                assert re.search(rf"^  {name} +{date} UTC", text, re.MULTILINE)
 
 
 def test_numbers_in_the_prose_are_printed_or_options() -> None:
@@ -389,6 +396,24 @@ def test_the_recording_is_whole() -> None:
     assert len(rungs) == 8
     assert [len(rung["starts"]) for rung in rungs[-3:]] == [5, 5, 5]
     assert len(record["sections"]["vllm"]) >= 2
+
+
+def test_the_later_recording() -> None:
+    """Our engine alone: what page 18 draws of it, and what page 15 was to reach."""
+    record = shown.read_recording(LATER)
+    rungs = shown.join_waterfall(record)["rows"]
+    assert [row["rung"] for row in rungs] == [*RUNGS][-4:]
+    assert all(len(row["starts"]) == 5 for row in rungs)
+    assert rungs[-1]["tokens_per_second"] >= 26_000
+    few = shown.latest(record, "tpot")
+    assert few["starts"]["spread"] <= 0.03
+    bounds = {(1, 128): 2.1, (8, 128): 2.7, (16, 128): 3.6}
+    bounds |= {(1, 1024): 2.6, (1, 8192): 3.4, (1, 32768): 6.2}
+    for row in few["rows"]:
+        assert row["floors"] <= bounds.get((row["requests"], row["prompt_tokens"]), 2.7)
+    assert all(row["more_ms"] <= 0.1 for row in few["sampled"]["rows"])
+    before = shown.latest(shown.read_recording(RECORD), "tpot")
+    assert few["starts"]["spread"] < before["starts"]["spread"]  # "nearer still"
 
 
 def test_the_prose_says_who_is_how_near() -> None:

@@ -248,7 +248,7 @@ def draw_waterfall(ax: Axes, record: Result) -> None:
         before = row
     draw_bars(ax, bars)
     ratio = rows[-1]["tokens_per_second"] / rows[0]["tokens_per_second"]
-    ax.set_title(f"{ratio:,.0f} times the tokens of the naive engine")
+    ax.set_title(f'{ratio:,.1f} times the tokens per second of "{rows[0]["rung"]}"')
 
 
 def best_tpot(starts: Sequence[Result], row: Result) -> Result:
