@@ -20,9 +20,10 @@ from folo_lib.kv_cache import (
 
 __all__ = ["RaggedRead", "TorchRaggedBackend", "plan_ragged"]
 
-with warnings.catch_warnings():  # PyTorch says once that sparse matrices are a beta
-    warnings.filterwarnings("ignore", "Sparse CSR tensor support", UserWarning)
-    torch.zeros(1, 1).to_sparse_csr()
+# PyTorch says once that sparse matrices are a beta and, before 2.13, that nobody checks them.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", UserWarning)
+    torch.sparse_csr_tensor([0, 1], [0], [1.0], (1, 1), check_invariants=False)
 
 
 @dataclass(frozen=True)
