@@ -288,13 +288,11 @@ class RequestTable:
         """After a step that broke off: all begin again, but those that failed in it.
 
         Args:
-            failed: the requests that end with the error; without any, the log has it.
+            failed: the requests that end with the error.
             error: what broke it off.
         """
         self.in_flight.clear()
         requests = list(self.unfinished.values())
-        if isinstance(error, Exception) and not failed:
-            logger.error("All requests begin again.", exc_info=error)
         for request in requests:
             request.rewind()
             if isinstance(error, Exception) and request in failed:
@@ -383,6 +381,8 @@ def run_step(
             take_outputs(table, starts, output, executor)
     except BaseException as error:
         executor.reset()
+        if is_read and isinstance(error, Exception):
+            logger.error("All requests begin again.", exc_info=error)
         table.restart({} if is_read else starts, error)
         if not starts or not isinstance(error, Exception):
             raise

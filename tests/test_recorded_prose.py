@@ -168,7 +168,7 @@ def test_page_16_says_what_its_recording_holds() -> None:
         f"The factor of {small:.1f} is not",
         f"runs on two cards in {find('32B', 1, 2, has_sums=True):.2f} ms",
         f"with one sequence, and it takes {two / one:.2f}",
-        f"Of the {two:.2f} ms the sums are {sums['8B']:.2f} ms",
+        f"Without its sums the step of {two:.2f} ms would be {sums['8B']:.2f} ms shorter",
         f"which is a ratio of {1 / 1.6}, and it is {many:.2f}",
         f"such a step would take {find('8B', 64, 2):.2f} ms",
         f"and half of the {find('8B', 64, 1):.2f} ms would be {find('8B', 64, 1) / 2:.2f}",
