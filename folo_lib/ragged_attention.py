@@ -20,7 +20,7 @@ from folo_lib.kv_cache import (
 
 __all__ = ["RaggedRead", "TorchRaggedBackend", "plan_ragged"]
 
-# PyTorch says once that sparse matrices are a beta and, before 2.13, that nobody checks them.
+# PyTorch says once that sparse matrices are a beta and, in some versions, that nobody checks them.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)
     torch.sparse_csr_tensor([0, 1], [0], [1.0], (1, 1), check_invariants=False)
