@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = [
     "News",
-    "MOST_SKIPPED",
     "LEAST_PAUSE",
+    "LONGEST_REST",
     "logger",
     "T",
     "RequestStream",
@@ -147,8 +147,8 @@ class Mailbox:
 
 
 # %% ../notebooks/17_serving.ipynb #outbox
-MOST_SKIPPED = 3  # steps in a row whose tokens rest
 LEAST_PAUSE = 4  # times the readers' work, while the device waits for the host
+LONGEST_REST = 0.02  # seconds; fifty outputs a second look like a flow
 
 
 class Outbox:
@@ -165,20 +165,18 @@ class Outbox:
         self.waiting: set[RequestStream] = set()
         self.pending: News = {}
         self.mailboxes: dict[asyncio.AbstractEventLoop, Mailbox] = {}
-        self.holds_back, self.told, self.num_skipped = False, 0.0, 0
+        self.holds_back, self.told = False, 0.0
 
     def is_due(self, step: InFlightStep) -> bool:
         """Whether the tokens of a step are to be told, or rest for a later output.
 
-        They rest if the device has nothing to do, and the last news are not long ago,
-        compared with the work that they were for their readers.
+        They rest if the device has nothing to do, and the last news are not long ago:
+        neither for a human eye, nor compared with the work that they were.
         """
         self.holds_back = step.arrival is not None
         seconds = sum(mailbox.seconds for mailbox in self.mailboxes.values())
-        rests = time.perf_counter() - self.told < LEAST_PAUSE * seconds
-        rests = rests and step.has_arrived and self.num_skipped < MOST_SKIPPED
-        self.num_skipped = self.num_skipped + 1 if rests else 0
-        return not rests
+        rest = min(LEAST_PAUSE * seconds, LONGEST_REST)
+        return not step.has_arrived or time.perf_counter() - self.told >= rest
 
     def hand_out(self) -> None:
         """Hands over what is pending."""

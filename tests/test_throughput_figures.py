@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -23,7 +25,6 @@ from folo_lib.course.figures import HUGGING_FACE, OTHER, US
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "notebooks" / "data" / "throughput_h200.json"
-LATER = RECORD.with_name("engine_h200.json")
 PAGE = ROOT / "notebooks" / "18_benchmark.ipynb"
 Result = dict[str, Any]
 
@@ -240,7 +241,10 @@ def test_lines(record: Result) -> None:
         "vLLM",
     ]
     assert lines[7].split()[:3] == ["256", "mixed", "requests:"]
-    assert lines[8] == "memory beyond weights and cache: 300 MiB"
+    assert lines[8:] == [
+        "memory beyond weights and cache: 300 MiB",
+        "3 more starts: 190 to 230 tokens/s, 1.52 to 1.84 times vLLM",
+    ]
     assert shown.list_waterfall(record) == [
         "slow: 2 tokens/s (the first of 256 requests)",
         "many: 50 tokens/s",
@@ -253,6 +257,12 @@ def test_lines(record: Result) -> None:
     parts += [whole | {"rows": [first, others[0]]}, whole | {"rows": others[1:]}]
     in_parts = record | {"sections": {**record["sections"], "waterfall": parts}}
     assert shown.list_waterfall(in_parts) == shown.list_waterfall(record)
+    names = [*RUNGS][:3]
+    for row, name in zip(whole["rows"], names, strict=True):
+        row["rung"] = name
+    whole["rows"].reverse()
+    in_order = [row["rung"] for row in shown.join_waterfall(record)["rows"]]
+    assert in_order == names, "in the order of the way, not of the recording"
     assert shown.list_latency(record) == [
         "after   128 tokens: 1.23 ms per token",
         "longest gap of 64 requests: 10.0 ms, and 40.0 ms when a prompt of 8,192 tokens "
@@ -334,22 +344,17 @@ def numbers(text: str) -> set[str]:
     return {*re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", text)}
 
 
-def test_the_page_prints_the_recordings() -> None:
-    text = printed(cells_of_section())
-    few = shown.list_tpot, shown.list_latency
-    for path, lists in (
-        (RECORD, (shown.list_throughput, *few)),
-        (LATER, (shown.list_waterfall, *few)),
-    ):
-        record = shown.read_recording(path)
-        for line in [line for one in lists for line in one(record)]:
-            assert line + "\n" in text, (
-                "tools/run_pages.py --save notebooks/18_benchmark.ipynb"
-            )
-        for name, recordings in record["sections"].items():
-            for made in recordings:
-                date = made["date"][:16]
-                assert re.search(rf"^  {name} +{date} UTC", text, re.MULTILINE)
+def test_the_page_prints_the_recording() -> None:
+    text, record = printed(cells_of_section()), shown.read_recording(RECORD)
+    lists = shown.list_throughput, shown.list_waterfall, shown.list_tpot
+    for line in [line for one in (*lists, shown.list_latency) for line in one(record)]:
+        assert line + "\n" in text, (
+            "tools/run_pages.py --save notebooks/18_benchmark.ipynb"
+        )
+    for name, recordings in record["sections"].items():
+        for made in recordings:
+            date = made["date"][:16]
+            assert re.search(rf"^{name} +{date} UTC", text, re.MULTILINE)
 
 
 def test_numbers_in_the_prose_are_printed_or_options() -> None:
@@ -389,31 +394,52 @@ def test_the_recording_is_of_the_real_workload() -> None:
     assert RECORD.stat().st_size < 400_000
 
 
-@pytest.mark.xfail(raises=(KeyError, AssertionError), reason="the rest is not recorded")
 def test_the_recording_is_whole() -> None:
     record = shown.read_recording(RECORD)
     rungs = shown.join_waterfall(record)["rows"]
-    assert len(rungs) == 8
-    assert [len(rung["starts"]) for rung in rungs[-3:]] == [5, 5, 5]
+    assert [rung["rung"] for rung in rungs] == [*RUNGS]
+    assert [len(rung["starts"]) for rung in rungs] == [1] * 4 + [5] * 4
     assert len(record["sections"]["vllm"]) >= 2
 
 
-def test_the_later_recording() -> None:
-    """Our engine alone: what page 18 draws of it, and what page 15 was to reach."""
-    record = shown.read_recording(LATER)
-    rungs = shown.join_waterfall(record)["rows"]
-    assert [row["rung"] for row in rungs] == [*RUNGS][-4:]
-    assert all(len(row["starts"]) == 5 for row in rungs)
-    assert rungs[-1]["tokens_per_second"] >= 26_000
+def test_the_recording_reaches_what_was_asked() -> None:
+    """Tokens per second, in all starts; and times per token, in floors.
+
+    Of one request six starts are known, of which the median counts.
+    """
+    record = shown.read_recording(RECORD)
+    made = shown.latest(record, "throughput")["folo_lib"]
+    starts = shown.join_waterfall(record)["rows"][-1]["starts"]
+    speeds = [one["tokens_per_second"] for one in (made["mixed"], *starts)]
+    assert min(speeds) >= 26_000
+    vllm = shown.best_start(record["sections"]["vllm"])["tokens_per_second"]
+    assert median(speeds) >= 1.1 * vllm
+    asked = {8: 4_500, 32: 16_000, 256: 50_000}
+    for row in made["equal"]:
+        assert row["tokens_per_second"] >= asked.get(row["requests"], 0)
     few = shown.latest(record, "tpot")
+    alone, *rows = few["rows"]
+    times = [row["tpot_ms"] for row in (alone, *few["starts"]["rows"])]
+    assert median(times) <= 2.1 * few["floor"]["ms"]
     assert few["starts"]["spread"] <= 0.03
-    bounds = {(1, 128): 2.1, (8, 128): 2.7, (16, 128): 3.6}
+    bounds = {(8, 128): 2.7, (16, 128): 3.6}
     bounds |= {(1, 1024): 2.6, (1, 8192): 3.4, (1, 32768): 6.2}
-    for row in few["rows"]:
+    for row in rows:
         assert row["floors"] <= bounds.get((row["requests"], row["prompt_tokens"]), 2.7)
     assert all(row["more_ms"] <= 0.1 for row in few["sampled"]["rows"])
-    before = shown.latest(shown.read_recording(RECORD), "tpot")
-    assert few["starts"]["spread"] < before["starts"]["spread"]  # "nearer still"
+
+
+def test_the_prose_says_which_rung_gains_nothing() -> None:
+    rows = shown.join_waterfall(shown.read_recording(RECORD))["rows"]
+    speeds = [row["tokens_per_second"] for row in rows]
+    falls = [
+        row["rung"] for i, row in enumerate(rows) if i and speeds[i] < speeds[i - 1]
+    ]
+    assert falls == ["KV cache"]
+    gains = [after / before for before, after in pairwise(speeds)]
+    assert sorted(gains)[-2:] == sorted(
+        gains[1:3]
+    )  # "on the third and the fourth rung"
 
 
 def test_the_prose_says_who_is_how_near() -> None:
@@ -426,7 +452,7 @@ def test_the_prose_says_who_is_how_near() -> None:
         one["mixed"]["tokens_per_second"] for one in record["sections"]["vllm"]
     )
     assert round(share, 1) == 0.7 and abs(share - 2 / 3) < 0.02
-    assert 0.5 < share * theirs / ours["tokens_per_second"] < 0.57
+    assert abs(share * theirs / ours["tokens_per_second"] - 0.6) < 0.02
     rows = shown.latest(record, "tpot")["rows"]
     short, *_, long = [
         row["floors"] / row["least_floors"] for row in rows if row["requests"] == 1

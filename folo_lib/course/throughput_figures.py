@@ -16,6 +16,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from folo_lib.benchmark_waterfall import RUNGS
 from folo_lib.course.figures import (
     BLACK,
     HUGGING_FACE,
@@ -65,14 +66,17 @@ def latest(record: Result, section: str) -> Result:
 def join_waterfall(record: Result) -> Result:
     """The section `waterfall`, which may have been recorded in parts; `{}` if there is none.
 
-    Of a rung that was recorded twice the last recording counts.
+    Its rungs are in the order of the way, whichever part came first. Of a rung that was
+    recorded twice the last recording counts.
     """
     parts: list[Result] = record["sections"].get("waterfall", [])
     if not parts:
         return {}
     rows = {row["rung"]: row for part in parts for row in part["rows"]}
     left_out = {name: why for part in parts for name, why in part["left_out"].items()}
-    return parts[-1] | {"rows": list(rows.values()), "left_out": left_out}
+    way = {name: place for place, name in enumerate(RUNGS)}
+    in_order = sorted(rows.values(), key=lambda row: way.get(row["rung"], len(way)))
+    return parts[-1] | {"rows": in_order, "left_out": left_out}
 
 
 def describe(record: Result, section: str) -> str:
@@ -370,6 +374,13 @@ def list_throughput(record: Result) -> list[str]:
     if memory := ours["memory"]:
         beyond = memory["beyond"]["allocated"] / 2**20
         lines.append(f"memory beyond weights and cache: {beyond:,.0f} MiB")
+    for row in join_waterfall(record).get("rows", [])[-1:]:
+        speeds = [start["tokens_per_second"] for start in row["starts"]]
+        line = f"{len(speeds)} more starts: {min(speeds):,.0f} to {max(speeds):,.0f}"
+        if vllm := best_start(starts):
+            low, high = (f(speeds) / vllm["tokens_per_second"] for f in (min, max))
+            line += f" tokens/s, {low:.2f} to {high:.2f} times vLLM"
+        lines.append(line)
     return lines
 
 
