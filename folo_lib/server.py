@@ -216,8 +216,6 @@ class Service:
             if isinstance(error, TypeError | ValueError):
                 raise ApiError.from_value_error(error) from error
             raise
-        if not streams:
-            raise ApiError(400, "prompt holds no prompts.", "prompt")
         return streams
 
     async def answer(

@@ -13,7 +13,13 @@ from typing import Any
 
 import pytest
 
-from folo_lib import LLM, SamplingParams, bundled_model_path, cli
+from folo_lib import (
+    LLM,
+    SamplingParams,
+    bundled_model_path,
+    cli,
+    inputs as folo_inputs,
+)
 from folo_lib.cli import Printer, main, shade, split_by_news
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,6 +75,10 @@ class TestPrinter:
     def test_chinese_wraps_too(self) -> None:
         lines = show("小猫" * 15).split("\n")
         assert [len(line) for line in lines] == [19, 11, 0]
+
+    def test_an_accent_that_is_a_character_of_its_own_takes_no_room(self) -> None:
+        word = "e\u0301" * 19
+        assert show(f"{word} {word}") == f"{word} {word}\n"
 
     def test_what_is_no_terminal_gets_the_text_as_it_is(self) -> None:
         text = "two  spaces\tand\n" + "x " * 50
@@ -168,6 +178,24 @@ class TestStory:
         assert caught.value.code == 130
         assert capsys.readouterr().out == "Once\n"
 
+    def test_a_pipe_that_nobody_reads_any_more_is_no_error(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """As with `folo ... | head`; what Python still flushes at its end goes nowhere."""
+        with (tmp_path / "pipe").open("w") as pipe:
+
+            class Closed(io.StringIO):
+                def write(self, text: str) -> int:
+                    raise BrokenPipeError
+
+                def fileno(self) -> int:
+                    return pipe.fileno()
+
+            monkeypatch.setattr(sys, "stdout", Closed())
+            main(["Once"])
+            nowhere = os.stat(os.devnull)
+            assert os.path.samestat(os.fstat(pipe.fileno()), nowhere)
+
 
 @pytest.mark.usefixtures("at_once")
 class TestChat:
@@ -199,6 +227,28 @@ class TestChat:
 
     def test_new_forgets(self, say: Any) -> None:
         assert say("Hello", "/new", "Hello") == say("Hello") * 2
+
+    def test_ctrl_c_stops_an_answer_and_the_talk_goes_on(
+        self, say: Any, llm: LLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        talks: list[list[dict[str, str]]] = []
+        template = folo_inputs.apply_chat_template
+
+        def listen(tokenizer: Any, messages: Any, options: Any) -> str:
+            talks.append(list(messages))
+            return template(tokenizer, messages, options)
+
+        def press(outputs: Any) -> Any:
+            yield next(split_by_news(outputs))
+            if len(talks) == 1:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(folo_inputs, "apply_chat_template", listen)
+        monkeypatch.setattr(cli, "split_by_news", press)
+        first, second = say("Hello", "Go on.")
+        assert first.endswith(" ...") and not second.endswith(" ...")
+        said = {"role": "assistant", "content": first}
+        assert talks[1][1:] == [said, {"role": "user", "content": "Go on."}]
 
     def test_an_option_of_run(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

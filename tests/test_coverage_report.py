@@ -58,6 +58,15 @@ def test_counts_are_those_of_the_engine_without_what_needs_a_gpu() -> None:
     assert coverage_report.report(record, SETTINGS) == []
 
 
+def test_an_exercise_is_not_the_module_whose_name_it_bears() -> None:
+    record = make_record(runner__run=region(9, 10, 4, 5))
+    record["files"]["folo_lib/course/exercises/runner.py"] = {
+        "functions": {"check": region(1, 90, 0, 40)}
+    }
+    modules, _, _ = coverage_report.summarize(record, SETTINGS)
+    assert modules["runner"]["num_statements"] == 10
+
+
 @pytest.mark.parametrize(
     ("run", "graph", "said"),
     [

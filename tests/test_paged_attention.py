@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from folo_lib.paged_attention import (
     TritonBackend,
     choose_decode_sizes,
     choose_num_splits,
+    choose_prefill_sizes,
     store_kv,
 )
 
@@ -458,6 +460,28 @@ class TestLaunch:
                 needed = num_seqs * kv_heads
                 assert found == 1 or found * needed <= programs
                 assert found == module.MAX_SPLITS or (found + 1) * needed > programs
+
+    def test_the_prefill_takes_the_largest_tiles_that_a_card_has_room_for(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """An H200 has 228 KiB of shared memory, an A10 has 100."""
+        cuda = torch.device("cuda")
+        rooms = {228: module.PREFILL, 100: module.MEDIUM_PREFILL}
+        for size, tiles in rooms.items():
+            found = SimpleNamespace(
+                shared_memory_per_multiprocessor=size * 1024, multi_processor_count=72
+            )
+            monkeypatch.setattr(
+                torch.cuda, "get_device_properties", lambda _, found=found: found
+            )
+            choose = choose_prefill_sizes.__wrapped__  # nothing is remembered
+            assert choose(torch.bfloat16, 128, cuda) == tiles
+            assert choose(torch.float32, 128, cuda) == module.SMALL_PREFILL
+            assert choose(torch.bfloat16, 256, cuda) == module.SMALL_PREFILL
+            assert choose(torch.bfloat16, 128, torch.device("cpu")) == (
+                module.MEDIUM_PREFILL
+            )
+            assert module.count_multiprocessors.__wrapped__(cuda) == 72
 
     def test_tiles_are_large_where_their_rounds_are_full(
         self, monkeypatch: pytest.MonkeyPatch

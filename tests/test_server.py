@@ -30,15 +30,25 @@ from folo_lib import LLMEngine, SamplingParams, bundled_model_path
 from folo_lib.benchmark_serving import run_server
 from folo_lib.request import Logprob, Request
 from folo_lib.server import (
+    ApiError,
     EventResponse,
+    Server,
     Service,
+    check_output,
     create_app,
     main,
     make_parser,
     merge,
+    read_to_end,
+    unless_gone,
 )
 from folo_lib.server_protocol import UNSUPPORTED, CompletionRequest, clamp
-from folo_lib.serving import AsyncLLMEngine, EngineOverloadedError, RequestStream
+from folo_lib.serving import (
+    AsyncLLMEngine,
+    EngineDeadError,
+    EngineOverloadedError,
+    RequestStream,
+)
 
 MODEL, KEY = "tiny-qwen3", "secret"
 MESSAGES: Any = [{"role": "user", "content": "Tell me a story about a fox."}]
@@ -387,6 +397,31 @@ class TestHangingUp:
             client.completions.create(model=MODEL, prompt=PROMPT, timeout=0.1, **LONG)
         server.wait_until_idle()
         assert 0 < len(counts) < 200, "it went on to the end"
+
+    def test_only_a_hang_up_ends_the_work(self) -> None:
+        """What else the connection has to say is read past, and the work goes on."""
+        messages = ["http.request", "http.disconnect"]
+        ended: list[str] = []
+
+        async def receive() -> dict[str, str]:
+            await asyncio.sleep(0)
+            return {"type": messages.pop(0)}
+
+        async def work() -> None:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                ended.append("cancelled")
+                raise
+
+        async def main() -> None:
+            request: Any = SimpleNamespace(receive=receive)
+            with pytest.raises(ApiError, match="the client has gone"):
+                await unless_gone(request, work())
+            await asyncio.sleep(0)
+
+        asyncio.run(main())
+        assert messages == [] and ended == ["cancelled"]
 
     def test_a_reader_that_never_reads_and_leaves(self, server: Running) -> None:
         body = {"model": MODEL, "prompt": [PROMPT] * 4, "stream": True, "n": 8}
@@ -738,6 +773,48 @@ class TestBadInput:
         raw = http.post("/v1/completions", json={"model": MODEL, "prompt": PROMPT})
         assert (raw.status_code, raw.headers["retry-after"]) == (503, "1")
 
+    @pytest.mark.parametrize(
+        ("error", "status", "said"),
+        [
+            (EngineDeadError("the engine broke off."), 503, "the engine broke off."),
+            (KeyError("secret"), 500, "The server failed: KeyError."),
+        ],
+    )
+    def test_an_engine_that_is_dead_or_raises_what_nobody_expected(
+        self,
+        server: Running,
+        http: httpx.Client,
+        monkeypatch: pytest.MonkeyPatch,
+        error: Exception,
+        status: int,
+        said: str,
+    ) -> None:
+        """What the client is told holds no detail of an error that is not ours."""
+
+        def submit(_: Any) -> Any:
+            raise error
+
+        monkeypatch.setattr(server.served, "submit", submit)
+        body = {"model": MODEL, "prompt": PROMPT}
+        answer = http.post("/v1/completions", json=body)
+        assert answer.status_code == status
+        assert answer.json()["error"]["message"] == said
+
+    def test_a_request_that_somebody_else_ended(self) -> None:
+        """An answer that was cut short must not look like a whole one."""
+
+        async def nothing() -> AsyncIterator[Any]:
+            for output in ():
+                yield output
+
+        sample = SimpleNamespace(finish_reason="abort")
+        output: Any = SimpleNamespace(error=None, outputs=[sample])
+        with pytest.raises(ApiError, match="aborted") as told:
+            check_output(output)
+        assert told.value.status == 503
+        with pytest.raises(ApiError, match="aborted"):
+            asyncio.run(read_to_end(nothing()))
+
     def test_more_prompts_than_may_ever_wait(self, client: openai.OpenAI) -> None:
         with pytest.raises(openai.BadRequestError, match="41 prompts: send 40 at most"):
             client.completions.create(model=MODEL, prompt=[PROMPT] * 41)
@@ -865,6 +942,9 @@ class TestCommand:
             )
             next(stream)
             running.server.handle_exit(signal.SIGTERM, None)
+            ending = running.call(lambda: running.server.ending)
+            running.server.handle_exit(signal.SIGTERM, None)
+            assert running.call(lambda: running.server.ending) is ending is not None
             with pytest.raises(openai.APIError, match="shut down before the end"):
                 list(stream)
             running.thread.join(10)
@@ -896,6 +976,35 @@ class TestCommand:
         finally:
             process.kill()
             process.wait()
+
+    def test_it_serves_what_its_arguments_say(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        begun: list[Server] = []
+        monkeypatch.setattr(Server, "run", lambda server: begun.append(server))
+        monkeypatch.setenv("FOLO_API_KEY", KEY)
+        words = "--device cpu --host 127.0.0.2 --port 8123 --max-waiting 3 "
+        words += "--served-model-name fox --max-num-seqs 5 --shutdown-timeout 0.5"
+        main(words.split())
+        (server,) = begun
+        config, engine = server.config, server.engine
+        assert (config.host, config.port) == ("127.0.0.2", 8123)
+        assert (engine.max_waiting, engine.engine.scheduler.max_num_seqs) == (3, 5)
+        assert (server.grace, config.timeout_graceful_shutdown) == (0.5, 4)
+
+        async def ask(key: str) -> httpx.Response:
+            app: Any = config.app
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=transport) as client:
+                headers = {"Authorization": f"Bearer {key}"}
+                return await client.get("http://x/v1/models", headers=headers)
+
+        try:
+            assert asyncio.run(ask("wrong")).status_code == 401
+            models = asyncio.run(ask(KEY)).json()
+            assert [model["id"] for model in models["data"]] == ["fox"]
+        finally:
+            asyncio.run(engine.shutdown())
 
     def test_a_mistake_is_said_in_one_line(self) -> None:
         with pytest.raises(SystemExit, match=r"^folo serve: error: max_num_seqs=0"):
