@@ -40,13 +40,14 @@ def find_obstacle(model: Qwen3ForCausalLM) -> str | None:
 
 
 class FusionSizes(NamedTuple):
-    """How the kernels of a step are cut.
+    """How the kernels of a step of `num_seqs` sequences are cut.
 
-    `rows` sequences are multiplied together, a power of two. Each program of a product
-    has some rows of a matrix, counted in eights. With one of `head_stages`, the head
-    brings no tile to the shared memory ahead of time.
+    They are multiplied together as `rows`, a power of two. Each program of a product has
+    some rows of a matrix, counted in eights. With one of `head_stages`, the head brings no
+    tile to the shared memory ahead of time.
     """
 
+    num_seqs: int
     rows: int
     qkv_groups: int
     head_groups: int
@@ -65,9 +66,9 @@ def choose_fusion_sizes(
     rows = 1 if num_seqs == 1 else max(4, 1 << (num_seqs - 1).bit_length())
     stages = 3 if hidden_size <= 2048 else 1
     if dtype == torch.float32:  # for checks: numbers of four bytes need twice the room
-        return FusionSizes(rows, 1, 1, 1, stages)
+        return FusionSizes(num_seqs, rows, 1, 1, 1, stages)
     if hidden_size > 2048:
         groups = (1, 4, 1) if rows < 8 else (2, 4, 2)
     else:
         groups = (2, 2, 1) if rows < 8 else (4, 2, 2)
-    return FusionSizes(rows, *groups, stages)
+    return FusionSizes(num_seqs, rows, *groups, stages)

@@ -46,7 +46,6 @@ import logging
 import pkgutil
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import triton
@@ -613,6 +612,7 @@ class FusedDecode:
         self, model: Qwen3ForCausalLM, max_blocks: int, uses_pdl: bool = False
     ) -> None:
         self.model, config, most = model, model.config, MAX_FUSED_SEQS
+        self.head = model.lm_head or model.model.embed_tokens  # the table, if tied
         attention = next(one for one in model.modules() if isinstance(one, Attention))
         weight = model.model.embed_tokens.weight
         zeros = partial(torch.zeros, device=weight.device)
@@ -630,75 +630,87 @@ class FusedDecode:
     def join(self, num_seqs: int) -> None:
         """Makes `x` of `out`, for as many rows: here they are the same tensor."""
 
-    def run_residual(
-        self, y: Tensor, w: Tensor, sizes: FusionSizes, num_seqs: int
+    def run_qkv(
+        self, layer: Qwen3DecoderLayer, sizes: FusionSizes, pdl: dict[str, bool]
     ) -> None:
-        """Launches `x += y @ w.T`."""
-        groups = sizes.residual_groups
-        residual_kernel[(len(w) // (8 * groups),)](
-            y,
-            w,
-            self.x,
-            num_seqs,
-            *w.shape,
-            groups,
-            sizes.rows,
-            num_warps=8,
-            **self.pdl,
-        )
-
-    def run_layer(
-        self,
-        layer: Qwen3DecoderLayer,
-        kv_cache: tuple[Tensor, Tensor],
-        seq_lens: Tensor,
-        slots: Tensor,
-        sizes: FusionSizes,
-        first_pdl: dict[str, bool],
-    ) -> None:
-        """Launches a layer, from `x` to `x`; `first_pdl` is of its first kernel."""
-        attention, mlp, num_seqs = layer.self_attn, layer.mlp, len(seq_lens)
-        options: dict[str, Any] = {"ROWS": sizes.rows, "num_warps": 8}
-        norm, w = layer.input_layernorm, attention.qkv_proj.weight
+        """Launches `qkv = norm(x) @ w.T`."""
+        norm, w = layer.input_layernorm, layer.self_attn.qkv_proj.weight
         qkv_kernel[(len(w) // (8 * sizes.qkv_groups),)](
             self.x,
             norm.weight,
             w,
             self.qkv,
-            num_seqs,
+            sizes.num_seqs,
             norm.eps,
             *w.shape,
             sizes.qkv_groups,
-            **options,
-            **first_pdl,
+            sizes.rows,
+            num_warps=8,
+            **pdl,
         )
-        launch_attention(
-            attention,
-            self.model.model.rotary_emb,
-            self.qkv,
-            kv_cache,
-            self.table,
-            seq_lens,
-            slots,
-            self.attended,
-            self.scratch,
-            self.pdl,
+
+    def run_residual(self, y: Tensor, w: Tensor, sizes: FusionSizes) -> None:
+        """Launches `x += y @ w.T`."""
+        residual_kernel[(len(w) // (8 * sizes.residual_groups),)](
+            y,
+            w,
+            self.x,
+            sizes.num_seqs,
+            *w.shape,
+            sizes.residual_groups,
+            sizes.rows,
+            num_warps=8,
+            **self.pdl,
         )
-        self.run_residual(self.attended, attention.o_proj.weight, sizes, num_seqs)
-        norm, w = layer.post_attention_layernorm, mlp.gate_up_proj.weight
+
+    def run_gate_up(self, layer: Qwen3DecoderLayer, sizes: FusionSizes) -> None:
+        """Launches the first half of an MLP, from `x` to `y`."""
+        norm, w = layer.post_attention_layernorm, layer.mlp.gate_up_proj.weight
         gate_up_kernel[(len(w) // 16,)](
             self.x,
             norm.weight,
             w,
             self.y,
-            num_seqs,
+            sizes.num_seqs,
             norm.eps,
             len(w) // 2,
             w.shape[1],
-            **options,
+            sizes.rows,
+            num_warps=8,
             **self.pdl,
         )
-        self.run_residual(self.y, mlp.down_proj.weight, sizes, num_seqs)
+
+    def run_head(
+        self,
+        row_index: Tensor,
+        rows: RequestRows,
+        logits: Tensor,
+        token_ids: Tensor,
+        sizes: FusionSizes,
+    ) -> None:
+        """Launches what comes after the layers, from `x` to the tokens."""
+        norm, w = self.model.model.norm, self.head.weight
+        head_kernel[(min(MAX_HEAD_PROGRAMS, len(w) // (8 * sizes.head_groups)),)](
+            self.x,
+            norm.weight,
+            w,
+            logits,
+            self.best,
+            self.arrivals,
+            row_index,
+            token_ids,
+            rows.last_token_ids,
+            sizes.num_seqs,
+            norm.eps,
+            *w.shape,
+            sizes.head_groups,
+            sizes.rows,
+            num_warps=8,
+            num_stages=sizes.head_stages,
+            FIRST=self.first_id,
+            DRAWS=self.draws,
+            **self.pdl,
+        )
 
     def run(
         self,
@@ -736,34 +748,27 @@ class FusedDecode:
         )
         self.join(num_seqs)
         sizes = choose_fusion_sizes(num_seqs, embedding.dtype, embedding.shape[1])
-        first_pdl = {"PDL": False}  # what begins there is complete for all that follow
+        pdl = {"PDL": False}  # what begins there is complete for all that follow
         for layer, kv_cache in zip(model.layers, kv_caches, strict=True):
             assert isinstance(layer, Qwen3DecoderLayer)
-            self.run_layer(layer, kv_cache, seq_lens, slots, sizes, first_pdl)
-            first_pdl = self.pdl
-        w = embedding if self.model.lm_head is None else self.model.lm_head.weight
-        num_programs = min(MAX_HEAD_PROGRAMS, len(w) // (8 * sizes.head_groups))
-        head_kernel[(num_programs,)](
-            self.x,
-            model.norm.weight,
-            w,
-            logits,
-            self.best,
-            self.arrivals,
-            row_index,
-            token_ids,
-            rows.last_token_ids,
-            num_seqs,
-            model.norm.eps,
-            *w.shape,
-            sizes.head_groups,
-            sizes.rows,
-            num_warps=8,
-            num_stages=sizes.head_stages,
-            FIRST=self.first_id,
-            DRAWS=self.draws,
-            **self.pdl,
-        )
+            self.run_qkv(layer, sizes, pdl)
+            pdl = self.pdl
+            launch_attention(
+                layer.self_attn,
+                model.rotary_emb,
+                self.qkv,
+                kv_cache,
+                self.table,
+                seq_lens,
+                slots,
+                self.attended,
+                self.scratch,
+                pdl,
+            )
+            self.run_residual(self.attended, layer.self_attn.o_proj.weight, sizes)
+            self.run_gate_up(layer, sizes)
+            self.run_residual(self.y, layer.mlp.down_proj.weight, sizes)
+        self.run_head(row_index, rows, logits, token_ids, sizes)
 
 
 # %% ../notebooks/15_fused_decode.ipynb #fused-graphs

@@ -18,7 +18,6 @@ whole number below 2**56. It travels as two words, 16 bytes for each sequence an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -239,15 +238,13 @@ class ShardedDecode(VectorDecode):
         )
         self.add_up(words, num_seqs)
 
-    def run_residual(
-        self, y: Tensor, w: Tensor, sizes: FusionSizes, num_seqs: int
-    ) -> None:
+    def run_residual(self, y: Tensor, w: Tensor, sizes: FusionSizes) -> None:
         """Launches a product and the sum of it over ranks; rank 0 adds the old `x`."""
         words, sending = self.choose_words()
         if len(sending["addresses"]) == 1:  # nobody to add to, when a sum is left out
-            return super().run_residual(y, w, sizes, num_seqs)
+            return super().run_residual(y, w, sizes)
         sending |= {"RANKS": len(sending["addresses"]), "ADDS": self.group.rank == 0}
-        if self.is_vector(num_seqs, w.shape[1]):
+        if self.is_vector(sizes, w):
             self.run_vector_residual(y, w, **sending)
         else:
             launch: Any = part_kernel
@@ -255,7 +252,7 @@ class ShardedDecode(VectorDecode):
                 y,
                 w,
                 self.x,
-                num_seqs=num_seqs,
+                num_seqs=sizes.num_seqs,
                 E=w.shape[0],
                 K=w.shape[1],
                 GROUPS=sizes.residual_groups,
@@ -264,18 +261,18 @@ class ShardedDecode(VectorDecode):
                 **sending,
                 **self.pdl,
             )
-        self.add_up(words, num_seqs)
+        self.add_up(words, sizes.num_seqs)
 
-    def run(
+    def run_head(
         self,
-        columns: Sequence[Tensor],
+        row_index: Tensor,
         rows: RequestRows,
-        kv_caches: Sequence[tuple[Tensor, Tensor]],
         logits: Tensor,
         token_ids: Tensor,
+        sizes: FusionSizes,
     ) -> None:
-        """See `FusedDecode.run`; `logits` `[B, V / ranks]` are those of the shard."""
-        super().run(columns, rows, kv_caches, logits, token_ids)
+        """See `FusedDecode`; `logits` `[B, V / ranks]` are those of the shard."""
+        super().run_head(row_index, rows, logits, token_ids, sizes)
         words, addresses = self.winners
         slot = min(self.group.rank, len(addresses) - 1)
         self.index += 1
@@ -295,10 +292,10 @@ class ShardedDecode(VectorDecode):
             words,
             self.tickets,
             self.index,
-            columns[0],
+            row_index,
             token_ids,
             rows.last_token_ids,
-            len(columns[1]),
+            sizes.num_seqs,
             **shape,
             **self.pdl,
         )

@@ -16,16 +16,15 @@ block is on its way while the sums of this one are made. Products and sums are i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fused_attention import launch_attention, let_next_start, wait_for_previous
-from .fused_checks import FusionSizes, choose_fusion_sizes
-from .fused_decode import FusedDecode, begin_kernel, pack_scores, unpack_token
+from .fused_attention import let_next_start, wait_for_previous
+from .fused_checks import FusionSizes
+from .fused_decode import FusedDecode, pack_scores, unpack_token
 from .qwen3 import Qwen3DecoderLayer
 from .runner import RequestRows
 from .ticket_sums import send
@@ -57,6 +56,14 @@ def choose_block(num_columns: int, num_matrices: int = 1) -> dict[str, int]:
         "WIDE": wide,
         "num_warps": 8,
     }
+
+
+def choose_launch(
+    kernel: Any, num_rows: int, num_columns: int, num_matrices: int = 1
+) -> tuple[Any, dict[str, int]]:
+    """A kernel with its programs, and how it cuts its matrix."""
+    block = choose_block(num_columns, num_matrices)
+    return kernel[(min(NUM_PROGRAMS, num_rows // block["R"]),)], block
 
 
 @triton.jit
@@ -253,100 +260,57 @@ def draw_kernel(best, rows, token_ids, last_token_ids, PDL: tl.constexpr):
 class VectorDecode(FusedDecode):
     """`FusedDecode` that multiplies without tensor cores where one sequence is alone."""
 
-    def is_vector(self, num_seqs: int, num_columns: int = 0) -> bool:
-        """Whether a product of so many sequences and columns runs in this module's kernels."""
+    def is_vector(self, sizes: FusionSizes, w: Tensor) -> bool:
+        """Whether a product with `w` runs in this module's kernels."""
         is_wide = self.model.config.hidden_size >= WIDE_FROM
-        return num_seqs == 1 and is_wide and num_columns <= MOST_COLUMNS
+        return sizes.num_seqs == 1 and is_wide and w.shape[1] <= MOST_COLUMNS
 
-    def run_qkv(self, layer: Qwen3DecoderLayer, pdl: dict[str, bool]) -> None:
-        """Launches `qkv = norm(x) @ w.T`."""
-        norm, w = layer.input_layernorm, layer.self_attn.qkv_proj.weight
-        launch: Any = vector_qkv_kernel
-        block = choose_block(w.shape[1])
-        launch[(min(NUM_PROGRAMS, len(w) // block["R"]),)](
-            self.x, norm.weight, w, self.qkv, norm.eps, *w.shape, **block, **pdl
-        )
-
-    def run_gate_up(self, layer: Qwen3DecoderLayer) -> None:
-        """Launches the MLP up to `y`."""
-        norm, w = layer.post_attention_layernorm, layer.mlp.gate_up_proj.weight
-        launch: Any = vector_gate_up_kernel
-        block, inner = choose_block(w.shape[1], 2), len(w) // 2
-        launch[(min(NUM_PROGRAMS, inner // block["R"]),)](
-            self.x,
-            norm.weight,
-            w,
-            self.y,
-            norm.eps,
-            inner,
-            w.shape[1],
-            **block,
-            **self.pdl,
-        )
-
-    def run_residual(
-        self, y: Tensor, w: Tensor, sizes: FusionSizes, num_seqs: int
+    def run_qkv(
+        self, layer: Qwen3DecoderLayer, sizes: FusionSizes, pdl: dict[str, bool]
     ) -> None:
         """See `FusedDecode`."""
-        if not self.is_vector(num_seqs, w.shape[1]):
-            return super().run_residual(y, w, sizes, num_seqs)
+        norm, w = layer.input_layernorm, layer.self_attn.qkv_proj.weight
+        if not self.is_vector(sizes, w):
+            return super().run_qkv(layer, sizes, pdl)
+        launch, block = choose_launch(vector_qkv_kernel, *w.shape)
+        launch(self.x, norm.weight, w, self.qkv, norm.eps, *w.shape, **block, **pdl)
+
+    def run_residual(self, y: Tensor, w: Tensor, sizes: FusionSizes) -> None:
+        """See `FusedDecode`."""
+        if not self.is_vector(sizes, w):
+            return super().run_residual(y, w, sizes)
         nowhere = dict.fromkeys(("addresses", "tickets"))
         self.run_vector_residual(y, w, offset=0, index=0, RANKS=0, ADDS=True, **nowhere)
 
     def run_vector_residual(self, y: Tensor, w: Tensor, **sending: Any) -> None:
         """Launches `vector_residual_kernel`."""
-        launch: Any = vector_residual_kernel
-        block = choose_block(w.shape[1])
-        launch[(min(NUM_PROGRAMS, len(w) // block["R"]),)](
-            y,
-            w,
-            self.x,
-            E=w.shape[0],
-            K=w.shape[1],
-            **sending,
-            **block,
-            **self.pdl,
-        )
+        launch, block = choose_launch(vector_residual_kernel, *w.shape)
+        size = {"E": w.shape[0], "K": w.shape[1]}
+        launch(y, w, self.x, **size, **sending, **block, **self.pdl)
 
-    def run_layer(
-        self,
-        layer: Qwen3DecoderLayer,
-        kv_cache: tuple[Tensor, Tensor],
-        seq_lens: Tensor,
-        slots: Tensor,
-        sizes: FusionSizes,
-        first_pdl: dict[str, bool],
-    ) -> None:
+    def run_gate_up(self, layer: Qwen3DecoderLayer, sizes: FusionSizes) -> None:
         """See `FusedDecode`."""
-        if not self.is_vector(len(seq_lens)):
-            super().run_layer(layer, kv_cache, seq_lens, slots, sizes, first_pdl)
-            return
-        self.run_qkv(layer, first_pdl)
-        launch_attention(
-            layer.self_attn,
-            self.model.model.rotary_emb,
-            self.qkv,
-            kv_cache,
-            self.table,
-            seq_lens,
-            slots,
-            self.attended,
-            self.scratch,
-            self.pdl,
-        )
-        self.run_residual(self.attended, layer.self_attn.o_proj.weight, sizes, 1)
-        self.run_gate_up(layer)
-        self.run_residual(self.y, layer.mlp.down_proj.weight, sizes, 1)
+        norm, w = layer.post_attention_layernorm, layer.mlp.gate_up_proj.weight
+        if not self.is_vector(sizes, w):
+            return super().run_gate_up(layer, sizes)
+        shape = len(w) // 2, w.shape[1]
+        launch, block = choose_launch(vector_gate_up_kernel, *shape, num_matrices=2)
+        launch(self.x, norm.weight, w, self.y, norm.eps, *shape, **block, **self.pdl)
 
     def run_head(
-        self, row_index: Tensor, rows: RequestRows, logits: Tensor, token_ids: Tensor
+        self,
+        row_index: Tensor,
+        rows: RequestRows,
+        logits: Tensor,
+        token_ids: Tensor,
+        sizes: FusionSizes,
     ) -> None:
-        """Launches what comes after the layers, up to the token if it `draws`."""
-        norm = self.model.model.norm
-        w = (self.model.lm_head or self.model.model.embed_tokens).weight
-        launch: Any = vector_head_kernel
-        block = choose_block(w.shape[1])
-        launch[(min(NUM_PROGRAMS, len(w) // block["R"]),)](
+        """See `FusedDecode`."""
+        norm, w = self.model.model.norm, self.head.weight
+        if not self.is_vector(sizes, w):
+            return super().run_head(row_index, rows, logits, token_ids, sizes)
+        launch, block = choose_launch(vector_head_kernel, *w.shape)
+        launch(
             self.x,
             norm.weight,
             w,
@@ -359,46 +323,5 @@ class VectorDecode(FusedDecode):
             **self.pdl,
         )
         if self.draws:
-            launch = draw_kernel
-            launch[(1,)](
-                self.best, row_index, token_ids, rows.last_token_ids, **self.pdl
-            )
-
-    def run(
-        self,
-        columns: Sequence[Tensor],
-        rows: RequestRows,
-        kv_caches: Sequence[tuple[Tensor, Tensor]],
-        logits: Tensor,
-        token_ids: Tensor,
-    ) -> None:
-        """See `FusedDecode.run`."""
-        row_index, seq_lens, _, input_ids, _, slots = columns
-        if not self.is_vector(len(seq_lens)):
-            super().run(columns, rows, kv_caches, logits, token_ids)
-            return
-        model = self.model.model
-        embedding = model.embed_tokens.weight
-        launch: Any = begin_kernel
-        launch[(1,)](
-            embedding,
-            rows.last_token_ids,
-            rows.block_table,
-            row_index,
-            input_ids,
-            seq_lens,
-            self.out,
-            self.table,
-            self.table.shape[1],
-            *embedding.shape,
-            BLOCK_SIZE=kv_caches[0][0].shape[1],
-            FIRST=self.first_id,
-        )
-        self.join(1)
-        sizes = choose_fusion_sizes(1, embedding.dtype, embedding.shape[1])
-        first_pdl = {"PDL": False}
-        for layer, kv_cache in zip(model.layers, kv_caches, strict=True):
-            assert isinstance(layer, Qwen3DecoderLayer)
-            self.run_layer(layer, kv_cache, seq_lens, slots, sizes, first_pdl)
-            first_pdl = self.pdl
-        self.run_head(row_index, rows, logits, token_ids)
+            draw: Any = draw_kernel
+            draw[(1,)](self.best, row_index, token_ids, rows.last_token_ids, **self.pdl)

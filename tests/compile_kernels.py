@@ -26,8 +26,12 @@ from folo_lib import (
     fused_attention,
     fused_checks,
     fused_decode,
+    fused_shards,
+    fused_vectors,
     paged_attention as module,
     sampling_kernels,
+    symmetric_memory,
+    ticket_sums,
 )
 
 INDICES = ("slot_mapping", "block_table", "query_start_loc", "seq_lens")
@@ -39,6 +43,7 @@ TENSORS += ("x", "y", "w", "norm_weight", "qkv", "q_weight", "k_weight", "cos", 
 TENSORS += ("embedding",)
 OTHERS = {"floats": "*fp64", "counts": "*i32", "ids": "*i32", "scale": "fp32"}
 OTHERS |= {"table": "*i32", "arrivals": "*i32", "eps": "fp32"}
+OTHERS |= {"words": "*i64", "addresses": "*i64", "tickets": "*i32"}
 TUPLES = {"step": sampling_kernels.Step, "scratch": sampling_kernels.Scratch}
 
 
@@ -54,17 +59,17 @@ def type_of(name: str, number: str) -> Any:
 
 def compile_one(
     kernel: Any,
-    constants: dict[str, int],
+    constants: dict[str, Any],
     number: str,
     capability: int,
     sizes: Any = None,
+    types: dict[str, str] | None = None,
     **options: Any,
 ) -> None:
     names = kernel.arg_names
     known = {name: value for name, value in constants.items() if name in names}
-    signature = {
-        name: "constexpr" if name in known else type_of(name, number) for name in names
-    }
+    signature = {name: type_of(name, number) for name in names} | (types or {})
+    signature |= dict.fromkeys(known, "constexpr")
     even = [n for n in names if n in TENSORS or n.endswith("stride")]
     attributes = {
         (names.index(n),): [["tt.divisibility", 16]]
@@ -175,6 +180,69 @@ def compile_fused(capability: int, model: str, number: str, num_seqs: int) -> No
         )
 
 
+STREAM = {"x": "*fp32"}  # of a shard
+RANKS = 2
+
+
+def compile_vectors(capability: int, number: str) -> None:
+    """The kernels of a sequence that is alone in 8B, on one card and on two."""
+    hidden, inner, heads, vocab = FUSED["8B"]
+    pdl = capability >= 90
+
+    def compile_kernel(
+        name: str,
+        columns: int,
+        num_matrices: int = 1,
+        types: dict[str, str] | None = None,
+        **constants: Any,
+    ) -> None:
+        known = {"K": columns, "E": hidden, "PDL": pdl, **constants}
+        known |= fused_vectors.choose_block(columns, num_matrices)
+        kernel = getattr(fused_vectors, f"vector_{name}_kernel")
+        options = {"num_warps": known["num_warps"], "launch_pdl": pdl}
+        compile_one(kernel, known, number, capability, types=types, **options)
+
+    compile_kernel("qkv", hidden, N=128 * (heads + 16))
+    compile_kernel("gate_up", hidden, 2, INNER=inner)
+    compile_kernel("head", hidden, V=vocab, FIRST=0)
+    alone = {"RANKS": 0, "ADDS": True, "addresses": None, "tickets": None}
+    compile_kernel("residual", hidden, **alone)
+    for columns, adds in ((hidden // RANKS, False), (inner // RANKS, True)):
+        compile_kernel("residual", columns, types=STREAM, RANKS=RANKS, ADDS=adds)
+    known, options = {"PDL": pdl}, {"num_warps": 4, "launch_pdl": pdl}
+    compile_one(fused_vectors.draw_kernel, known, number, capability, **options)
+
+
+def compile_sums(capability: int) -> None:
+    """What passes between two cards, after products of 8B in bfloat16."""
+    pdl, (hidden, inner, _, _) = capability >= 90, FUSED["8B"]
+    fixed = {"RANKS": RANKS, "PDL": pdl}
+
+    def compile_kernel(kernel: Any, num_warps: int, **constants: int) -> None:
+        options = {
+            "num_warps": num_warps,
+            "launch_pdl": pdl and "PDL" in kernel.arg_names,
+        }
+        compile_one(kernel, fixed | constants, "bf16", capability, types=own, **options)
+
+    own = STREAM
+    for num_seqs, adds in ((1, True), (16, False)):
+        sizes = fused_checks.choose_fusion_sizes(num_seqs, torch.bfloat16, hidden)
+        known = {"E": hidden, "K": inner // RANKS, "ADDS": adds, "ROWS": sizes.rows}
+        known |= {"num_seqs": 1} if num_seqs == 1 else {}
+        groups = sizes.residual_groups
+        compile_kernel(fused_shards.part_kernel, 8, GROUPS=groups, **known)
+    compile_kernel(ticket_sums.send_kernel, 4, BLOCK=1024)
+    compile_kernel(ticket_sums.sum_kernel, 4, BLOCK=fused_shards.SUM_BLOCK)
+    own = {}
+    for kernel in (fused_shards.share_kernel, fused_shards.choose_kernel):
+        compile_kernel(kernel, 1, ROWS=fused_decode.MAX_FUSED_SEQS)
+    own = {"x": "*i32", "out": "*i32"}
+    for is_wide in (False, True):
+        known = {"RANK": 1, "BLOCK": symmetric_memory.PROGRAM_WORDS, "FLOAT": is_wide}
+        compile_kernel(ticket_sums.exchange_kernel, 4, **known)
+
+
 def main_fused(capability: int) -> None:
     """Each shape with the fewest and the most sequences; float16 in between."""
     for model in FUSED:
@@ -183,6 +251,9 @@ def main_fused(capability: int) -> None:
     for model in ("1.7B", "8B"):
         compile_fused(capability, model, "fp32", 16)
     compile_attention(capability, 16, "fp32", fused_attention.WIDE_TILE)
+    for number in ("bf16", "fp16"):
+        compile_vectors(capability, number)
+    compile_sums(capability)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton runs on Linux")
 
 from test_fused_decode import (
+    DEVICE,
     Step,
     check_step,
     few_programs,
@@ -22,7 +24,8 @@ from test_fused_decode import (
 )
 from test_fused_shards import HAS_GPU, check_shards, meetings
 
-from folo_lib import fused_vectors
+from folo_lib import fused_attention, fused_decode, fused_vectors
+from folo_lib.fused_decode import FusedDecode
 
 __all__ = ["few_programs", "meetings", "no_gradients"]  # fixtures
 
@@ -63,10 +66,80 @@ def test_several_sequences_run_as_before() -> None:
     check_step(make_model(**ROWS), [5, 20], make_vectors)
 
 
-def test_rows_that_are_too_long_run_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_vectors, "MOST_COLUMNS", 512)
-    monkeypatch.setattr(fused_vectors, "vector_residual_kernel", None)
-    check_step(make_model(**ROWS), [5], make_vectors)
+LAUNCHES = (
+    "begin qkv+ attention+ residual+ gate_up+ residual+ "
+    "qkv+ attention+ residual+ gate_up+ residual+ head+"
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_seqs", "inner", "expected"),
+    [
+        (FusedDecode, 1, 1024, LAUNCHES.replace("begin qkv+", "begin qkv")),
+        (
+            fused_vectors.VectorDecode, 1, 1024,
+            "begin vector_qkv attention+ vector_residual+ vector_gate_up+ vector_residual+ "
+            "vector_qkv+ attention+ vector_residual+ vector_gate_up+ vector_residual+ "
+            "vector_head+ draw+",
+        ),
+        (
+            fused_vectors.VectorDecode, 1, 2048,
+            "begin vector_qkv attention+ vector_residual+ vector_gate_up+ residual+ "
+            "vector_qkv+ attention+ vector_residual+ vector_gate_up+ residual+ "
+            "vector_head+ draw+",
+        ),
+        (
+            fused_vectors.VectorDecode, 2, 1024,
+            LAUNCHES.replace("begin qkv+", "begin qkv"),
+        ),
+    ],
+    ids=["page 15", "one sequence", "a product with long rows", "two sequences"],
+)  # fmt: skip
+def test_which_kernels_run(
+    kind: type[FusedDecode],
+    num_seqs: int,
+    inner: int,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In which order, and which of them (+) start before the one ahead has ended."""
+    launched: list[str] = []
+
+    class Recorder:
+        def __init__(self, name: str) -> None:
+            self.name = name.removesuffix("_kernel")
+
+        def __getitem__(self, grid: Any) -> Any:
+            def launch(*arguments: Any, **options: Any) -> None:
+                early = options.get("PDL", False)
+                assert early is options.get("launch_pdl", False)
+                launched.append(self.name + "+" * early)
+
+            return launch
+
+    for module in (fused_attention, fused_decode, fused_vectors):
+        for name in [one for one in vars(module) if one.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Recorder(name))
+    monkeypatch.setattr(fused_vectors, "MOST_COLUMNS", 1024)
+    step = Step(make_model(layers=2, intermediate_size=inner, **ROWS), [5] * num_seqs)
+    max_blocks = step.rows.block_table.shape[1]
+    step.run_fused(step.copy_caches(), kind(step.model, max_blocks, uses_pdl=True))
+    assert launched == expected.split()
+
+
+def test_of_equal_logits_the_lower_token() -> None:
+    """They differ in float32, and no longer as they are written."""
+    model = make_model(dtype=torch.float16, tie_word_embeddings=False, **ROWS)
+    assert model.lm_head is not None
+    model.lm_head.weight.zero_()
+    for i, large in enumerate((500, -500)):  # whichever sign the two numbers have
+        for token, small in ((40, 0), (130, 0.001), (140, -0.001)):
+            row = torch.tensor([large, small])
+            model.lm_head.weight[token + i, :2] = row.to(DEVICE)
+    step = Step(model, [9])
+    logits, token_ids = step.run_fused(step.copy_caches(), make_vectors(step))
+    assert logits.eq(logits.max()).sum() == 3
+    assert token_ids.item() in (40, 41) and token_ids.equal(logits.argmax(-1))
 
 
 @pytest.mark.skipif(HAS_GPU, reason="see test_tensor_parallel_gpu.py")

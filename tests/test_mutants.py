@@ -20,8 +20,8 @@ ALL = mutants.read_mutants()
 REPORT = json.loads(mutants.REPORT.read_text(encoding="utf-8"))
 ENGINE = (
     "attention layers rope qwen3 checkpoint kv_cache sampler runner request engine scheduler "
-    "block_pool paged_attention cuda_graph fused_decode fused_attention sampling_kernels serving "
-    "server inputs config tensor_parallel"
+    "block_pool paged_attention cuda_graph fused_decode fused_attention fused_vectors ticket_sums "
+    "sampling_kernels serving server inputs config tensor_parallel"
 )
 
 
