@@ -128,8 +128,8 @@ def test_page_18_says_what_its_recordings_hold() -> None:
     made = latest(H200, "serving")
     loads = {row["load"]: row for row in made["loads"]}
     waits = {x: r["ttft"]["p50"] / r["closed"]["ttft"]["p50"] for x, r in loads.items()}
-    assert waits[0.95] < 1 and "do not wait longer yet" in prose
-    assert 5 <= waits[1.1] < 6 and "at 110 % they wait five times as long" in prose
+    assert abs(waits[0.95] - 1) < 0.1 and "hardly wait longer yet" in prose
+    assert 16 <= waits[1.1] < 17 and "at 110 % they wait sixteen times as long" in prose
     said = texts["12-not-drawn"].source
     for way, words in (("async", "keeps {}"), ("http", "through HTTP {} are left")):
         share = f"{made['speeds'][way]['of_generate']:.0%}".replace("%", " %")
@@ -139,10 +139,10 @@ def test_page_18_says_what_its_recordings_hold() -> None:
     owner = streams["step"] + streams["owner"]
     assert f"the owner's {owner:.2f} ms" in said
     assert f"the event loop's {streams['loop']:.2f} ms" in said
-    assert owner + streams["loop"] > 0.95 * streams["wall"]
-    both = latest(CPU, "serving"), made
-    cpu, card = (one["speeds"]["async"]["of_generate"] for one in both)
-    assert card < cpu and "more is lost than on the CPU" in said
+    assert f"shrinks to {streams['read']:.2f} ms" in said
+    assert owner + streams["loop"] > 0.9 * streams["wall"]
+    slow = [share for share in shown.get_shares(made, "async") if share < 0.85]
+    assert 0 < len(slow) < 3 and "a run falls behind" in said
     records = [CPU, H200]
     [output] = texts["12-serving-table"].outputs
     assert output.text.splitlines() == shown.list_serving(records), (
