@@ -126,6 +126,8 @@ def test_what_is_opened(
     assert (str(off) in env["JUPYTER_CONFIG_PATH"]) is edits
     # Tabs of originals must not come back where pages are saved unasked.
     assert (f"--LabApp.workspaces_dir={off / 'workspaces'}" in command) is edits
+    # Nor must those that a link of docs/ leads to be saved there.
+    assert ("--CourseFiles.read_only=notebooks" in command) is (not arguments)
     assert [p.name for p in (tmp_path / "notebooks").iterdir()] == ["00_tour.ipynb"]
 
 
