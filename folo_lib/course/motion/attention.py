@@ -68,7 +68,7 @@ def place_labels(
     labels = []
     for (x, y), word in zip(spots, words, strict=True):
         wide, outward = 0.65 * FONT * len(word.strip()), x >= MIDDLE[0]
-        tries = []
+        tries: list[tuple[float, int, Box, Point, str]] = []
         for rise, is_right in product((0, 7, -7, 14, -14), (outward, not outward)):
             edge, line = x + (RING + 2) * (1 if is_right else -1), y + rise
             left = edge if is_right else edge - wide
