@@ -69,7 +69,9 @@ def place_labels(
     for (x, y), word in zip(spots, words, strict=True):
         wide, outward = 0.65 * FONT * len(word.strip()), x >= MIDDLE[0]
         tries: list[tuple[float, int, Box, Point, str]] = []
-        for rise, is_right in product((0, 7, -7, 14, -14), (outward, not outward)):
+        for is_right, rise in product(
+            (outward, not outward), (0, 4, -4, 8, -8, 12, -12)
+        ):
             edge, line = x + (RING + 2) * (1 if is_right else -1), y + rise
             left = edge if is_right else edge - wide
             box = left, line - FONT / 2, left + wide, line + FONT / 2
