@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from traitlets.config import Config, PyFileConfigLoader
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -126,7 +127,26 @@ def test_what_is_opened(
     assert (str(off) in env["JUPYTER_CONFIG_PATH"]) is edits
     # Tabs of originals must not come back where pages are saved unasked.
     assert (f"--LabApp.workspaces_dir={off / 'workspaces'}" in command) is edits
+    # Nor must those that a link of docs/ leads to be saved there.
+    assert ("--CourseFiles.read_only=notebooks" in command) is (not arguments)
     assert [p.name for p in (tmp_path / "notebooks").iterdir()] == ["00_tour.ipynb"]
+
+
+def test_originals_can_be_read_in_make_lab_and_not_written(tmp_path: Path) -> None:
+    """Links of docs/ lead to them; JupyterLab saves what it opened, run or not."""
+    pytest.importorskip("jupyter_server")
+    loader = PyFileConfigLoader("jupyter_server_config.py", str(lab.SETTINGS))
+    files = loader.load_config().ServerApp.contents_manager_class
+    for name in ("notebooks", "lab"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "00_tour.ipynb").write_text("{}")
+    (tmp_path / "README.md").write_text("")
+    flag = Config(CourseFiles={"read_only": "notebooks"})
+    for config, writable in ((flag, False), (Config(), True)):
+        manager = files(root_dir=str(tmp_path), config=config)
+        assert manager.is_writable("notebooks/00_tour.ipynb") is writable
+        assert manager.is_writable("/lab/00_tour.ipynb")
+        assert manager.is_writable("README.md") and manager.is_writable("")
 
 
 def test_a_folder_without_pages_is_refused(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 import warnings
 from collections.abc import Iterator
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,13 +16,21 @@ from xml.etree import ElementTree
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from matplotlib.textpath import TextPath
 from motions import MAKERS, RED, load, make_layer, run
 
 from folo_lib.course import story
-from folo_lib.course.figures import KEYS
+from folo_lib.course.figures import KEYS, Point
 from folo_lib.course.motion import sampler
 from folo_lib.course.motion.attention import find_plane
-from folo_lib.course.motion.base import Canvas, Guess, Motion, percent, round_all
+from folo_lib.course.motion.base import (
+    Canvas,
+    Guess,
+    Motion,
+    Shape,
+    percent,
+    round_all,
+)
 from folo_lib.course.motion.kv_cache import fill_cache
 from folo_lib.course.motion.layer import watch_layers
 from folo_lib.course.motion.rope import find_hands
@@ -81,6 +91,54 @@ def test_letters_are_as_large_on_a_phone(motion: Motion) -> None:
             if shape.kind == "box":
                 assert shape.at[0] + shape.size[0] <= canvas.width
                 assert shape.at[1] + shape.size[1] <= canvas.height
+
+
+def measure(shape: Shape) -> tuple[float, float, float, float]:
+    """What a line of text or a dot covers: left, top, right, bottom."""
+    x, y = shape.at
+    if shape.kind == "circle":
+        return (
+            x - shape.size[0],
+            y - shape.size[0],
+            x + shape.size[0],
+            y + shape.size[0],
+        )
+    font = shape.style.get("font", 15)
+    text = shape.text.replace("$", r"\$")
+    wide = TextPath((0, 0), text, size=0.92 * font).get_extents().width
+    left = {"start": x, "middle": x - wide / 2, "end": x - wide}
+    start = left[shape.style.get("anchor", "middle")]
+    return start, y - 0.35 * font, start + wide, y + 0.35 * font
+
+
+def test_no_word_covers_another_or_a_dot(motion: Motion) -> None:
+    for canvas in motion.canvases:
+        seen = [s for s in canvas.shapes if s.style.get("alpha", 1)]
+        words = [
+            shape
+            for shape in seen
+            if shape.kind == "text" and shape.text.strip() and "turn" not in shape.style
+        ]
+        dots = [shape for shape in seen if shape.kind == "circle"]
+        for word, other in [*combinations(words, 2), *product(words, dots)]:
+            one, two = measure(word), measure(other)
+            apart = max(
+                two[0] - one[2], one[0] - two[2], two[1] - one[3], one[1] - two[3]
+            )
+            assert apart >= 0, (word.text, other.text or other.key)
+
+
+def test_64_requests_are_named_beside_the_large_dot() -> None:
+    """Not beside the dot of 1,024, which is close by."""
+    shapes = {s.key: s for s in MAKERS["roofline"]().canvases[0].shapes if s.key}
+    for i in range(4):
+        name = measure(shapes[f"name{i}"])
+        corners = list(product(name[::2], name[1::2]))
+
+        def reach(dot: str, corners: list[Point] = corners) -> float:
+            return min(math.dist(shapes[dot].at, corner) for corner in corners)
+
+        assert min(range(4), key=lambda j: reach(f"trail{j}")) == i
 
 
 def test_the_picture_for_where_html_is_not_shown(motion: Motion) -> None:

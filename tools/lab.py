@@ -214,7 +214,10 @@ def main() -> None:
     seed_workspace(state)
     trust(pages, state)
     first = (pages / FIRST).relative_to(root).as_posix()
-    command = make_command(root, first, state, arguments[at + 1 :])
+    flags = arguments[at + 1 :]
+    if pages == COPIES:  # docs/ has links to the originals
+        flags = [f"--CourseFiles.read_only={PAGES.relative_to(ROOT)}", *flags]
+    command = make_command(root, first, state, flags)
     sys.exit(
         subprocess.call(command, env=make_environment(state, autosave=not options.edit))
     )

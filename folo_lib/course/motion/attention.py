@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
 
-from folo_lib.course.figures import CACHE, KEYS, QUERIES, Look
+from folo_lib.course.figures import CACHE, KEYS, QUERIES, Look, Point
 from folo_lib.course.motion.base import (
     Canvas,
     Guess,
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["drag_query", "slide_mask"]
 
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 MIDDLE, RADIUS = (170, 175), 150  # of the plane, in pixels
+DOT, RING, FONT = 5, 10, 14  # of a key, of the winner's, and of the words beside them
 LEFT, TOP, ROW, BAR = 60, 24, 22, 130  # of the weights: their bars, and the longest bar
 
 
@@ -50,6 +53,44 @@ def find_plane(query: Tensor, keys: Tensor) -> Tensor:
     return torch.stack((first, second))
 
 
+def place_labels(
+    spots: Sequence[Point], words: Sequence[str]
+) -> list[tuple[Point, str]]:
+    """Where words stand beside their dots so that they cover neither dots nor each other.
+
+    A word stands on the side that looks away from the middle. Where something is in its way, it
+    stands higher or lower, or on the other side.
+
+    Returns:
+        For each word its place and its anchor.
+    """
+    taken = [(x - DOT, y - DOT, x + DOT, y + DOT) for x, y in spots]
+    labels = []
+    for (x, y), word in zip(spots, words, strict=True):
+        wide, outward = 0.65 * FONT * len(word.strip()), x >= MIDDLE[0]
+        tries: list[tuple[float, int, Box, Point, str]] = []
+        for is_right, rise in product(
+            (outward, not outward), (0, 4, -4, 8, -8, 12, -12)
+        ):
+            edge, line = x + (RING + 2) * (1 if is_right else -1), y + rise
+            left = edge if is_right else edge - wide
+            box = left, line - FONT / 2, left + wide, line + FONT / 2
+            hidden = sum(find_overlap(box, other) for other in taken)
+            anchor = "start" if is_right else "end"
+            tries.append((hidden, len(tries), box, (edge, line), anchor))
+        _, _, box, place, anchor = min(tries)
+        taken.append(box)
+        labels.append((place, anchor))
+    return labels
+
+
+def find_overlap(one: Box, other: Box) -> float:
+    """Of two boxes, in square pixels."""
+    wide = min(one[2], other[2]) - max(one[0], other[0])
+    high = min(one[3], other[3]) - max(one[1], other[1])
+    return max(0.0, wide) * max(0.0, high)
+
+
 def drag_query(query: Tensor, keys: Tensor, words: Sequence[str]) -> Motion:
     """A query of a head, to be dragged in a plane, and the weight that each token gets.
 
@@ -72,13 +113,12 @@ def drag_query(query: Tensor, keys: Tensor, words: Sequence[str]) -> Motion:
     canvas.line([(x - 165, y), (x + 165, y)], width=0.6, dash=":")
     canvas.line([(x, y - 165), (x, y + 165)], width=0.6, dash=":")
     spots = [(x + unit * a, y - unit * b) for a, b in points.tolist()]
-    for word, spot in zip(words, spots, strict=True):
+    for spot in spots:
         canvas.line([MIDDLE, spot], colour=KEYS.colour, width=1)
-        canvas.circle(spot, 5, KEYS)
-        side = "start" if spot[0] >= x else "end"
-        shift = 8 if side == "start" else -8
-        canvas.text((spot[0] + shift, spot[1]), word.strip(), anchor=side, font=14)
-    canvas.circle(spots[best], 10, KEYS._replace(colour="none"), "winner", width=2)
+        canvas.circle(spot, DOT, KEYS)
+    for word, (at, side) in zip(words, place_labels(spots, words), strict=True):
+        canvas.text(at, word.strip(), anchor=side, font=FONT)
+    canvas.circle(spots[best], RING, KEYS._replace(colour="none"), "winner", width=2)
     tip = x + unit * start, y
     canvas.line([MIDDLE, tip], "shaft", colour=QUERIES.colour, width=7)
     canvas.circle(

@@ -170,8 +170,8 @@ def move_roofline(
         at = stand(requests)
         roof.circle(at, 4, US, f"trail{i}")
         label, side = (at[0] + 9, at[1] + 9), "start"
-        if requests == TRAIL[-1]:  # close to the one before
-            label, side = (at[0] - 3, at[1] - 16), "end"
+        if requests == example:  # the large dot, beside which the last one stands
+            label, side = (at[0] - 9, at[1] - 9), "end"
         roof.text(label, f"{requests:,}", f"name{i}", anchor=side, font=13)
     read, work = measure(example)
     at = stand(example)
