@@ -121,7 +121,9 @@ def test_page_18_says_what_its_recordings_hold() -> None:
     }
     for share in (kept["async"], kept["http"]):
         assert share.replace("%", " %") in prose
-    assert f"same {made['sizes']['streams']} prompts" in texts["12-serving-a"].source
+    said = texts["12-serving-a"].source
+    assert f"{made['sizes']['streams']} on the CPU" in said
+    assert f"{latest(H200, 'serving')['sizes']['streams']} on the H200" in said
     near = next(row for row in made["loads"] if row["load"] == 0.95)
     usual = near["closed"]["ttft"]["p50"]
     assert near["ttft"]["p50"] > 2 * usual and near["ttft"]["p99"] > 10 * usual
@@ -129,7 +131,9 @@ def test_page_18_says_what_its_recordings_hold() -> None:
     loads = {row["load"]: row for row in made["loads"]}
     waits = {x: r["ttft"]["p50"] / r["closed"]["ttft"]["p50"] for x, r in loads.items()}
     assert abs(waits[0.95] - 1) < 0.1 and "hardly wait longer yet" in prose
-    assert 16 <= waits[1.1] < 17 and "at 110 % they wait sixteen times as long" in prose
+    assert (
+        16.5 < waits[1.1] < 17 and "they wait nearly seventeen times as long" in prose
+    )
     said = texts["12-not-drawn"].source
     for way, words in (("async", "keeps {}"), ("http", "through HTTP {} are left")):
         share = f"{made['speeds'][way]['of_generate']:.0%}".replace("%", " %")
@@ -137,12 +141,12 @@ def test_page_18_says_what_its_recordings_hold() -> None:
     alone, streams = made["threads"]["generate"], made["threads"]["async"]
     assert f"for {alone['read']:.2f} of {alone['wall']:.2f} ms" in said
     owner = streams["step"] + streams["owner"]
-    assert f"the owner's {owner:.2f} ms" in said
-    assert f"the event loop's {streams['loop']:.2f} ms" in said
+    assert f"the owner thread works for {owner:.2f} ms" in said
+    assert f"the event loop for {streams['loop']:.2f} ms" in said
     assert f"shrinks to {streams['read']:.2f} ms" in said
-    assert owner + streams["loop"] > 0.9 * streams["wall"]
-    slow = [share for share in shown.get_shares(made, "async") if share < 0.85]
-    assert 0 < len(slow) < 3 and "a run falls behind" in said
+    few, _, *most = sorted(shown.get_shares(made, "async"))
+    assert f"one only {few:.0%}".replace("%", " %") in said
+    assert len(most) == 3 and most[0] > 0.97  # "three of the five keep nearly all"
     records = [CPU, H200]
     [output] = texts["12-serving-table"].outputs
     assert output.text.splitlines() == shown.list_serving(records), (

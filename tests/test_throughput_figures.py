@@ -177,7 +177,7 @@ def test_waterfall(ax: Any, record: Result) -> None:
     assert colours == [shown.SLOW.colour, US.colour, US.colour]
     assert dots(ax) == [3]
     assert texts(ax) == ["2 (the first of 256 requests)", "50", "200, 4.00 times"]
-    assert ax.get_title() == '100.0 times the tokens per second of "slow"'
+    assert ax.get_title() == '4.0 times the tokens per second of "many"'
     assert [label.get_text() for label in ax.get_yticklabels()] == [
         "slow",
         "many",
@@ -239,6 +239,9 @@ def test_lines(record: Result) -> None:
         "1.60",
         "times",
         "vLLM",
+        "(its",
+        "spread",
+        "35%)",
     ]
     assert lines[7].split()[:3] == ["256", "mixed", "requests:"]
     assert lines[8:] == [
@@ -276,11 +279,11 @@ def test_lines_of_tpot(record: Result) -> None:
     assert lines == [
         "floor: 0.500 ms, read at 4.00 TB/s",
         " 1 ×    128 tokens: 1.000 ms (spread 2.5%), 2.00 floors, at least 1.13, "
-        "vLLM 2.000 ms",
+        "vLLM 2.000 ms (2.5%)",
         "16 ×    128 tokens: 1.500 ms (spread 2.5%), 3.00 floors, at least 3.05, "
-        "vLLM 1.750 ms",
+        "vLLM 1.750 ms (2.5%)",
         " 1 ×  1,024 tokens: 2.000 ms (spread 2.5%), 4.00 floors, at least 2.02, "
-        "vLLM 2.000 ms",
+        "vLLM 2.000 ms (2.5%)",
         " 1 ×  8,192 tokens: 4.000 ms (spread 2.5%), 8.00 floors, at least 9.19",
         "drawn with filters, 1 at once: 0.250 ms more per step",
         "2 starts, compile cache empty: 1.000 to 1.020 ms, 2.0% apart",

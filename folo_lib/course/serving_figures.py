@@ -124,9 +124,11 @@ def list_serving(records: Sequence[Result]) -> list[str]:
         )
         for way, name in WAYS.items():
             if way in speeds:
+                shares = get_shares(made, way)
                 lines.append(
-                    f"  {name}: {speeds[way]['of_generate']:.0%} of that; the first "
-                    f"token of one client after {1e3 * made['ttft_alone'][way]:.1f} ms"
+                    f"  {name}: {speeds[way]['of_generate']:.0%} of that (pairs "
+                    f"{min(shares):.0%} to {max(shares):.0%}); the first token of one "
+                    f"client after {1e3 * made['ttft_alone'][way]:.1f} ms"
                 )
         if "outputs" in speeds["async"]:
             gaps = speeds["async"]["gaps"]

@@ -251,8 +251,9 @@ def draw_waterfall(ax: Axes, record: Result) -> None:
         bars.append((row["rung"], look, row | {"speeds": speeds, "text": text}))
         before = row
     draw_bars(ax, bars)
-    ratio = rows[-1]["tokens_per_second"] / rows[0]["tokens_per_second"]
-    ax.set_title(f'{ratio:,.1f} times the tokens per second of "{rows[0]["rung"]}"')
+    first = next(row for row in rows if row["requests"] == rows[-1]["requests"])
+    ratio = rows[-1]["tokens_per_second"] / first["tokens_per_second"]
+    ax.set_title(f'{ratio:.1f} times the tokens per second of "{first["rung"]}"')
 
 
 def best_tpot(starts: Sequence[Result], row: Result) -> Result:
@@ -322,7 +323,7 @@ def list_tpot(record: Result) -> list[str]:
         parts = [f"{row['tpot_ms']:.3f} ms (spread {row['spread']:.1%})"]
         parts.append(f"{row['floors']:.2f} floors, at least {row['least_floors']:.2f}")
         if theirs := best_tpot(starts, row):
-            parts.append(f"vLLM {theirs['tpot_ms']:.3f} ms")
+            parts.append(f"vLLM {theirs['tpot_ms']:.3f} ms ({theirs['spread']:.1%})")
         size = f"{row['requests']:2} × {row['prompt_tokens']:6,} tokens"
         lines.append(f"{size}: {', '.join(parts)}")
     for row in made["sampled"]["rows"]:
@@ -361,6 +362,8 @@ def list_throughput(record: Result) -> list[str]:
     for row in made["huggingface"]["rows"]:
         speed = f"{row['tokens_per_second']:,.0f} tokens/s"
         lines.append(f"Hugging Face, {row['system']}: {speed}")
+    left_out = made["huggingface"]["left_out"].items()
+    lines += [f"Hugging Face, {name} was left out: {why}" for name, why in left_out]
     for row in [*ours["equal"], ours["mixed"]]:
         is_mixed = row is ours["mixed"]
         theirs = best_start(starts, None if is_mixed else row["requests"])
@@ -368,7 +371,7 @@ def list_throughput(record: Result) -> list[str]:
         parts.append(f"{row['share_of_floor']:.0%} of what memory allows")
         if theirs:
             ratio = row["tokens_per_second"] / theirs["tokens_per_second"]
-            parts.append(f"{ratio:.2f} times vLLM")
+            parts.append(f"{ratio:.2f} times vLLM (its spread {theirs['spread']:.0%})")
         kind = "mixed" if is_mixed else "equal"
         lines.append(f"{row['requests']:4} {kind} requests: {', '.join(parts)}")
     if memory := ours["memory"]:
