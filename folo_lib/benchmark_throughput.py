@@ -173,12 +173,15 @@ def time_generate_batch(bench: Bench, workload: Workload) -> tuple[Answers, floa
         RuntimeError: if a request failed, or the thread that does the work.
     """
     transformers: Any = importlib.import_module("transformers")
-    lengths, page_size = workload.lengths, 256
+    lengths, page_size = (
+        workload.lengths,
+        256,
+    )  # its default; until 5.18 under another name
     pairs = list(zip(workload.prompts, lengths, strict=True))
     # With room for all of them: left alone it would take nearly the whole memory.
     num_blocks = sum(1 + -(-(len(prompt) + n) // page_size) for prompt, n in pairs)
     sizes = transformers.ContinuousBatchingConfig(
-        page_size=page_size, num_blocks=num_blocks, max_batch_tokens=2048
+        num_blocks=num_blocks, max_batch_tokens=2048
     )
     config = transformers.GenerationConfig(
         do_sample=False, eos_token_id=-1, max_new_tokens=max(lengths)

@@ -798,20 +798,26 @@ def get_static_models() -> Models:
     return static, theirs, tokenizer
 
 
-def run_schedules(seeds: range, models: Models, monkeypatch: Any) -> Counter[str]:
+def run_schedules(
+    seeds: range,
+    models: Models,
+    monkeypatch: Any,
+    decode: str = "graph",
+    run_ahead: bool = True,
+) -> Counter[str]:
     """In graphs, with the host one step behind; each item is run alone eagerly."""
     tally: Counter[str] = Counter()
     for seed in seeds:
-        schedule = Schedule(seed, small=True, run_ahead=True)
+        schedule = Schedule(seed, small=True, run_ahead=run_ahead)
         for arrival in schedule.arrivals:
             schedules.run_alone(arrival.item.number, arrival.item.small)
-        schedule.options["decode"] = "graph"
+        schedule.options["decode"] = decode
         with monkeypatch.context() as patch:
             patch.setattr(schedules, "get_models", lambda: models)
             try:
                 tally += schedule.run()
             except Exception as error:
-                error.add_note(f"in Schedule({seed}, True, True)")
+                error.add_note(f"in Schedule({seed}, True, {run_ahead}), {decode}")
                 raise
     return tally
 
@@ -853,6 +859,23 @@ def test_random_schedules_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     tally = run_schedules(range(4), get_gpu_models(), monkeypatch)
     assert tally["right"] > 12
+
+
+@gpu
+@on_gpu
+@pytest.mark.more
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("first", range(1000, 1300, 25))
+@pytest.mark.parametrize("run_ahead", [False, True], ids=["in step", "ahead"])
+@pytest.mark.parametrize("decode", ["eager", "compile", "graph_plain", "graph"])
+def test_three_hundred_random_schedules_on_a_gpu(
+    decode: str, run_ahead: bool, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every way to run a step, in float32; of one first block: `-k "graph and 1000"`."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    seeds = range(first, first + 25)
+    tally = run_schedules(seeds, get_gpu_models(), monkeypatch, decode, run_ahead)
+    assert tally["right"] > 75
 
 
 def make_gpu_engine(dtype: torch.dtype, decode: str) -> LLMEngine:
