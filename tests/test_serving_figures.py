@@ -145,7 +145,7 @@ def test_page_18_says_what_its_recordings_hold() -> None:
     assert f"the event loop for {streams['loop']:.2f} ms" in said
     assert f"shrinks to {streams['read']:.2f} ms" in said
     few, _, *most = sorted(shown.get_shares(made, "async"))
-    assert f"one only {few:.0%}".replace("%", " %") in said
+    assert f"one to {few:.0%}".replace("%", " %") in said
     assert len(most) == 3 and most[0] > 0.97  # "three of the five keep nearly all"
     records = [CPU, H200]
     [output] = texts["12-serving-table"].outputs
