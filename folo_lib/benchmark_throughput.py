@@ -173,10 +173,8 @@ def time_generate_batch(bench: Bench, workload: Workload) -> tuple[Answers, floa
         RuntimeError: if a request failed, or the thread that does the work.
     """
     transformers: Any = importlib.import_module("transformers")
-    lengths, page_size = (
-        workload.lengths,
-        256,
-    )  # its default; until 5.18 under another name
+    lengths = workload.lengths
+    page_size = 256  # the default; transformers before 5.18 calls it block_size
     pairs = list(zip(workload.prompts, lengths, strict=True))
     # With room for all of them: left alone it would take nearly the whole memory.
     num_blocks = sum(1 + -(-(len(prompt) + n) // page_size) for prompt, n in pairs)
