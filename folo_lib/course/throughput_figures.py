@@ -28,6 +28,7 @@ from folo_lib.course.figures import (
 )
 
 __all__ = [
+    "add_milliseconds",
     "best_start",
     "compare_systems",
     "describe",
@@ -112,6 +113,24 @@ def best_start(starts: Sequence[Result], requests: int | None = None) -> Result:
     return max(rows, key=lambda row: float(row["tokens_per_second"]), default={})
 
 
+def list_runs(record: Result, name: str) -> list[float]:
+    """Tokens per second of one system on the mixed workload: all runs of all its starts.
+
+    Of ours the runs of one start, and the fresh starts of the waterfall's last rung.
+    """
+    if name == "folo_lib":
+        runs = speeds_of(latest(record, "throughput")["folo_lib"]["mixed"])
+        return runs + list_starts(record)
+    starts = record["sections"].get("vllm", []) if name == "vLLM" else []
+    return [speed for start in starts for speed in speeds_of(start["mixed"])]
+
+
+def list_starts(record: Result) -> list[float]:
+    """Tokens per second of the engine with everything, in its fresh starts."""
+    rows = join_waterfall(record).get("rows", [])[-1:]
+    return [start["tokens_per_second"] for row in rows for start in row["starts"]]
+
+
 def compare_systems(record: Result) -> list[tuple[str, Look, Result]]:
     """Name, look and row of each system on the mixed workload, ours first."""
     made = latest(record, "throughput")
@@ -125,36 +144,41 @@ def compare_systems(record: Result) -> list[tuple[str, Look, Result]]:
     return systems
 
 
+def write_range(numbers: Sequence[float], digits: int) -> str:
+    """The least and the greatest: "1.09 to 1.12", or one number if they look alike."""
+    ends = [f"{end:.{digits}f}" for end in (min(numbers), max(numbers))]
+    return " to ".join(dict.fromkeys(ends))
+
+
 def say_nothing_yet(ax: Axes) -> None:
     """Axes for a recording that is still to be made."""
     ax.text(0.5, 0.5, NOTHING_YET, ha="center", transform=ax.transAxes)
     ax.set_axis_off()
 
 
-def draw_bar(ax: Axes, y: int, name: str, look: Look, row: Result) -> None:
+def draw_bar(ax: Axes, y: int, look: Look, row: Result) -> None:
     """A bar from 0 to the middle run, a dot for each, and the number at its end."""
+    ax.barh(y, row["tokens_per_second"], height=0.62, **look.bar)
+    draw_dots(ax, y, row)
+
+
+DOTS: Any = {"color": "white", "markeredgecolor": BLACK, "markersize": 4.5, "zorder": 3}
+
+
+def draw_dots(ax: Axes, y: int, row: Result) -> None:
+    """A dot for each run where there are several, and the text to the right of all."""
     speeds = row["speeds"]
-    middle = row["tokens_per_second"]
-    ax.barh(y, middle, height=0.62, **look.bar)
     if len(speeds) > 1:
-        dots: Any = {"color": "white", "markeredgecolor": BLACK, "markersize": 4.5}
-        ax.plot(speeds, [y] * len(speeds), "o", zorder=3, **dots)
-    end = max(middle, *speeds)
-    ax.annotate(
-        row["text"], (end, y), (6, 0), textcoords="offset points", va="center", size=9
-    )
+        ax.plot(speeds, [y] * len(speeds), "o", **DOTS)
+    end = max(row["tokens_per_second"], *speeds)
+    at: Any = {"textcoords": "offset points", "va": "center", "size": 9}
+    ax.annotate(row["text"], (end, y), (8, 0), **at)
 
 
-def draw_bars(ax: Axes, bars: Sequence[tuple[str, Look, Result]]) -> None:
-    """Horizontal bars under one another, the first on top, with their names."""
-    for y, (name, look, row) in enumerate(bars):
-        draw_bar(ax, y, name, look, row)
-    ax.set_yticks(range(len(bars)), [name for name, *_ in bars])
+def name_rows(ax: Axes, names: Sequence[str]) -> None:
+    """Names at the left, the first on top."""
+    ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
-    ax.margins(x=0.28)
-    ax.set_xlim(left=0)
-    ax.xaxis.set_major_locator(MaxNLocator(5))
-    ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.set_xlabel("tokens per second, all requests together")
     ax.grid(False, axis="y")
     ax.tick_params(axis="y", length=0)
@@ -173,22 +197,26 @@ def draw_systems(ax: Axes, record: Result) -> None:
     systems = compare_systems(record)
     if not systems:
         return say_nothing_yet(ax)
-    bars = []
-    for name, look, row in systems:
+    for y, (name, look, row) in enumerate(systems):
         text = f"{row['tokens_per_second']:,.0f}"
         text += name_part(row, systems[0][2]["requests"])
-        bars.append((name, look, row | {"speeds": speeds_of(row), "text": text}))
-    draw_bars(ax, bars)
-    speeds = {name: row["tokens_per_second"] for name, _, row in systems}
-    if "vLLM" in speeds:
-        ratio = speeds["folo_lib"] / speeds["vLLM"]
-        ax.set_title(f"{ratio:.2f} times the tokens of vLLM")
+        speeds = list_runs(record, name) or speeds_of(row)
+        draw_bar(ax, y, look, row | {"speeds": speeds, "text": text})
+    name_rows(ax, [name for name, *_ in systems])
+    ax.margins(x=0.28)
+    ax.set_xlim(left=0)
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    if vllm := best_start(record["sections"].get("vllm", [])):
+        ours = [systems[0][2]["tokens_per_second"], *list_starts(record)]
+        ratios = [speed / vllm["tokens_per_second"] for speed in ours]
+        ax.set_title(f"{write_range(ratios, 2)} times the tokens of vLLM")
     floor = systems[0][2]["floor_tokens_per_second"]
     ax.axvline(floor, color=BLACK, linestyle=":")
     ax.set_xlim(0, max(1.05 * floor, ax.get_xlim()[1]))
     ax.annotate(
         f"memory allows\n{floor:,.0f}",
-        (floor, len(bars) - 1.5),
+        (floor, len(systems) - 1.5),
         (-5, 0),
         textcoords="offset points",
         ha="right",
@@ -208,6 +236,12 @@ def draw_batches(ax: Axes, record: Result) -> None:
     if starts:
         theirs = [best_start(starts, row["requests"]) for row in rows]
         lines.append(("vLLM", OTHER, [row for row in theirs if row]))
+        ratios = [
+            row["tokens_per_second"] / other["tokens_per_second"]
+            for row, other in zip(rows, theirs, strict=True)
+            if other
+        ]
+        ax.set_title(f"{write_range(ratios, 1)} times vLLM")
     for name, look, points in lines:
         x = [row["requests"] for row in points]
         y = [row["tokens_per_second"] for row in points]
@@ -231,29 +265,34 @@ def draw_batches(ax: Axes, record: Result) -> None:
 
 
 def draw_waterfall(ax: Axes, record: Result) -> None:
-    """The mixed workload on every rung, a dot for each start.
+    """The mixed workload on every rung: its median start, and a dot for each.
 
-    Rungs that were too slow for all of its requests are pale, and say how many they got.
+    The axis is logarithmic, because the rungs lie a factor of a thousand apart. Rungs that
+    were too slow for all of the requests are pale, and say how many they got.
     """
     rows = join_waterfall(record).get("rows", [])
     if not rows:
         return say_nothing_yet(ax)
     most = max(row["requests"] for row in rows)
-    bars, before = [], rows[0]
-    for row in rows:
+    before = rows[0]
+    for y, row in enumerate(rows):
         speed = row["tokens_per_second"]
         text = f"{speed:,.0f}"
         if row is not before and row["requests"] == before["requests"]:
             text += f", {speed / before['tokens_per_second']:.2f} times"
-        text += name_part(row, most)
         speeds = [start["tokens_per_second"] for start in row["starts"]]
         look = SLOW if row["requests"] < most else US
-        bars.append((row["rung"], look, row | {"speeds": speeds, "text": text}))
+        ax.plot(speed, y, look.marker, color=look.colour, markersize=9)
+        text += name_part(row, most)
+        draw_dots(ax, y, row | {"speeds": speeds, "text": text})
         before = row
-    draw_bars(ax, bars)
-    first = next(row for row in rows if row["requests"] == rows[-1]["requests"])
-    ratio = rows[-1]["tokens_per_second"] / first["tokens_per_second"]
-    ax.set_title(f'{ratio:.1f} times the tokens per second of "{first["rung"]}"')
+    name_rows(ax, [row["rung"] for row in rows])
+    ax.set_xscale("log")
+    ends = [row["tokens_per_second"] for row in rows]
+    ax.set_xlim(min(ends) / 2, 8 * max(ends))  # room for the text
+    low, high = ax.get_xlim()
+    label_ticks(ax.xaxis, [10**i for i in range(6) if low <= 10**i <= high])
+    ax.set_title(f"From {ends[0]:,.0f} to {ends[-1]:,.0f} tokens per second")
 
 
 def best_tpot(starts: Sequence[Result], row: Result) -> Result:
@@ -309,6 +348,14 @@ def draw_tpot(ax: Axes, record: Result, by: str) -> None:
     end = rows[-1]
     text = f"{rows[0]['floors']:.1f} floors, and {end['floors']:.1f} at {end[by]:,}"
     ax.set_title(text)
+
+
+def add_milliseconds(ax: Axes, record: Result) -> None:
+    """A scale at the right of `draw_tpot`, in the unit of this one card."""
+    if made := latest(record, "tpot"):
+        ms = made["floor"]["ms"]
+        right = ax.secondary_yaxis("right", (lambda y: y * ms, lambda y: y / ms))
+        right.set_ylabel("TPOT (ms)")
 
 
 def list_tpot(record: Result) -> list[str]:
@@ -377,12 +424,11 @@ def list_throughput(record: Result) -> list[str]:
     if memory := ours["memory"]:
         beyond = memory["beyond"]["allocated"] / 2**20
         lines.append(f"memory beyond weights and cache: {beyond:,.0f} MiB")
-    for row in join_waterfall(record).get("rows", [])[-1:]:
-        speeds = [start["tokens_per_second"] for start in row["starts"]]
+    if speeds := list_starts(record):
         line = f"{len(speeds)} more starts: {min(speeds):,.0f} to {max(speeds):,.0f}"
         if vllm := best_start(starts):
-            low, high = (f(speeds) / vllm["tokens_per_second"] for f in (min, max))
-            line += f" tokens/s, {low:.2f} to {high:.2f} times vLLM"
+            ratios = [speed / vllm["tokens_per_second"] for speed in speeds]
+            line += f" tokens/s, {write_range(ratios, 2)} times vLLM"
         lines.append(line)
     return lines
 
