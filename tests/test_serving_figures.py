@@ -116,11 +116,6 @@ def test_page_18_says_what_its_recordings_hold() -> None:
     texts = {cell.id: cell for cell in cells}
     prose = texts["12-serving-b"].source
     made = latest(CPU, "serving")
-    kept = {
-        way: f"{row.get('of_generate', 1):.0%}" for way, row in made["speeds"].items()
-    }
-    for share in (kept["async"], kept["http"]):
-        assert share.replace("%", " %") in prose
     said = texts["12-serving-a"].source
     assert f"{made['sizes']['streams']} on the CPU" in said
     assert f"{latest(H200, 'serving')['sizes']['streams']} on the H200" in said
@@ -134,21 +129,9 @@ def test_page_18_says_what_its_recordings_hold() -> None:
     assert (
         16.5 < waits[1.1] < 17 and "they wait nearly seventeen times as long" in prose
     )
-    said = texts["12-not-drawn"].source
-    for way, words in (("async", "keeps {}"), ("http", "through HTTP {} are left")):
-        share = f"{made['speeds'][way]['of_generate']:.0%}".replace("%", " %")
-        assert words.format(share) in said
-    alone, streams = made["threads"]["generate"], made["threads"]["async"]
-    assert f"for {alone['read']:.2f} of {alone['wall']:.2f} ms" in said
-    owner = streams["step"] + streams["owner"]
-    assert f"the owner thread works for {owner:.2f} ms" in said
-    assert f"the event loop for {streams['loop']:.2f} ms" in said
-    assert f"shrinks to {streams['read']:.2f} ms" in said
-    few, _, *most = sorted(shown.get_shares(made, "async"))
-    assert f"one to {few:.0%}".replace("%", " %") in said
-    assert len(most) == 3 and most[0] > 0.97  # "three of the five keep nearly all"
-    records = [CPU, H200]
+    least = min(shown.get_shares(made, "async"))
+    assert f"the lowest at {least:.0%}".replace("%", " %") in prose
     [output] = texts["12-serving-table"].outputs
-    assert output.text.splitlines() == shown.list_serving(records), (
+    assert output.text.endswith("\n".join(shown.list_serving([CPU, H200])) + "\n"), (
         "a recording is new: run the page again"
     )

@@ -145,11 +145,20 @@ def test_systems(ax: Any, record: Result) -> None:
     ]
     assert [round(bar.get_width()) for bar in ax.patches] == [200, 125, 9]
     assert all(bar.get_x() == 0 for bar in ax.patches) and ax.get_xlim()[0] == 0
-    assert dots(ax) == [3, 3]  # one run has none
+    assert dots(ax) == [6, 6]  # runs and starts of both; one run has none
+    ours, theirs = (sorted(map(round, line.get_xdata())) for line in ax.lines[:2])
+    assert ours == [160, 190, 200, 200, 222, 230] and theirs == [
+        80,
+        100,
+        100,
+        111,
+        125,
+        139,
+    ]
     assert texts(ax) == [
         "200", "125", "9 (the first 32 of 256 requests)", "memory allows\n400",
     ]  # fmt: skip
-    assert ax.get_title() == "1.60 times the tokens of vLLM"
+    assert ax.get_title() == "1.52 to 1.84 times the tokens of vLLM"
     assert ax.get_xlim()[1] > 400
 
 
@@ -164,6 +173,7 @@ def test_batches(ax: Any, record: Result) -> None:
     shown.draw_batches(ax, record)
     assert texts(ax) == ["folo_lib", "vLLM"]
     ours, *_ = ax.lines
+    assert ax.get_title() == "1.6 times vLLM"
     assert list(ours.get_xdata()) == [8, 32, 64]
     assert ours.get_ydata() == pytest.approx([200] * 3)
     assert ax.get_ylim()[0] == 0 and ax.get_xlim()[0] == 0
@@ -172,19 +182,20 @@ def test_batches(ax: Any, record: Result) -> None:
 
 def test_waterfall(ax: Any, record: Result) -> None:
     shown.draw_waterfall(ax, record)
-    assert [bar.get_width() for bar in ax.patches] == [2, 50, 200]
-    colours = [to_hex(bar.get_facecolor()).upper() for bar in ax.patches]
+    *medians, starts = ax.lines
+    assert [list(line.get_xdata()) for line in medians] == [[2], [50], [200]]
+    colours = [line.get_color() for line in medians]
     assert colours == [shown.SLOW.colour, US.colour, US.colour]
-    assert dots(ax) == [3]
+    assert list(starts.get_xdata()) == [190, 200, 230]
+    assert ax.get_xscale() == "log" and ax.get_xlim()[0] < 2 < 230 < ax.get_xlim()[1]
     assert texts(ax) == ["2 (the first of 256 requests)", "50", "200, 4.00 times"]
-    assert ax.get_title() == '4.0 times the tokens per second of "many"'
+    assert ax.get_title() == "From 2 to 200 tokens per second"
     assert [label.get_text() for label in ax.get_yticklabels()] == [
         "slow",
         "many",
         "fast",
     ]
     assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first on top
-    assert ax.get_xlim()[0] == 0
 
 
 def test_tpot(ax: Any, record: Result) -> None:
@@ -208,6 +219,14 @@ def test_tpot(ax: Any, record: Result) -> None:
     ax = Figure().subplots()
     shown.draw_tpot(ax, record, "requests")
     assert texts(ax) == ["folo_lib", "memory allows"]
+
+
+def test_milliseconds_stand_beside_floors(ax: Any, record: Result) -> None:
+    shown.draw_tpot(ax, record, "requests")
+    shown.add_milliseconds(ax, record)
+    [scale] = ax.child_axes
+    ax.figure.draw_without_rendering()
+    assert scale.get_ylim() == pytest.approx([0.5 * end for end in ax.get_ylim()])
 
 
 def test_captions_name_card_versions_and_date(record: Result) -> None:
@@ -333,8 +352,10 @@ def cells_of_section() -> list[Result]:
         if found and "## What you built" in text:
             found.append(cell | {"source": [text.split("## What you built")[0]]})
             break
-        if found or "## 11. Many requests" in text:
+        if found:
             found.append(cell)
+        elif "## 11. Many requests" in text:
+            found.append(cell | {"source": [text.split("## 11. Many requests")[1]]})
     return found
 
 
@@ -354,10 +375,6 @@ def test_the_page_prints_the_recording() -> None:
         assert line + "\n" in text, (
             "tools/run_pages.py --save notebooks/18_benchmark.ipynb"
         )
-    for name, recordings in record["sections"].items():
-        for made in recordings:
-            date = made["date"][:16]
-            assert re.search(rf"^{name} +{date} UTC", text, re.MULTILINE)
 
 
 def test_numbers_in_the_prose_are_printed_or_options() -> None:
@@ -432,6 +449,19 @@ def test_the_recording_reaches_what_was_asked() -> None:
     assert all(row["more_ms"] <= 0.1 for row in few["sampled"]["rows"])
 
 
+def test_the_prose_compares_starts() -> None:
+    """Of page 18: five more starts, and two of the compiled rung that are slower."""
+    record = shown.read_recording(RECORD)
+    ours = shown.latest(record, "throughput")["folo_lib"]["mixed"]["tokens_per_second"]
+    gains = [speed / ours for speed in shown.list_starts(record)]
+    assert len(gains) == 5 and all(1.01 < gain < 1.03 for gain in gains)
+    [row] = [
+        row for row in shown.join_waterfall(record)["rows"] if row["rung"] == "compiled"
+    ]
+    slow, less, *rest = sorted(start["tokens_per_second"] for start in row["starts"])
+    assert [round(100 * (1 - one / rest[0])) for one in (less, slow)] == [7, 9]
+
+
 def test_the_prose_says_which_rung_gains_nothing() -> None:
     rows = shown.join_waterfall(shown.read_recording(RECORD))["rows"]
     speeds = [row["tokens_per_second"] for row in rows]
@@ -463,10 +493,6 @@ def test_the_prose_says_who_is_how_near() -> None:
     assert abs(short - 2) < 0.1 and 1.4 < long < 1.5
     [most] = [row for row in rows if row["requests"] == 16]
     assert 2.1 < most["floors"] / most["least_floors"] < 2.4
-    by_context = {row["prompt_tokens"]: row for row in rows if row["requests"] == 1}
-    near, far = by_context[128], by_context[8192]
-    rises = [far[name] - near[name] for name in ("floors", "least_floors")]
-    assert abs(rises[0] / rises[1] - 1.5) < 0.15  # "one and a half times"
 
 
 def test_the_prose_says_how_far_to_trust_vllm() -> None:
@@ -483,7 +509,3 @@ def test_the_prose_says_how_far_to_trust_vllm() -> None:
             end["least_floors"] / ours["least_floors"],
         ]
         assert growth[0] < 0.9 * growth[1]
-    assert few["starts"]["spread"] < 0.05  # "much closer together"
-    speed = few["floor"]["bytes"] / few["floor"]["ms"] * 1e3
-    made = shown.latest(record, "throughput")
-    assert abs(speed / made["bandwidth"]["median"] - 1) < 0.06  # "a few per cent"
