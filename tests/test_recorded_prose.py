@@ -66,6 +66,14 @@ def test_page_18_says_in_which_recording_a_step_upwards_is(
         times = [found["huggingface", n]["ttft"]["median"] for n in (1024, 2048)]
         rises.append(times[1] / times[0])
     assert rises[0] < 1.1 and rises[1] > 1.3
+    found = {
+        (r["system"], r["prompt_tokens"]): r for r in sections["prefill"][0]["rows"]
+    }
+    slow, fast = (
+        found[name, 8192]["ttft"]["values"] for name in ("huggingface", "folo_lib")
+    )
+    ratio = statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+    assert f"the earlier recording has {ratio:.1f}" in read_prose("18_benchmark")
 
 
 def test_page_08_takes_the_card_from_the_recordings(

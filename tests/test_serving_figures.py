@@ -126,9 +126,20 @@ def test_page_18_says_what_its_recordings_hold() -> None:
     loads = {row["load"]: row for row in made["loads"]}
     waits = {x: r["ttft"]["p50"] / r["closed"]["ttft"]["p50"] for x, r in loads.items()}
     assert abs(waits[0.95] - 1) < 0.1 and "hardly wait longer yet" in prose
-    assert (
-        16.5 < waits[1.1] < 17 and "they wait nearly seventeen times as long" in prose
-    )
+    late = loads[0.95]["ttft"]["p99"] / loads[0.95]["closed"]["ttft"]["p50"]
+    assert 6 < late < 7 and "waits more than six times as long" in prose
+    costs = [
+        [
+            a > b
+            for a, b in zip(
+                *(shown.get_shares(one, way) for way in shown.WAYS), strict=True
+            )
+        ]
+        for one in (latest(CPU, "serving"), made)
+    ]
+    assert all(costs[0]) and sum(costs[1]) == 4 and "in four runs of five" in prose
+    step = made["threads"]["async"]
+    assert abs(step["read"] / step["wall"] - 1 / 6) < 0.02  # "a sixth of a step"
     least = min(shown.get_shares(made, "async"))
     assert f"the lowest at {least:.0%}".replace("%", " %") in prose
     [output] = texts["12-serving-table"].outputs

@@ -98,7 +98,8 @@ def record() -> Result:
     vllm[0]["tpot"]["rows"][1]["tpot_ms"] = 1.75
     gaps = {"running": 64, "long_prompt": 8192}
     gaps |= {
-        name: {"median": value} for name, value in (("before", 0.01), ("after", 0.04))
+        name: {"median": value}
+        for name, value in (("before", 0.01), ("after", 0.04), ("ttft", 0.09))
     }
     context = {"prompt_tokens": 128, "tpot": {"median": 0.00123}}
     start = {"compile_cache": "empty", "first_token_seconds": 12.34}
@@ -288,7 +289,7 @@ def test_lines(record: Result) -> None:
     assert shown.list_latency(record) == [
         "after   128 tokens: 1.23 ms per token",
         "longest gap of 64 requests: 10.0 ms, and 40.0 ms when a prompt of 8,192 tokens "
-        "arrives",
+        "arrives, whose first token comes after 90.0 ms",
         "compile cache empty: 12.3 s to the first token",
     ]
 
@@ -470,6 +471,10 @@ def test_the_prose_says_which_rung_gains_nothing() -> None:
     ]
     assert falls == ["KV cache"]
     gains = [after / before for before, after in pairwise(speeds)]
+    older = json.loads(RECORD.with_name("benchmark_h200.json").read_text("utf-8"))
+    rungs = {row["system"]: row for row in older["sections"]["ladder"][-1]["rows"]}
+    times = [rungs[name]["tpot"]["median"] for name in ("no cache", "growing cache")]
+    assert 0.78 < times[1] / times[0] < 0.84  # "about four fifths"
     assert sorted(gains)[-2:] == sorted(
         gains[1:3]
     )  # "on the third and the fourth rung"
@@ -509,3 +514,11 @@ def test_the_prose_says_how_far_to_trust_vllm() -> None:
             end["least_floors"] / ours["least_floors"],
         ]
         assert growth[0] < 0.9 * growth[1]
+    spreads = [shown.best_tpot(starts, row)["spread"] for row in few["rows"]]
+    assert 0.7 < max(spreads) < 0.8  # "up to three quarters of their median apart"
+    speed = few["floor"]["bytes"] / few["floor"]["ms"] * 1e3
+    made = shown.latest(record, "throughput")
+    assert 1.045 < speed / made["bandwidth"]["median"] < 1.055  # "five per cent more"
+    older = json.loads(RECORD.with_name("benchmark_h200.json").read_text("utf-8"))
+    alone = older["sections"]["decode"][-1]["rows"][0]["tpot"]["median"]
+    assert abs(few["rows"][0]["tpot_ms"] / (1e3 * alone) - 1 / 3) < 0.03  # "a third"

@@ -15,7 +15,6 @@ from matplotlib.axes import Axes
 
 from folo_lib.course.figures import (
     BLACK,
-    DEVICE,
     GREY,
     HOST,
     US,
@@ -79,7 +78,7 @@ def draw_waits(ax: Axes, records: Sequence[Result]) -> None:
     """First tokens in the open loop, as multiples of the closed loop's median."""
     ratios: list[float] = []
     for machine, made in list_recordings(records):
-        colour = GREY if machine == "CPU" else DEVICE.colour
+        colour = GREY if machine == "CPU" else US.colour
         for percentile, style in (("p50", "-"), ("p99", "--")):
             points = [
                 (

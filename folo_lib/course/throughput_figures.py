@@ -466,7 +466,8 @@ def list_latency(record: Result) -> list[str]:
     before, after = (1e3 * gaps[name]["median"] for name in ("before", "after"))
     lines.append(
         f"longest gap of {gaps['running']} requests: {before:.1f} ms, and {after:.1f} ms "
-        f"when a prompt of {gaps['long_prompt']:,} tokens arrives"
+        f"when a prompt of {gaps['long_prompt']:,} tokens arrives, "
+        f"whose first token comes after {1e3 * gaps['ttft']['median']:.1f} ms"
     )
     for row in made["starts"]:
         seconds = f"{row['first_token_seconds']:.1f} s to the first token"
