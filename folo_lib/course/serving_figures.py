@@ -23,7 +23,7 @@ from folo_lib.course.figures import (
 )
 from folo_lib.course.throughput_figures import latest
 
-__all__ = ["draw_shares", "draw_waits", "list_serving"]
+__all__ = ["draw_shares", "draw_waits"]
 
 Result = dict[str, Any]
 WAYS = {"async": "AsyncLLMEngine", "http": "HTTP"}
@@ -51,7 +51,7 @@ def get_shares(made: Result, way: str) -> list[float]:
 def draw_shares(ax: Axes, records: Sequence[Result]) -> None:
     """What is left of the tokens per second of `generate`, run by run."""
     names: list[str] = []
-    through_http: list[float] = []
+    through_http: list[str] = []
     for machine, made in list_recordings(records):
         for way in WAYS:
             if way not in made["speeds"]:
@@ -65,18 +65,17 @@ def draw_shares(ax: Axes, records: Sequence[Result]) -> None:
             ax.text(end + 2, y, f"{share:.0%}", va="center")
             names.append(f"{machine}: {WAYS[way]}")
             if way == "http":
-                through_http.append(share)
+                through_http.append(f"{machine} {share:.0%}")
     ax.set_yticks(range(len(names)), names)
     ax.set(xlim=(0, 118), ylim=(len(names) - 0.4, -0.6))
     ax.set_xlabel("tokens/s, % of generate")
-    said = " and ".join(f"{share:.0%}" for share in through_http)
-    title = f"Through HTTP\n{said} of the speed is left" if said else "No HTTP"
+    said = ", ".join(through_http)
+    title = f"Left through HTTP\n{said}" if said else "No HTTP"
     ax.set_title(title, fontsize=10)
 
 
 def draw_waits(ax: Axes, records: Sequence[Result]) -> None:
     """First tokens in the open loop, as multiples of the closed loop's median."""
-    ratios: list[float] = []
     for machine, made in list_recordings(records):
         colour = GREY if machine == "CPU" else US.colour
         for percentile, style in (("p50", "-"), ("p99", "--")):
@@ -94,58 +93,12 @@ def draw_waits(ax: Axes, records: Sequence[Result]) -> None:
                 color=colour,
                 label=f"{machine}, {share}",
             )
-        near = min(made["loads"], key=lambda row: abs(row["load"] - 0.95))
-        ratios.append(near["ttft"]["p50"] / near["closed"]["ttft"]["p50"])
     ax.set_yscale("log")
     ax.axhline(1, linestyle=":", color=BLACK)
     ax.set(xlabel="arrivals, % of the capacity", xlim=(45, 150))
     ax.set_xticks([50, 80, 95, 110])
     ax.set_ylabel("first token, closed loop = 1")
     label_ticks(ax.yaxis, (1, 3, 10, 30))
-    said = " and ".join(f"{ratio:.1f}" for ratio in ratios)
-    ax.set_title(
-        f"At 95 % of the capacity\nhalf wait {said} times as long", fontsize=10
-    )
+    title = "Some wait long before the capacity is reached,\nall when it is"
+    ax.set_title(title, fontsize=10)
     label_lines(ax)
-
-
-def list_serving(records: Sequence[Result]) -> list[str]:
-    """The section in lines of text, and vLLM's engine where it was measured."""
-    lines = []
-    for record in records:
-        made, theirs = latest(record, "serving"), latest(record, "vllm_serving")
-        if not made:
-            continue
-        device, speeds = record["setup"]["device"], made["speeds"]
-        lines.append(
-            f"{device}, {made['date'][:10]}, {made['sizes']['streams']} streams: "
-            f"generate {speeds['generate']['median']:,.0f} tokens/s"
-        )
-        for way, name in WAYS.items():
-            if way in speeds:
-                shares = get_shares(made, way)
-                lines.append(
-                    f"  {name}: {speeds[way]['of_generate']:.0%} of that (pairs "
-                    f"{min(shares):.0%} to {max(shares):.0%}); the first token of one "
-                    f"client after {1e3 * made['ttft_alone'][way]:.1f} ms"
-                )
-        if "outputs" in speeds["async"]:
-            gaps = speeds["async"]["gaps"]
-            lines.append(
-                f"  a stream of {made['sizes']['stream_tokens']} tokens came in "
-                f"{speeds['async']['outputs']:.0f} outputs, half of them within "
-                f"{1e3 * gaps['p50']:.1f} ms of the last, 99 % within {1e3 * gaps['p99']:.1f}"
-            )
-        if theirs:
-            lines.append(
-                f"  vLLM's AsyncLLM: {theirs['tokens_per_second']:,.0f} tokens/s; "
-                f"first token after {1e3 * theirs['ttft_alone']:.1f} ms"
-            )
-        for way, row in made.get("threads", {}).items():
-            if way != "event_loop":
-                lines.append(
-                    f"  {way}: a step takes {row['wall']:.2f} ms; in read "
-                    f"{row['read']:.2f}, else {row['step'] + row['owner']:.2f} on the "
-                    f"processor, and the event loop {row['loop']:.2f}"
-                )
-    return lines

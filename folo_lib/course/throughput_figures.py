@@ -41,7 +41,6 @@ __all__ = [
     "list_latency",
     "list_throughput",
     "list_tpot",
-    "list_waterfall",
     "read_recording",
 ]
 
@@ -162,7 +161,7 @@ def draw_bar(ax: Axes, y: int, look: Look, row: Result) -> None:
     draw_dots(ax, y, row)
 
 
-DOTS: Any = {"color": "white", "markeredgecolor": BLACK, "markersize": 4.5, "zorder": 3}
+DOTS: Any = {"color": "white", "markeredgecolor": BLACK, "markersize": 4, "zorder": 3}
 
 
 def draw_dots(ax: Axes, y: int, row: Result) -> None:
@@ -248,7 +247,7 @@ def draw_batches(ax: Axes, record: Result) -> None:
         ax.plot(x, y, **look.line)
         for row in points:
             runs = speeds_of(row)
-            ax.plot([row["requests"]] * len(runs), runs, ".", color=look.colour, ms=3)
+            ax.plot([row["requests"]] * len(runs), runs, ".", color=look.colour, ms=5)
         ax.annotate(
             name,
             (x[-1], y[-1]),
@@ -258,8 +257,9 @@ def draw_batches(ax: Axes, record: Result) -> None:
             color=look.colour,
         )
     ax.set(xlabel="requests at once", ylabel="tokens per second")
-    label_ticks(ax.xaxis, [row["requests"] for row in rows if row["requests"] != 32])
-    ax.set_xlim(0, 1.25 * rows[-1]["requests"])
+    ax.set_xscale("log", base=2)
+    label_ticks(ax.xaxis, [row["requests"] for row in rows])
+    ax.set_xlim(0.7 * rows[0]["requests"], 3 * rows[-1]["requests"])  # room for names
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_formatter("{x:,.0f}")
 
@@ -282,7 +282,7 @@ def draw_waterfall(ax: Axes, record: Result) -> None:
             text += f", {speed / before['tokens_per_second']:.2f} times"
         speeds = [start["tokens_per_second"] for start in row["starts"]]
         look = SLOW if row["requests"] < most else US
-        ax.plot(speed, y, look.marker, color=look.colour, markersize=9)
+        ax.plot(speed, y, look.marker, color=look.colour, markersize=11)
         text += name_part(row, most)
         draw_dots(ax, y, row | {"speeds": speeds, "text": text})
         before = row
@@ -431,25 +431,6 @@ def list_throughput(record: Result) -> list[str]:
             line += f" tokens/s, {write_range(ratios, 2)} times vLLM"
         lines.append(line)
     return lines
-
-
-def list_waterfall(record: Result) -> list[str]:
-    """The section `waterfall` in lines of text, and what it left out, with the reason."""
-    made = join_waterfall(record)
-    if not made:
-        return [NOTHING_YET]
-    rows, lines = made["rows"], list[str]()
-    for before, row in zip([rows[0], *rows], rows, strict=False):
-        speeds = [start["tokens_per_second"] for start in row["starts"]]
-        line = f"{row['rung']}: {row['tokens_per_second']:,.0f} tokens/s"
-        if len(speeds) > 1:
-            line += f", {len(speeds)} starts {min(speeds):,.0f} to {max(speeds):,.0f}"
-        ratio = row["tokens_per_second"] / before["tokens_per_second"]
-        if row is not before and row["requests"] == before["requests"]:
-            line += f", {ratio:.2f} times the rung before"
-        lines.append(line + name_part(row, max(one["requests"] for one in rows)))
-    left_out = made["left_out"].items()
-    return lines + [f"{name} was left out: {reason}" for name, reason in left_out]
 
 
 def list_latency(record: Result) -> list[str]:

@@ -5,19 +5,24 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import random
 import statistics
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from transformers import Qwen3Config
 
-from folo_lib.benchmark import Run, paired_ratios
+from folo_lib.benchmark import Run, paired_ratios, weight_bytes_per_step
+from folo_lib.benchmark_systems import QWEN3_0_6B
+from folo_lib.benchmark_throughput import workload_bytes
+from folo_lib.benchmark_workloads import ThroughputSizes, make_mixed
 from folo_lib.course.exercises.benchmark import (
-    check_bootstrap_interval,
+    check_bytes_of_batch,
     check_sign_test,
     check_tokens_per_second,
 )
+from folo_lib.kv_cache import kv_bytes_per_token
 from tests.exercises.test_all import PAGES, solutions
 
 
@@ -76,50 +81,91 @@ def test_tokens_per_second_by_weights_is_right_too() -> None:
     assert check_tokens_per_second(weighted)
 
 
-def resample(
-    values: list[float], number: int, draw: random.Random, take: Any, size: int
-) -> list[float]:
-    return sorted(take(draw.choices(values, k=size)) for _ in range(number))
+def of_steps(
+    weights: int,
+    kv_bytes: int,
+    pairs: list[tuple[int, int]],
+    steps: int,
+    first: int = 1,
+    more: int = 0,
+) -> int:
+    """Bytes of requests whose step `k` attends to `prompt + k + more` tokens."""
+    tokens = sum(p + k + more for p, n in pairs for k in range(first, n))
+    return steps * weights + kv_bytes * tokens
 
 
-def unseeded(values: list[float], number: int = 1000, seed: int = 0) -> Any:
-    medians = resample(values, number, random.Random(), statistics.median, len(values))
-    return medians[random.randrange(number // 2)], medians[-1 - random.randrange(99)]
+def pairs_of(prompts: list[int], answers: list[int]) -> list[tuple[int, int]]:
+    return list(zip(prompts, answers, strict=True))
 
 
-def without_replacement(values: list[float], number: int = 1000, seed: int = 0) -> Any:
-    draw = random.Random(seed)
-    medians = [
-        statistics.median(draw.sample(values, k=len(values))) for _ in range(number)
-    ]
-    return min(medians), max(medians)
+def prompt_is_read_back(w: int, kv: int, prompts: list[int], answers: list[int]) -> int:
+    pairs = pairs_of(prompts, answers)
+    return of_steps(w, kv, pairs, max(answers), first=0)
 
 
-def of_the_values(values: list[float], number: int = 1000, seed: int = 0) -> Any:
-    ordered = sorted(values)
-    cut = round(0.025 * len(values))
-    return ordered[cut], ordered[-1 - cut]
+def without_the_token_that_runs(
+    w: int, kv: int, prompts: list[int], answers: list[int]
+) -> int:
+    pairs = pairs_of(prompts, answers)
+    return of_steps(w, kv, pairs, max(answers), more=-1)
 
 
-def the_middle_half(values: list[float], number: int = 1000, seed: int = 0) -> Any:
-    size = len(values)
-    draw = random.Random(seed)
-    medians = resample(values, number, draw, statistics.median, size)
-    return medians[number // 4], medians[-1 - number // 4]
+def context_stands_still(
+    w: int, kv: int, prompts: list[int], answers: list[int]
+) -> int:
+    tokens = sum((p + 1) * (n - 1) for p, n in pairs_of(prompts, answers))
+    return w * max(answers) + kv * tokens
+
+
+def weights_for_each(w: int, kv: int, prompts: list[int], answers: list[int]) -> int:
+    return of_steps(w, kv, pairs_of(prompts, answers), sum(answers))
+
+
+def steps_of_the_first(w: int, kv: int, prompts: list[int], answers: list[int]) -> int:
+    return of_steps(w, kv, pairs_of(prompts, answers), min(answers))
+
+
+def all_to_the_end(w: int, kv: int, prompts: list[int], answers: list[int]) -> int:
+    pairs = [(prompt, max(answers)) for prompt in prompts]
+    return of_steps(w, kv, pairs, max(answers))
 
 
 @pytest.mark.parametrize(
     ("attempt", "reason"),
     [
-        (unseeded, "draw from random.Random(seed)"),
-        (without_replacement, "with replacement"),
-        (of_the_values, "and not the values"),
-        (the_middle_half, "from the 2.5th to the 97.5th"),
+        (prompt_is_read_back, "no keys and values"),
+        (without_the_token_that_runs, "attends to it too"),
+        (context_stands_still, "grows by a token"),
+        (weights_for_each, "serves all requests"),
+        (steps_of_the_first, "the longest answer"),
+        (all_to_the_end, "not read any more"),
     ],
 )
-def test_bootstrap_interval(attempt: Callable[..., Any], reason: str) -> None:
-    verdict = check_bootstrap_interval(attempt)
+def test_bytes_of_batch(attempt: Callable[..., int], reason: str) -> None:
+    verdict = check_bytes_of_batch(attempt)
     assert not verdict and reason in verdict.message
+
+
+def test_bytes_of_batch_is_what_the_benchmark_computes() -> None:
+    """On the workload of section 11, and the number of requests that the solution names."""
+    [page] = [page for page in PAGES if page.stem == "18_benchmark"]
+    bytes_of_batch = solutions(page)["bytes_of_batch"]
+    config, dtype = Qwen3Config(**QWEN3_0_6B), torch.bfloat16
+    sizes = weight_bytes_per_step(config, dtype), kv_bytes_per_token(config, dtype)
+    assert sizes == (1_192_099_840, 114_688)
+    mixed = make_mixed(ThroughputSizes(), config.vocab_size)
+    prompts = [len(prompt) for prompt in mixed.prompts]
+    wanted = workload_bytes(config, dtype, mixed)
+    assert bytes_of_batch(*sizes, prompts, list(mixed.lengths)) == wanted
+    weights = 256 * sizes[0]
+
+    def keys_and_values(n: int) -> int:
+        total: int = bytes_of_batch(*sizes, [128] * n, [256] * n)
+        return total - weights
+
+    assert keys_and_values(40) < weights < keys_and_values(41)
+    text = (page.parent.parent / "docs/solutions/18_benchmark.md").read_text("utf-8")
+    assert "From 41 requests on" in text
 
 
 def wins(first: list[float], second: list[float]) -> tuple[int, int]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
-import statistics
 from collections.abc import Callable
 
 from folo_lib.benchmark import Run
@@ -58,58 +56,50 @@ def check_tokens_per_second(
 
 
 @exercise
-def check_bootstrap_interval(
-    bootstrap_interval: Callable[..., tuple[float, float]],
+def check_bytes_of_batch(
+    bytes_of_batch: Callable[[int, int, list[int], list[int]], int],
 ) -> None:
-    """Repeatable, with replacement, of medians, and as wide as it should be."""
-    draw = random.Random(1)
-    many = [draw.gauss(10, 1) for _ in range(101)]
-    require(
-        bootstrap_interval(many) == bootstrap_interval(many),
-        "two calls with the same seed differ: draw from random.Random(seed).",
-    )
-    values = [2.0, 2.1, 2.0, 3.0, 2.05]
-    low, high = bootstrap_interval(values)
-    require(
-        min(values) <= low <= high <= max(values),
-        f"({low}, {high}) for {values}: no median can lie outside of the values, and the "
-        "lower bound comes first.",
-    )
-    require(
-        low < high,
-        f"the interval of {values} has no width: were the values drawn with replacement?",
-    )
-    require(
-        bootstrap_interval([4.0] * 5) == (4.0, 4.0),
-        "five equal values leave no doubt: both bounds are that value.",
-    )
-    low, high = bootstrap_interval(many, 4000, 3)
-    require(
-        low <= statistics.median(many) <= high,
-        f"({low:.2f}, {high:.2f}) does not hold the median itself, "
-        f"{statistics.median(many):.2f}: take medians, of the values.",
-    )
-    width, wanted = high - low, 2 * 1.96 * 1.2533 / math.sqrt(101)
-    require(
-        width > 0.55 * wanted,
-        f"for 101 normal values the interval is {width:.3f} wide, about {wanted:.2f} is "
-        "right: resample as many values as there are, and go from the 2.5th to the "
-        "97.5th percentile (the mean's interval is narrower than the median's).",
-    )
-    require(
-        width < 1.6 * wanted,
-        f"for 101 normal values the interval is {width:.3f} wide, about {wanted:.2f} is "
-        "right: is it the medians that you take percentiles of, and not the values?",
-    )
-    inside = 0
-    for trial in range(60):
-        sample = [draw.gauss(0, 1) for _ in range(15)]
-        low, high = bootstrap_interval(sample, 300, trial)
-        inside += low <= 0 <= high
-    require(
-        inside >= 50,
-        f"of 60 intervals, only {inside} hold the true median: about 57 should.",
-    )
+    """Against a count step by step, for one request and for several."""
+    cases: list[tuple[list[int], list[int], str]] = [
+        (
+            [3],
+            [1],
+            "the only step computes the prompt and gives the one token: it reads the weights, "
+            "and no keys and values",
+        ),
+        (
+            [3],
+            [2],
+            "the second step runs the first token of the answer, and attends to it too: to "
+            "3 + 1 tokens",
+        ),
+        (
+            [3],
+            [5],
+            "the context grows by a token with each step: 4 + 5 + 6 + 7 tokens",
+        ),
+        ([3, 6], [2, 2], "one reading of the weights serves all requests of a step"),
+        (
+            [3, 6],
+            [5, 2],
+            "there are as many steps as the longest answer has tokens, and a request that has "
+            "ended is not read any more",
+        ),
+    ]
+    weights, kv_bytes = 1000, 10
+    for prompts, answers, hint in cases:
+        wanted = 0
+        for step in range(max(answers)):
+            wanted += weights
+            for prompt, answer in zip(prompts, answers, strict=True):
+                if 0 < step < answer:
+                    wanted += kv_bytes * (prompt + step)
+        got = bytes_of_batch(weights, kv_bytes, list(prompts), list(answers))
+        require(
+            got == wanted,
+            f"{got:,} bytes for prompts of {prompts} and answers of {answers} tokens, weights "
+            f"of 1,000 bytes and 10 bytes for a token, where {wanted:,} is right: {hint}.",
+        )
 
 
 def _uneven(won: int, lost: int) -> float:
