@@ -58,6 +58,18 @@ def test_page_18_says_what_its_first_figures_are(
     assert words in read_prose("18_benchmark")
 
 
+def test_page_18_says_what_its_processes_read_and_wrote(
+    sections: dict[str, list[dict[str, Any]]],
+) -> None:
+    for name, output_tokens in (("memory", 256), ("ladder", 64)):
+        rows = sections[name][-1]["rows"]
+        sizes = {(row["prompt_tokens"], row["output_tokens"]) for row in rows}
+        assert sizes == {(128, output_tokens)}
+    prose = read_prose("18_benchmark")
+    assert "a prompt of 128 tokens and wrote 256" in prose
+    assert "with 128 tokens in and 64 out, and with two more rungs" in prose
+
+
 def test_page_18_says_in_which_recording_a_step_upwards_is(
     sections: dict[str, list[dict[str, Any]]],
 ) -> None:

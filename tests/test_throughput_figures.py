@@ -512,6 +512,10 @@ def test_the_prose_says_how_far_to_trust_vllm() -> None:
         assert growth[0] < 0.9 * growth[1]
     spreads = [shown.best_tpot(starts, row)["spread"] for row in few["rows"]]
     assert 0.7 < max(spreads) < 0.8  # "up to three quarters of their median apart"
+    for row in few["rows"]:
+        theirs = shown.best_tpot(starts, row)["tpot_ms"] / few["floor"]["ms"]
+        assert 6 < theirs < 9.5 and row["least_floors"] < theirs / 2  # "more than half"
+    assert {start["options"]["max_model_len"] for start in starts} == {32_896}
     speed = few["floor"]["bytes"] / few["floor"]["ms"] * 1e3
     made = shown.latest(record, "throughput")
     assert 1.045 < speed / made["bandwidth"]["median"] < 1.055  # "five per cent more"

@@ -15,8 +15,7 @@ from matplotlib.axes import Axes
 
 from folo_lib.course.figures import (
     BLACK,
-    GREY,
-    HOST,
+    PALE_GREY,
     US,
     label_lines,
     label_ticks,
@@ -27,12 +26,17 @@ __all__ = ["draw_shares", "draw_waits"]
 
 Result = dict[str, Any]
 WAYS = {"async": "AsyncLLMEngine", "http": "HTTP"}
+HATCHES = {"async": "", "http": "//"}
 
 
 def name_machine(record: Result) -> str:
     """Short enough for a label."""
     device: str = record["setup"]["device"]
     return device.removeprefix("NVIDIA ") if "NVIDIA" in device else "CPU"
+
+
+def colour_of(machine: str) -> str:
+    return PALE_GREY if machine == "CPU" else US.colour
 
 
 def list_recordings(records: Sequence[Result]) -> list[tuple[str, Result]]:
@@ -57,7 +61,7 @@ def draw_shares(ax: Axes, records: Sequence[Result]) -> None:
             if way not in made["speeds"]:
                 continue  # the server's packages were missing
             y, share = len(names), made["speeds"][way]["of_generate"]
-            look = US if way == "async" else HOST
+            look = US._replace(colour=colour_of(machine), hatch=HATCHES[way])
             ax.barh(y, 100 * share, height=0.6, **look.bar)
             values = [100 * one for one in get_shares(made, way)]
             ax.plot(values, [y] * len(values), ".", color=BLACK, markersize=3)
@@ -70,14 +74,14 @@ def draw_shares(ax: Axes, records: Sequence[Result]) -> None:
     ax.set(xlim=(0, 118), ylim=(len(names) - 0.4, -0.6))
     ax.set_xlabel("tokens/s, % of generate")
     said = ", ".join(through_http)
-    title = f"Left through HTTP\n{said}" if said else "No HTTP"
+    title = f"HTTP keeps of the speed\n{said}" if said else "No HTTP"
     ax.set_title(title, fontsize=10)
 
 
 def draw_waits(ax: Axes, records: Sequence[Result]) -> None:
     """First tokens in the open loop, as multiples of the closed loop's median."""
     for machine, made in list_recordings(records):
-        colour = GREY if machine == "CPU" else US.colour
+        colour = colour_of(machine)
         for percentile, style in (("p50", "-"), ("p99", "--")):
             points = [
                 (
@@ -90,6 +94,8 @@ def draw_waits(ax: Axes, records: Sequence[Result]) -> None:
             ax.plot(
                 *zip(*points, strict=True),
                 style,
+                marker="o",
+                markersize=4,
                 color=colour,
                 label=f"{machine}, {share}",
             )
@@ -99,6 +105,6 @@ def draw_waits(ax: Axes, records: Sequence[Result]) -> None:
     ax.set_xticks([50, 80, 95, 110])
     ax.set_ylabel("first token, closed loop = 1")
     label_ticks(ax.yaxis, (1, 3, 10, 30))
-    title = "Some wait long before the capacity is reached,\nall when it is"
+    title = "Some wait long before the capacity is reached,\nmost when it is passed"
     ax.set_title(title, fontsize=10)
     label_lines(ax)
