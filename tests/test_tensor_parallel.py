@@ -471,9 +471,10 @@ def test_random_traffic_on_two_ranks(traffic: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "first", "most"), [(2, 8, 28), (4, 0, 10)])
 def test_much_random_traffic(traffic: Any, size: int, first: int, most: int) -> None:
-    """20 more schedules on two ranks, and 10 on four."""
+    """20 more schedules on two ranks, and 10 on four; under `make soak` all up to number 50."""
     traffic(size, THREADS)
-    run_traffic(range(first, most))
+    is_soak = "FOLO_SOAK_MINUTES" in os.environ
+    run_traffic(range(first, 50 if is_soak else most))
 
 
 @pytest.mark.more
