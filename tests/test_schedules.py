@@ -41,7 +41,6 @@ from folo_lib import LLMEngine, RequestOutput, SamplingParams
 from folo_lib.runner import InFlightStep, NewRequest, ScheduledRequest, StepPlan
 from folo_lib.scheduler import ContinuousScheduler
 
-
 IS_SOAK = "FOLO_SOAK_MINUTES" in os.environ
 
 
