@@ -11,6 +11,8 @@ import hypothesis
 import pytest
 import torch
 
+from folo_lib.course.interpreter import make_interpreter_quick
+
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 if not torch.cuda.is_available():  # Triton reads it when a kernel is defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -29,6 +31,7 @@ def pytest_collection() -> Generator[None, Any, Any]:
     try:
         return (yield)
     finally:
+        make_interpreter_quick()
         gc.freeze()
         gc.enable()
 

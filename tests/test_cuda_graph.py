@@ -830,8 +830,8 @@ def test_random_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.more
 @pytest.mark.slow
 def test_more_random_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
-    tally = run_schedules(range(100, 160), get_static_models(), monkeypatch)
-    assert tally["right"] > 200 and tally["preempted"] > 5
+    tally = run_schedules(range(100, 130), get_static_models(), monkeypatch)
+    assert tally["right"] > 100 and tally["preempted"] > 2
 
 
 # --- On a GPU -------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """nbgrader, otter and pytest themselves, on what `make student` writes: stubs 0, solutions all.
 
-`make test-more` runs this once more in `.venv-graders`, where the first two are, if they can be
-had.
+`make test-more` runs the tests of the first two once more in `.venv-graders`, where they are, if
+they can be had.
 """
 
 from __future__ import annotations

@@ -120,8 +120,9 @@ def test_no_word_covers_another_or_a_dot(motion: Motion) -> None:
             if shape.kind == "text" and shape.text.strip() and "turn" not in shape.style
         ]
         dots = [shape for shape in seen if shape.kind == "circle"]
+        covered = {id(shape): measure(shape) for shape in words + dots}
         for word, other in [*combinations(words, 2), *product(words, dots)]:
-            one, two = measure(word), measure(other)
+            one, two = covered[id(word)], covered[id(other)]
             apart = max(
                 two[0] - one[2], one[0] - two[2], two[1] - one[3], one[1] - two[3]
             )

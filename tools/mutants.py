@@ -53,6 +53,23 @@ Clean = dict[tuple[str, ...], float]
 
 
 @cache
+def parse(source: str) -> list[ast.stmt]:
+    return ast.parse(source).body
+
+
+def find_statements(source: str, text: str) -> str:
+    """Of a module, the lines of all statements that have some of the text."""
+    first = source.count("\n", 0, source.index(text)) + 1
+    begin, end = first, first + text.count("\n")
+    last = end
+    for node in parse(source):
+        decorators = getattr(node, "decorator_list", ())
+        start, stop = min(one.lineno for one in (node, *decorators)), node.end_lineno
+        if stop is not None and start <= last and stop >= first:
+            begin, end = min(begin, start), max(end, stop)
+    return "".join(source.splitlines(keepends=True)[begin - 1 : end])
+
+
 def dump(source: str) -> str:
     """What Python reads, without comments."""
     return ast.dump(ast.parse(source))
@@ -94,10 +111,10 @@ class Mutant:
             raise ValueError(
                 f"{self.name}: its old text occurs {count} times, not once"
             )
-        mutated = source.replace(self.old, self.new)
-        if dump(mutated) == dump(source):
+        part = find_statements(source, self.old)
+        if dump(part.replace(self.old, self.new)) == dump(part):
             raise ValueError(f"{self.name}: its new text changes nothing")
-        return mutated
+        return source.replace(self.old, self.new)
 
     def digest(self) -> str:
         """Of all that the result depends on: the mutant, its module, its tests."""

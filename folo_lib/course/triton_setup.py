@@ -20,6 +20,8 @@ from typing import Any
 
 from IPython.core.getipython import get_ipython
 
+from .interpreter import make_interpreter_quick
+
 __all__ = ["Kernel", "prepare_triton"]
 
 MISSING = "Triton is not installed here, so this cell was not run."
@@ -94,6 +96,7 @@ def prepare_triton() -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
         import triton
 
+        make_interpreter_quick()
         print(f"Triton {triton.__version__.split('+')[0]}, interpreted")
     else:
         lend_stand_in(shell)

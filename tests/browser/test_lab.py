@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import time
@@ -18,22 +19,31 @@ expect = pytest.importorskip(
 expect.set_options(timeout=60_000)
 
 SLOW = 180_000  # milliseconds: a page runs in under 25 s on an idle machine
-# What to turn, and which way there is room.
+# What to turn, and which way there is room: of each widget of a page.
 BUGS = {"Bug": "ArrowRight", "Its name": "ArrowDown"}
-PAGES = {
-    "01_attention": BUGS,
-    "03_layers": BUGS,
-    "04_qwen3": BUGS,
-    "05_checkpoint": {"Layer": "ArrowLeft", "Head": "ArrowLeft"},
-    "06_kv_cache": {
-        "Model": "ArrowDown",
-        "Context, tokens": "ArrowRight",
-        "dtype": "ArrowUp",
-        "Batch, requests": "ArrowLeft",
-        **BUGS,
-    },
-    "07_sampler": {"Temperature": "ArrowRight", "Top-p (1: off)": "ArrowLeft"},
+MEMORY = {
+    "Model": "ArrowDown",
+    "Context, tokens": "ArrowRight",
+    "dtype": "ArrowUp",
+    "Batch, requests": "ArrowLeft",
 }
+PAGES = {
+    "01_attention": [BUGS],
+    "03_layers": [BUGS],
+    "04_qwen3": [BUGS],
+    "05_checkpoint": [{"Layer": "ArrowLeft", "Head": "ArrowLeft"}],
+    "06_kv_cache": [BUGS, MEMORY],
+    "07_sampler": [{"Temperature": "ArrowRight", "Top-p (1: off)": "ArrowLeft"}],
+}
+WHOLE = "06_kv_cache"  # runs as it is; of the others only what the widgets need
+SET_UP = """\
+import matplotlib.pyplot as plt
+from folo_lib import bundled_model_path, load_model, load_tokenizer
+plt.style.use("folo.mplstyle")
+model = load_model(bundled_model_path(), "float32", "cpu", use_tqdm=False)
+tokenizer = load_tokenizer(bundled_model_path())
+repeat = words = "stone garden river lamp. "
+"""
 
 BACK = {
     "ArrowLeft": "ArrowRight",
@@ -104,10 +114,8 @@ def test_a_failing_cell_is_noticed(window: Any, lab: Lab) -> None:
     """Else the tests below would prove nothing."""
     cell = nbformat.v4.new_code_cell
     cells = [cell("1 / 0", metadata={"tags": ["raises-exception"]}), cell("2 / 0")]
-    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
     for name, count in (("allowed", 1), ("failing", 2)):
-        notebook = nbformat.v4.new_notebook(cells=cells[:count], metadata=metadata)
-        nbformat.write(notebook, lab.folder / f"{name}.ipynb")
+        write_page(lab, name, cells[:count])
     assert run_page(window, lab, "allowed") == "ran"
     assert run_page(window, lab, "failing") == "failed"
     assert "ZeroDivisionError" in trouble_in(window)
@@ -142,11 +150,44 @@ def test_it_opens_at_the_tour_with_its_contents_beside_it(
     assert subprocess.check_output(status, cwd=ROOT) == before
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_the_arrow_keys_turn_the_knobs(window: Any, lab: Lab, name: str) -> None:
-    assert run_page(window, lab, name) == "ran", trouble_in(window)
-    for label, there in PAGES[name].items():
-        widget = window.locator(
+def write_page(lab: Lab, name: str, cells: list[Any]) -> None:
+    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata=metadata)
+    nbformat.write(notebook, lab.folder / f"{name}.ipynb")
+
+
+def test_the_arrow_keys_turn_the_knobs_of_a_page(window: Any, lab: Lab) -> None:
+    assert run_page(window, lab, WHOLE) == "ran", trouble_in(window)
+    cells = nbformat.read(lab.folder / f"{WHOLE}.ipynb", as_version=4).cells
+    places = [i for i, cell in enumerate(cells) if has_widget(cell)]
+    turn_knobs(window, dict(zip(places, PAGES[WHOLE], strict=True)))
+
+
+def test_the_arrow_keys_turn_the_knobs_of_other_pages(window: Any, lab: Lab) -> None:
+    """Their cells with widgets on a page of their own, which saves running all the others."""
+    cells, knobs = [nbformat.v4.new_code_cell(SET_UP)], {}
+    for name in [one for one in PAGES if one != WHOLE]:
+        page = nbformat.read(lab.folder / f"{name}.ipynb", as_version=4)
+        found = [cell for cell in page.cells if has_widget(cell)]
+        knobs |= dict(zip(itertools.count(len(cells)), PAGES[name], strict=False))
+        assert len(found) == len(PAGES[name])
+        cells += found
+    write_page(lab, "widgets", cells)
+    assert run_page(window, lab, "widgets") == "ran", trouble_in(window)
+    turn_knobs(window, knobs)
+
+
+def has_widget(cell: Any) -> bool:
+    words = "from folo_lib.course.widgets import"
+    return cell.cell_type == "code" and words in cell.source
+
+
+def turn_knobs(window: Any, knobs: dict[int, dict[str, str]]) -> None:
+    """Each there and back, of the widgets in some cells."""
+    pairs = [(i, *pair) for i, widget in knobs.items() for pair in widget.items()]
+    for i, label, there in pairs:
+        cell = window.locator(".jp-Notebook .jp-Cell").nth(i)
+        widget = cell.locator(
             f'.jp-OutputArea-output:has(img.widget-image):has(label:text-is("{label}"))'
         )
         expect(widget).to_have_count(1)
@@ -211,10 +252,7 @@ def test_a_figure_is_moved_by_keyboard_without_leaving_it(
         "slide_mask('She had a red kite'.split())"
     )
     cell = nbformat.v4.new_code_cell
-    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
-    cells = [cell(source), cell("'the next'")]
-    notebook = nbformat.v4.new_notebook(cells=cells, metadata=metadata)
-    nbformat.write(notebook, lab.folder / "moving.ipynb")
+    write_page(lab, "moving", [cell(source), cell("'the next'")])
     assert run_page(window, lab, "moving") == "ran", trouble_in(window)
     figure = window.locator(".folo-moving")
     expect(figure).to_have_count(1)

@@ -39,6 +39,8 @@ def site() -> Path:
     """The site, made again where something has changed."""
     for name in ("sphinx", "myst_nb", "furo"):
         pytest.importorskip(name, reason=f"{name} is missing: pip install -e '.[docs]'")
+    if is_new():
+        return SITE
     command = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going"]
     done = subprocess.run(
         [*command, "--quiet", "docs", str(SITE)],
@@ -51,6 +53,22 @@ def site() -> Path:
     )
     assert done.returncode == 0, done.stderr
     return SITE
+
+
+def is_new() -> bool:
+    """Whether nothing that the site is made of has changed since `make docs`."""
+    built = SITE / "searchindex.js"  # written at the end of each build
+    command = ["git", "ls-files"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    names = [
+        one for one in done.stdout.splitlines() if not one.startswith("tests/test_")
+    ]
+    sources = [ROOT / name for name in names if not name.startswith("tests/browser/")]
+    sources += {path.parent for path in sources if path.parent != ROOT}
+    if done.returncode or not built.is_file():
+        return False
+    last = built.stat().st_mtime
+    return all(path.exists() and path.stat().st_mtime <= last for path in sources)
 
 
 def files(site: Path) -> list[Path]:
