@@ -1186,7 +1186,7 @@ class TestThreads:
                 if output.request_id == name and output.finished:
                     return output.outputs
 
-    @pytest.mark.parametrize("rounds", [8, pytest.param(50, marks=pytest.mark.more)])
+    @pytest.mark.parametrize("rounds", [8, pytest.param(200, marks=pytest.mark.more)])
     @pytest.mark.parametrize("callers", [2, 4])
     def test_generate(self, small: LLMEngine, callers: int, rounds: int) -> None:
         alone = [self.generated(small, i) for i in range(4)]

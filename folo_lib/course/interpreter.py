@@ -16,11 +16,26 @@ from typing import Any
 
 __all__ = ["make_interpreter_quick"]
 
+# Of Triton 3.6 to 3.9.
+PARTS = (
+    "_LangPatchScope",
+    "_get_np_dtype",
+    "_patch_lang",
+    "ReduceOps",
+    "interpreter_builder",
+    "tl",
+)
+
 
 def make_interpreter_quick() -> None:
-    """Changes the interpreter of this process, if there is one and it is not changed yet."""
+    """Changes the interpreter of this process, if there is one and it is not changed yet.
+
+    An interpreter of other parts, of another version of Triton, stays as it is.
+    """
     interpreter: Any = sys.modules.get("triton.runtime.interpreter")
-    if interpreter is None or hasattr(interpreter, "is_quick"):
+    if hasattr(interpreter, "is_quick"):
+        return
+    if not all(hasattr(interpreter, name) for name in PARTS):
         return
     interpreter.is_quick = True
     interpreter._patch_lang = patch_once(interpreter)
