@@ -87,7 +87,7 @@ soak: export OMP_NUM_THREADS = 1
 soak: export HF_HUB_OFFLINE = 1
 soak: $(READY)
 	$(PY) -m pytest tests/test_soak.py tests/test_faults.py tests/test_schedules.py \
-	  tests/test_tensor_parallel.py -m more -n 2 --dist load
+	  tests/test_tensor_parallel.py tests/test_engine.py -m more -n 2 --dist load
 
 test-oldest: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest -m "not more" $(SPREAD)

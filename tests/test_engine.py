@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import itertools
 import logging
+import os
 import random
 import shutil
 import threading
@@ -1159,6 +1160,9 @@ def ahead() -> LLMEngine:
     return make(max_model_len=256, async_scheduling=True)
 
 
+ROUNDS = 200 if "FOLO_SOAK_MINUTES" in os.environ else 50  # `make soak`
+
+
 class TestThreads:
     """Several callers at once; each must get what it gets alone."""
 
@@ -1186,7 +1190,7 @@ class TestThreads:
                 if output.request_id == name and output.finished:
                     return output.outputs
 
-    @pytest.mark.parametrize("rounds", [8, pytest.param(200, marks=pytest.mark.more)])
+    @pytest.mark.parametrize("rounds", [8, pytest.param(ROUNDS, marks=pytest.mark.more)])
     @pytest.mark.parametrize("callers", [2, 4])
     def test_generate(self, small: LLMEngine, callers: int, rounds: int) -> None:
         alone = [self.generated(small, i) for i in range(4)]

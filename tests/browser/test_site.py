@@ -64,7 +64,6 @@ def is_new() -> bool:
         one for one in done.stdout.splitlines() if not one.startswith("tests/test_")
     ]
     sources = [ROOT / name for name in names if not name.startswith("tests/browser/")]
-    sources += {path.parent for path in sources if path.parent != ROOT}
     if done.returncode or not built.is_file():
         return False
     last = built.stat().st_mtime
