@@ -1190,7 +1190,9 @@ class TestThreads:
                 if output.request_id == name and output.finished:
                     return output.outputs
 
-    @pytest.mark.parametrize("rounds", [8, pytest.param(ROUNDS, marks=pytest.mark.more)])
+    @pytest.mark.parametrize(
+        "rounds", [8, pytest.param(ROUNDS, marks=pytest.mark.more)]
+    )
     @pytest.mark.parametrize("callers", [2, 4])
     def test_generate(self, small: LLMEngine, callers: int, rounds: int) -> None:
         alone = [self.generated(small, i) for i in range(4)]
