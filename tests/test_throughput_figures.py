@@ -150,14 +150,8 @@ def test_systems(ax: Any, record: Result) -> None:
     assert all(bar.get_x() == 0 for bar in ax.patches) and ax.get_xlim()[0] == 0
     assert dots(ax) == [6, 6]  # runs and starts of both; one run has none
     ours, theirs = (sorted(map(round, line.get_xdata())) for line in ax.lines[:2])
-    assert ours == [160, 190, 200, 200, 222, 230] and theirs == [
-        80,
-        100,
-        100,
-        111,
-        125,
-        139,
-    ]
+    assert ours == [160, 190, 200, 200, 222, 230]
+    assert theirs == [80, 100, 100, 111, 125, 139]
     assert texts(ax) == [
         "200", "125", "9 (the first 32 of 256 requests)", "memory allows\n400",
     ]  # fmt: skip

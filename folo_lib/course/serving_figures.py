@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 
 from folo_lib.course.figures import (
     BLACK,
-    PALE_GREY,
+    GREY,
     US,
     label_lines,
     label_ticks,
@@ -36,7 +36,7 @@ def name_machine(record: Result) -> str:
 
 
 def colour_of(machine: str) -> str:
-    return PALE_GREY if machine == "CPU" else US.colour
+    return GREY if machine == "CPU" else US.colour
 
 
 def list_recordings(records: Sequence[Result]) -> list[tuple[str, Result]]:
