@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from collections import Counter
@@ -28,6 +29,9 @@ from folo_lib.sampler import gumbel_noise
 
 LONGEST = 600 + 512
 """Prompt and output of the longest item."""
+
+IS_SOAK = "FOLO_SOAK_MINUTES" in os.environ
+"""Whether `make soak` runs, which tries more of everything."""
 
 
 Models = tuple[Qwen3ForCausalLM, PreTrainedModel, PreTrainedTokenizerBase]

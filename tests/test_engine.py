@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import itertools
 import logging
-import os
 import random
 import shutil
 import threading
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from models import load, make_config, make_reference
+from schedules import IS_SOAK
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -1160,7 +1160,7 @@ def ahead() -> LLMEngine:
     return make(max_model_len=256, async_scheduling=True)
 
 
-ROUNDS = 200 if "FOLO_SOAK_MINUTES" in os.environ else 50  # `make soak`
+ROUNDS = 200 if IS_SOAK else 50
 
 
 class TestThreads:

@@ -8,7 +8,6 @@ serves the next request.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 from schedules import (
+    IS_SOAK,
     check_cut_short,
     check_empty,
     check_integrity,
@@ -276,9 +276,8 @@ def test_a_fault_hurts_its_own_and_leaves_nothing(
 @pytest.mark.parametrize("part", list(PARTS))
 def test_a_fault_at_any_call(part: str, run_ahead: bool, notes: Notes) -> None:
     """Four calls of each method from the first on, and under `make soak` all of them."""
-    is_soak = "FOLO_SOAK_MINUTES" in os.environ
-    num_faults = break_each(part, run_ahead, notes, most=10_000 if is_soak else 4)
-    assert num_faults > (200 if is_soak else 10)
+    num_faults = break_each(part, run_ahead, notes, most=10_000 if IS_SOAK else 4)
+    assert num_faults > (200 if IS_SOAK else 10)
 
 
 @pytest.mark.parametrize(

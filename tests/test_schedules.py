@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import random
 import threading
 from collections import Counter
@@ -22,6 +21,7 @@ from hypothesis.stateful import (
     rule,
 )
 from schedules import (
+    IS_SOAK,
     CacheModel,
     Schedule,
     check_cut_short,
@@ -40,8 +40,6 @@ from transformers import GenerationConfig
 from folo_lib import LLMEngine, RequestOutput, SamplingParams
 from folo_lib.runner import InFlightStep, NewRequest, ScheduledRequest, StepPlan
 from folo_lib.scheduler import ContinuousScheduler
-
-IS_SOAK = "FOLO_SOAK_MINUTES" in os.environ
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ import models
 import pytest
 import schedules
 import torch
-from schedules import Schedule
+from schedules import IS_SOAK, Schedule
 from torch import Tensor
 
 from folo_lib import LLMEngine, SamplingParams, bundled_model_path, parallel_checks
@@ -473,8 +473,7 @@ def test_random_traffic_on_two_ranks(traffic: Any) -> None:
 def test_much_random_traffic(traffic: Any, size: int, first: int, most: int) -> None:
     """16 more schedules on two ranks, and 10 on four; under `make soak` all 50 on both."""
     traffic(size, THREADS)
-    is_soak = "FOLO_SOAK_MINUTES" in os.environ
-    run_traffic(range(50) if is_soak else range(first, most))
+    run_traffic(range(50) if IS_SOAK else range(first, most))
 
 
 @pytest.mark.more

@@ -60,14 +60,14 @@ def parse(source: str) -> list[ast.stmt]:
 def find_statements(source: str, text: str) -> str:
     """Of a module, the lines of all statements that have some of the text."""
     first = source.count("\n", 0, source.index(text)) + 1
-    begin, end = first, first + text.count("\n")
-    last = end
+    last = first + text.count("\n")
+    ends = [first, last]
     for node in parse(source):
         decorators = getattr(node, "decorator_list", ())
         start, stop = min(one.lineno for one in (node, *decorators)), node.end_lineno
         if stop is not None and start <= last and stop >= first:
-            begin, end = min(begin, start), max(end, stop)
-    return "".join(source.splitlines(keepends=True)[begin - 1 : end])
+            ends += [start, stop]
+    return "".join(source.splitlines(keepends=True)[min(ends) - 1 : max(ends)])
 
 
 def dump(source: str) -> str:
