@@ -10,6 +10,7 @@ import torch
 from folo_lib.checkpoint import find_checkpoint, load_model, read_config
 from folo_lib.config import EngineConfig
 from folo_lib.kv_cache import resolve_max_model_len
+from folo_lib.model_weights import store_by_columns
 from folo_lib.qwen3 import Qwen3ForCausalLM
 
 __all__ = ["Source", "get_model"]
@@ -32,7 +33,9 @@ def get_model(model: Source, config: EngineConfig) -> Qwen3ForCausalLM:
             checkpoint, torch.float32, sys.maxsize, config.max_model_len
         )
         options = config.dtype, config.device, config.attention_backend
-        return load_model(model, *options, use_tqdm=config.use_tqdm)
+        loaded = load_model(model, *options, use_tqdm=config.use_tqdm)
+        store_by_columns(loaded)
+        return loaded
     for name in ("dtype", "device", "attention_backend"):
         value = getattr(config, name)
         if value != "auto":

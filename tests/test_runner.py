@@ -1178,5 +1178,26 @@ class TestErrors:
             GPUWorker(bundled_model_path(), EngineConfig(max_model_len=5000))
 
 
+@pytest.mark.parametrize(
+    ("has_mkl", "dtype", "is_by_columns"),
+    [(True, "float32", True), (False, "float32", False), (True, "bfloat16", False)],
+)
+def test_matrices_lie_as_they_are_multiplied(
+    monkeypatch: pytest.MonkeyPatch, has_mkl: bool, dtype: str, is_by_columns: bool
+) -> None:
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
+    config = EngineConfig(device="cpu", dtype=dtype)
+    loaded = GPUWorker(bundled_model_path(), config).runner.model
+    plain = load_model(bundled_model_path(), dtype, "cpu", use_tqdm=False)
+    theirs = dict(plain.named_parameters())
+    for name, weight in loaded.named_parameters():
+        assert torch.equal(weight, theirs[name])
+        if weight.dim() == 2:
+            assert theirs[name].is_contiguous()
+            assert weight.t().is_contiguous() == is_by_columns
+    GPUWorker(plain, EngineConfig())  # somebody's own model stays as it is
+    assert plain.lm_head is None and plain.model.embed_tokens.weight.is_contiguous()
+
+
 class OwnRunner(ModelRunner):
     pass
