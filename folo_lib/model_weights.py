@@ -65,7 +65,7 @@ def store_by_columns(model: nn.Module) -> None:
     hold, steps of one and two tokens gain 10 to 40 %, steps of many nothing. Nobody measured
     other libraries and dtypes, which are left alone.
     """
-    if not torch.backends.mkl.is_available():
+    if not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
         return
     for weight in model.parameters():
         is_matrix = weight.dim() == 2 and weight.device.type == "cpu"
