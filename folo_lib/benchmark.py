@@ -298,7 +298,7 @@ def find_unsteady(rows: Sequence[Result], max_spread: float) -> list[str]:
     """Which results lie too far apart, in words."""
     return [
         f"{name} of {row['system']} at {row['prompt_tokens']} tokens: "
-        f"{row[name]['spread']:.0%}"
+        f"{row[name]['spread']:.1%}"
         for row in rows
         for name in TIMES
         if name in row and row[name]["spread"] > max_spread

@@ -1085,13 +1085,13 @@ class TestCommandLine:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        """`--quick --device cpu --sections decode --runs 9` prints what docs claim."""
+        """`--quick --device cpu --sections decode --runs 10` prints what docs claim."""
         monkeypatch.setattr(cli, "QUICK", SIZES)
-        args = ["--quick", "--device", "cpu", "--sections", "decode", "--runs", "9"]
+        args = ["--quick", "--device", "cpu", "--sections", "decode", "--runs", "10"]
         cli.main([*args, "--model", str(tiny)])
         text = capsys.readouterr().out
         for name in ("tpot", "total"):
-            found = rf"huggingface over folo_lib: {name} \d+\.\d\d times, median of 9"
+            found = rf"huggingface over folo_lib: {name} \d+\.\d\d times, median of 10"
             assert len(re.findall(found, text)) == 1
 
     def test_as_a_module(self) -> None:

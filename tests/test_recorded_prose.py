@@ -58,6 +58,25 @@ def test_page_18_says_what_its_first_figures_are(
     assert words in read_prose("18_benchmark")
 
 
+def test_page_18_says_what_its_factors_are_made_of(
+    sections: dict[str, list[dict[str, Any]]],
+) -> None:
+    """Beside the ladder: the default waits like the slow rungs, the static cache does not."""
+    prose = read_prose("18_benchmark")
+    rungs = {
+        row["system"]: 1e3 * row["tpot"]["median"]
+        for row in sections["ladder"][-1]["rows"]
+    }
+    slow = [
+        rungs[name] for name in ("no cache", "growing cache", "preallocated", "SDPA")
+    ]
+    for i, digits, near in ((1, 0, slow), (2, 1, [rungs["CUDA graph"]])):
+        times = [1e3 * made["rows"][i]["tpot"]["median"] for made in sections["decode"]]
+        ends = f"{min(times):.{digits}f} to {max(times):.{digits}f} ms"
+        assert f"takes {ends}" in prose
+        assert max(times) < 1.6 * min(near) and max(near) < 1.25 * min(times)
+
+
 def test_page_18_says_what_its_processes_read_and_wrote(
     sections: dict[str, list[dict[str, Any]]],
 ) -> None:

@@ -44,7 +44,7 @@ def test_shares_say_what_is_left_on_each_machine() -> None:
     ]
     speeds = latest(CPU, "serving")["speeds"]
     share = f"{speeds['http']['of_generate']:.0%}"
-    assert ax.get_title() == f"HTTP keeps of the speed\nCPU {share}, H200 40%"
+    assert ax.get_title() == f"HTTP keeps {share} (CPU), 40% (H200)\nof the speed"
     widths = [bar.get_width() for bar in ax.patches]
     assert widths[3] == pytest.approx(40)
     assert widths[0] == pytest.approx(100 * speeds["async"]["of_generate"])

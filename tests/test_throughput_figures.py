@@ -108,7 +108,11 @@ def record() -> Result:
     sections = {
         "throughput": [
             meta
-            | {"folo_lib": engine(200), "huggingface": {"rows": theirs, "left_out": {}}}
+            | {
+                "bandwidth": {"median": 4e12},
+                "folo_lib": engine(200),
+                "huggingface": {"rows": theirs, "left_out": {}},
+            }
         ],
         "vllm": vllm,
         "waterfall": [meta | {"rows": rows, "left_out": {"odd": "no such option"}}],
@@ -170,7 +174,7 @@ def test_batches(ax: Any, record: Result) -> None:
     shown.draw_batches(ax, record)
     assert texts(ax) == ["folo_lib", "vLLM"]
     ours, *_ = ax.lines
-    assert ax.get_title() == "1.6 times vLLM"
+    assert ax.get_title() == "Ahead of vLLM at every size"
     assert list(ours.get_xdata()) == [8, 32, 64]
     assert ours.get_ydata() == pytest.approx([200] * 3)
     assert ax.get_ylim()[0] == 0 and ax.get_yscale() == "linear"
@@ -187,7 +191,7 @@ def test_waterfall(ax: Any, record: Result) -> None:
     assert list(starts.get_xdata()) == [190, 200, 230]
     assert ax.get_xscale() == "log" and ax.get_xlim()[0] < 2 < 230 < ax.get_xlim()[1]
     assert texts(ax) == ["2 (the first of 256 requests)", "50", "200, 4.00 times"]
-    assert ax.get_title() == "From 2 to 200 tokens per second"
+    assert ax.get_title() == "With all 256 requests: 50 to 200"
     assert [label.get_text() for label in ax.get_yticklabels()] == [
         "slow",
         "many",
@@ -205,7 +209,7 @@ def test_tpot(ax: Any, record: Result) -> None:
     assert texts(ax) == ["folo_lib", "vLLM", "memory allows"]
     assert [one.get_text() for one in ax.get_xticklabels()] == ["1", "16"]
     assert ax.get_ylim() == pytest.approx((0, 1.12 * 8))
-    assert ax.get_title() == "2.0 floors, and 3.0 at 16"
+    assert ax.get_title() == "folo_lib, in floors: 2.0 with 1, 3.0 with 16"
     ax = Figure().subplots()
     shown.draw_tpot(ax, record, "prompt_tokens")
     ours, theirs, least = ax.lines
@@ -237,12 +241,13 @@ def test_captions_name_card_versions_and_date(record: Result) -> None:
 def test_lines(record: Result) -> None:
     lines = shown.list_throughput(record)
     assert lines[0] == (
-        "folo_lib: mixed 200 tokens/s (spread 35%); one alone 3.2 ms to the first token, "
+        "folo_lib: mixed 200 tokens/s (runs 35% apart); one alone 3.2 ms to the first token, "
         "then 1.23 ms each"
     )
     assert [line[:13] for line in lines[1:3]] == ["vLLM, start 1", "vLLM, start 2"]
     assert lines[3] == "Hugging Face, generate_batch: 9 tokens/s"
-    assert lines[5].split() == [
+    assert lines[4] == "what memory allows is read at 4.00 TB/s by a sum"
+    assert lines[6].split() == [
         "32",
         "equal",
         "requests:",
@@ -257,11 +262,12 @@ def test_lines(record: Result) -> None:
         "times",
         "vLLM",
         "(its",
-        "spread",
-        "35%)",
+        "runs",
+        "35%",
+        "apart)",
     ]
-    assert lines[7].split()[:3] == ["256", "mixed", "requests:"]
-    assert lines[8:] == [
+    assert lines[8].split()[:3] == ["256", "mixed", "requests:"]
+    assert lines[9:] == [
         "memory beyond weights and cache: 300 MiB",
         "3 more starts: 190 to 230 tokens/s, 1.52 to 1.84 times vLLM",
     ]
@@ -289,14 +295,14 @@ def test_lines(record: Result) -> None:
 def test_lines_of_tpot(record: Result) -> None:
     lines = shown.list_tpot(record)
     assert lines == [
-        "floor: 0.500 ms, read at 4.00 TB/s",
-        " 1 ×    128 tokens: 1.000 ms (spread 2.5%), 2.00 floors, at least 1.13, "
-        "vLLM 2.000 ms (2.5%)",
-        "16 ×    128 tokens: 1.500 ms (spread 2.5%), 3.00 floors, at least 3.05, "
-        "vLLM 1.750 ms (2.5%)",
-        " 1 ×  1,024 tokens: 2.000 ms (spread 2.5%), 4.00 floors, at least 2.02, "
-        "vLLM 2.000 ms (2.5%)",
-        " 1 ×  8,192 tokens: 4.000 ms (spread 2.5%), 8.00 floors, at least 9.19",
+        "floor: 0.500 ms, read at 4.00 TB/s by a kernel",
+        " 1 ×    128 tokens: 1.000 ms (runs 2.5% apart), 2.00 floors, at least 1.13, "
+        "vLLM 2.000 ms (2.5% apart)",
+        "16 ×    128 tokens: 1.500 ms (runs 2.5% apart), 3.00 floors, at least 3.05, "
+        "vLLM 1.750 ms (2.5% apart)",
+        " 1 ×  1,024 tokens: 2.000 ms (runs 2.5% apart), 4.00 floors, at least 2.02, "
+        "vLLM 2.000 ms (2.5% apart)",
+        " 1 ×  8,192 tokens: 4.000 ms (runs 2.5% apart), 8.00 floors, at least 9.19",
         "drawn with filters, 1 at once: 0.250 ms more per step",
         "2 starts, compile cache empty: 1.000 to 1.020 ms, 2.0% apart",
         "4 requests of 128 tokens was left out: no luck",

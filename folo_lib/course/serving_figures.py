@@ -20,7 +20,7 @@ from folo_lib.course.figures import (
     label_lines,
     label_ticks,
 )
-from folo_lib.course.throughput_figures import latest
+from folo_lib.course.throughput_figures import DOTS, latest
 
 __all__ = ["draw_shares", "draw_waits"]
 
@@ -64,17 +64,17 @@ def draw_shares(ax: Axes, records: Sequence[Result]) -> None:
             look = US._replace(colour=colour_of(machine), hatch=HATCHES[way])
             ax.barh(y, 100 * share, height=0.6, **look.bar)
             values = [100 * one for one in get_shares(made, way)]
-            ax.plot(values, [y] * len(values), ".", color=BLACK, markersize=3)
+            ax.plot(values, [y] * len(values), "o", **DOTS)
             end = max(100 * share, *values)
-            ax.text(end + 2, y, f"{share:.0%}", va="center")
+            ax.text(end + 4, y, f"{share:.0%}", va="center")
             names.append(f"{machine}: {WAYS[way]}")
             if way == "http":
-                through_http.append(f"{machine} {share:.0%}")
+                through_http.append(f"{share:.0%} ({machine})")
     ax.set_yticks(range(len(names)), names)
     ax.set(xlim=(0, 118), ylim=(len(names) - 0.4, -0.6))
     ax.set_xlabel("tokens/s, % of generate")
     said = ", ".join(through_http)
-    title = f"HTTP keeps of the speed\n{said}" if said else "No HTTP"
+    title = f"HTTP keeps {said}\nof the speed" if said else "No HTTP"
     ax.set_title(title, fontsize=10)
 
 
@@ -105,6 +105,6 @@ def draw_waits(ax: Axes, records: Sequence[Result]) -> None:
     ax.set_xticks([50, 80, 95, 110])
     ax.set_ylabel("first token, closed loop = 1")
     label_ticks(ax.yaxis, (1, 3, 10, 30))
-    title = "Some wait long before the capacity is reached,\nmost when it is passed"
+    title = "Well below the capacity a few wait long,\naround it half do"
     ax.set_title(title, fontsize=10)
     label_lines(ax)

@@ -240,7 +240,11 @@ def draw_batches(ax: Axes, record: Result) -> None:
             for row, other in zip(rows, theirs, strict=True)
             if other
         ]
-        ax.set_title(f"{write_range(ratios, 1)} times vLLM")
+        wins = sum(ratio > 1 for ratio in ratios)
+        where = (
+            "every size" if wins == len(ratios) else f"{wins} of {len(ratios)} sizes"
+        )
+        ax.set_title(f"Ahead of vLLM at {where}")
     for name, look, points in lines:
         x = [row["requests"] for row in points]
         y = [row["tokens_per_second"] for row in points]
@@ -292,7 +296,8 @@ def draw_waterfall(ax: Axes, record: Result) -> None:
     ax.set_xlim(min(ends) / 2, 8 * max(ends))  # room for the text
     low, high = ax.get_xlim()
     label_ticks(ax.xaxis, [10**i for i in range(6) if low <= 10**i <= high])
-    ax.set_title(f"From {ends[0]:,.0f} to {ends[-1]:,.0f} tokens per second")
+    whole = [row["tokens_per_second"] for row in rows if row["requests"] == most]
+    ax.set_title(f"With all {most} requests: {whole[0]:,.0f} to {whole[-1]:,.0f}")
 
 
 def best_tpot(starts: Sequence[Result], row: Result) -> Result:
@@ -346,8 +351,9 @@ def draw_tpot(ax: Axes, record: Result, by: str) -> None:
     highest = max(row["tpot_ms"] for pair in both for row in pair if row) / floor
     ax.set_ylim(0, 1.12 * highest)  # the same for requests and for context
     end = rows[-1]
-    text = f"{rows[0]['floors']:.1f} floors, and {end['floors']:.1f} at {end[by]:,}"
-    ax.set_title(text)
+    where = "with" if by == "requests" else "after"
+    first, last = (f"{row['floors']:.1f} {where} {row[by]:,}" for row in (rows[0], end))
+    ax.set_title(f"folo_lib, in floors: {first}, {last}", fontsize=10)
 
 
 def add_milliseconds(ax: Axes, record: Result) -> None:
@@ -365,12 +371,13 @@ def list_tpot(record: Result) -> list[str]:
         return [NOTHING_YET]
     floor, lines = made["floor"], list[str]()
     speed = floor["bytes"] / floor["ms"] / 1e9
-    lines.append(f"floor: {floor['ms']:.3f} ms, read at {speed:.2f} TB/s")
+    lines.append(f"floor: {floor['ms']:.3f} ms, read at {speed:.2f} TB/s by a kernel")
     for row in made["rows"]:
-        parts = [f"{row['tpot_ms']:.3f} ms (spread {row['spread']:.1%})"]
+        parts = [f"{row['tpot_ms']:.3f} ms (runs {row['spread']:.1%} apart)"]
         parts.append(f"{row['floors']:.2f} floors, at least {row['least_floors']:.2f}")
         if theirs := best_tpot(starts, row):
-            parts.append(f"vLLM {theirs['tpot_ms']:.3f} ms ({theirs['spread']:.1%})")
+            spread = f"{theirs['spread']:.1%} apart"
+            parts.append(f"vLLM {theirs['tpot_ms']:.3f} ms ({spread})")
         size = f"{row['requests']:2} × {row['prompt_tokens']:6,} tokens"
         lines.append(f"{size}: {', '.join(parts)}")
     for row in made["sampled"]["rows"]:
@@ -401,7 +408,8 @@ def list_throughput(record: Result) -> list[str]:
     engines += [(f"vLLM, start {i}", start) for i, start in enumerate(starts, 1)]
     for name, engine in engines:
         one, row = engine["one"], engine["mixed"]
-        speed = f"{row['tokens_per_second']:,.0f} tokens/s (spread {row['spread']:.0%})"
+        speed = f"{row['tokens_per_second']:,.0f} tokens/s"
+        speed += f" (runs {row['spread']:.0%} apart)"
         alone = (
             f"{one['ttft_ms']:.1f} ms to the first token, then {one['tpot_ms']:.2f} ms"
         )
@@ -409,8 +417,8 @@ def list_throughput(record: Result) -> list[str]:
     for row in made["huggingface"]["rows"]:
         speed = f"{row['tokens_per_second']:,.0f} tokens/s"
         lines.append(f"Hugging Face, {row['system']}: {speed}")
-    left_out = made["huggingface"]["left_out"].items()
-    lines += [f"Hugging Face, {name} was left out: {why}" for name, why in left_out]
+    reading = made["bandwidth"]["median"] / 1e12
+    lines.append(f"what memory allows is read at {reading:.2f} TB/s by a sum")
     for row in [*ours["equal"], ours["mixed"]]:
         is_mixed = row is ours["mixed"]
         theirs = best_start(starts, None if is_mixed else row["requests"])
@@ -418,7 +426,8 @@ def list_throughput(record: Result) -> list[str]:
         parts.append(f"{row['share_of_floor']:.0%} of what memory allows")
         if theirs:
             ratio = row["tokens_per_second"] / theirs["tokens_per_second"]
-            parts.append(f"{ratio:.2f} times vLLM (its spread {theirs['spread']:.0%})")
+            spread = f"its runs {theirs['spread']:.0%} apart"
+            parts.append(f"{ratio:.2f} times vLLM ({spread})")
         kind = "mixed" if is_mixed else "equal"
         lines.append(f"{row['requests']:4} {kind} requests: {', '.join(parts)}")
     if memory := ours["memory"]:
