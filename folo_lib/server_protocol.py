@@ -156,6 +156,7 @@ class Strict(BaseModel):
 
 class StreamOptions(Strict):
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # vLLM's: usage so far in every chunk
     include_obfuscation: bool = False  # pads chunks at OpenAI; no padding is all right
 
 
@@ -444,8 +445,10 @@ class Transcript:
     def event(self, choice: Mapping[str, Any]) -> str:
         """A chunk with one choice, as a server-sent event."""
         chunk = self.chunk_head | {"choices": [choice]}
-        if self.asked.include_usage:
-            chunk["usage"] = None
+        options = self.asked.stream_options
+        if options is not None and options.include_usage:
+            so_far = options.continuous_usage_stats
+            chunk["usage"] = self.make_usage() if so_far else None
         return f"data: {json.dumps(chunk)}\n\n"
 
     def last_events(self) -> Iterator[str]:

@@ -260,6 +260,35 @@ class TestAnswers:
         assert client.models.retrieve(MODEL).owned_by == "folo_lib"
 
 
+def read_chunks(
+    http: httpx.Client, path: str, body: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The chunks of a stream, without the end."""
+    with http.stream("POST", path, json=body) as response:
+        events = "".join(response.iter_text()).split("\n\n")[:-2]
+    return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+def read_choices(
+    http: httpx.Client, body: dict[str, Any], stream: bool
+) -> list[dict[str, Any]]:
+    """The choices of a completion, put together again if they came in chunks."""
+    if not stream:
+        answer = http.post("/v1/completions", json=body).json()
+        choices: list[dict[str, Any]] = answer["choices"]
+        return choices
+    whole: dict[int, dict[str, Any]] = {}
+    for chunk in read_chunks(http, "/v1/completions", body | {"stream": True}):
+        for choice in chunk["choices"]:
+            known = whole.setdefault(choice["index"], choice)
+            if known is not choice:
+                known["text"] += choice["text"]
+                known["finish_reason"] = choice["finish_reason"]
+                for name, values in (choice["logprobs"] or {}).items():
+                    known["logprobs"][name] += values
+    return [whole[index] for index in sorted(whole)]
+
+
 class TestStreams:
     def test_chunks_add_up(self, server: Running, client: openai.OpenAI) -> None:
         asked: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "seed": 1}
@@ -278,6 +307,24 @@ class TestStreams:
         assert usage.choices == [] and usage.usage is not None and whole.usage
         assert usage.usage.completion_tokens == whole.usage.completion_tokens
         assert {chunk.id for chunk in chunks} == {chunks[0].id}
+
+    @pytest.mark.parametrize("include_usage", [True, False])
+    def test_usage_in_every_chunk(
+        self, http: httpx.Client, include_usage: bool
+    ) -> None:
+        """GuideLLM asks for it."""
+        body = {"model": MODEL, "messages": MESSAGES, "stream": True, "temperature": 0}
+        body |= {"max_completion_tokens": 5, "ignore_eos": True}
+        options = {"include_usage": include_usage, "continuous_usage_stats": True}
+        chunks = read_chunks(
+            http, "/v1/chat/completions", body | {"stream_options": options}
+        )
+        if not include_usage:
+            assert all("usage" not in chunk for chunk in chunks)
+            return
+        counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+        assert counts == sorted(counts) and 1 <= counts[0] < counts[-1] == 5
+        assert chunks[-1]["choices"] == []
 
     def test_the_helper_of_the_client(self, client: openai.OpenAI) -> None:
         with client.chat.completions.stream(
