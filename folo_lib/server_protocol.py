@@ -48,12 +48,12 @@ UNSUPPORTED: Mapping[str, tuple[Sequence[Any], str]] = {
     "store": ([False], "nothing is stored"),
     "prompt_cache_options": ([], "the cache of prefixes is always on"),
     "prompt_cache_retention": ([], "the cache of prefixes is always on"),
-    "echo": ([False], "put prompt and text together yourself"),
+    "echo": ([False], "it is for completions"),
     "suffix": ([""], "the model only goes on from a prompt"),
     "best_of": ([1], "set n, and choose yourself"),
     "use_beam_search": ([False], "set n, and choose yourself"),
     "length_penalty": ([1], "it is for beam search"),
-    "prompt_logprobs": ([], "LLMEngine.generate has them"),
+    "prompt_logprobs": ([], "echo and logprobs of completions have them"),
     "priority": ([0], "first come, first served"),
 }
 """Fields of OpenAI and vLLM that are refused unless neutral: when they are, and what to do.
@@ -255,6 +255,7 @@ class CommonRequest(Strict):
 class CompletionRequest(CommonRequest):
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool | None = None
 
     @property
     def prompts(self) -> list[Any]:
@@ -263,12 +264,22 @@ class CompletionRequest(CommonRequest):
         several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
         return prompt if several else [prompt]
 
+    @property
+    def has_no_answer(self) -> bool:
+        """Whether it asks for its prompt alone, for the log-probabilities as a rule."""
+        return bool(self.echo) and self.max_tokens == 0
+
     def get_params(self, defaults: SamplingParams) -> SamplingParams:
-        """`max_tokens` is 16 unless said, as OpenAI's."""
+        """`max_tokens` is 16 unless said, as OpenAI's.
+
+        The engine always draws a token; `Transcript` leaves it out for `has_no_answer`.
+        """
         num_tokens = 16 if self.max_tokens is None else self.max_tokens
         if self.min_tokens is not None and self.max_tokens is None:
             num_tokens = max(num_tokens, self.min_tokens)
-        return self.make_params(defaults, num_tokens, self.logprobs)
+        num_tokens = 1 if self.has_no_answer else num_tokens
+        params = self.make_params(defaults, num_tokens, self.logprobs)
+        return replace(params, prompt_logprobs=self.logprobs if self.echo else None)
 
 
 class TextPart(Strict):
@@ -394,7 +405,7 @@ class Transcript:
         choices = []
         for place, output in enumerate(outputs):
             self.latest[place] = output
-            for sample in output.outputs:
+            for sample in self.read(output):
                 index = place * len(output.outputs) + sample.index
                 scores = self.make_logprobs(sample, Sent())
                 choice: dict[str, Any] = {"index": index}
@@ -411,12 +422,40 @@ class Transcript:
     def chunks(self, output: RequestOutput, place: int = 0) -> Iterator[str]:
         """Events with what is new in an output of a prompt."""
         self.latest[place] = output
-        for sample in output.outputs:
+        for sample in self.read(output):
             index = place * len(output.outputs) + sample.index
             sent = self.sent.setdefault(index, Sent())
             if not sent.has_ended:
                 for choice in self.new_choices(sample, sent, index):
                     yield self.event(choice)
+
+    def read(self, output: RequestOutput) -> list[CompletionOutput]:
+        """The samples as the client gets them: with `echo` each goes on from its prompt."""
+        asked = self.asked
+        if isinstance(asked, ChatRequest) or not asked.echo:
+            return output.outputs
+        ids, scores = output.prompt_token_ids, output.prompt_logprobs or []
+        if asked.logprobs is not None and len(scores) < len(ids):
+            return []  # another sample was faster, and the first is still reading
+        prompt = output.prompt
+        if prompt is None:
+            raw = b"".join(self.token_bytes[token_id] for token_id in ids)
+            prompt = raw.decode(errors="replace")
+        entries = [entry or {} for entry in scores]  # nothing is known of the first
+        answer = slice(0) if asked.has_no_answer else slice(None)
+        samples = []
+        for sample in output.outputs:
+            whole = replace(
+                sample,
+                text=prompt + sample.text[answer],
+                token_ids=ids + sample.token_ids[answer],
+            )
+            if sample.logprobs is not None:
+                whole.logprobs = entries + sample.logprobs[answer]
+            if asked.has_no_answer and sample.finish_reason:
+                whole.finish_reason = "length"  # whatever the token left out was
+            samples.append(whole)
+        return samples
 
     def new_choices(
         self, sample: CompletionOutput, sent: Sent, index: int
@@ -468,6 +507,8 @@ class Transcript:
         )
         samples = [sample for output in outputs for sample in output.outputs]
         num_output = sum(len(sample.token_ids) for sample in samples)
+        if isinstance(self.asked, CompletionRequest) and self.asked.has_no_answer:
+            num_output = 0
         return {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_output,
@@ -485,19 +526,20 @@ class Transcript:
         if self.is_chat:
             content = [self.describe_token(entry) for entry in new]
             return {"content": content, "refusal": None} if content else None
-        chosen = [next(iter(entry.items())) for entry in new]
-        texts = [self.get_text(token_id) for token_id, _ in chosen]
+        ids = sample.token_ids[sent.num_tokens :]
+        chosen = [entry.get(token_id) for token_id, entry in zip(ids, new, strict=True)]
+        texts = [self.get_text(token_id) for token_id in ids]
         offsets = []
         for text in texts:
             offsets.append(sent.offset)
             sent.offset += len(text)
         tops = [
-            {self.get_text(i): clamp(one) for i, one in self.find_top(entry)}
+            {self.get_text(i): clamp(one) for i, one in self.find_top(entry)} or None
             for entry in new
         ]
         scores = {
             "tokens": texts,
-            "token_logprobs": [clamp(one) for _, one in chosen],
+            "token_logprobs": [one and clamp(one) for one in chosen],
             "top_logprobs": tops,
             "text_offset": offsets,
         }

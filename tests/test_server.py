@@ -42,7 +42,12 @@ from folo_lib.server import (
     read_to_end,
     unless_gone,
 )
-from folo_lib.server_protocol import UNSUPPORTED, CompletionRequest, clamp
+from folo_lib.server_protocol import (
+    UNSUPPORTED,
+    CompletionRequest,
+    Transcript,
+    clamp,
+)
 from folo_lib.serving import (
     AsyncLLMEngine,
     EngineDeadError,
@@ -231,6 +236,72 @@ class TestAnswers:
             if chunk.choices[0].logprobs is not None:
                 offsets += chunk.choices[0].logprobs.text_offset or []
         assert offsets == scores.text_offset
+
+    @pytest.mark.parametrize("num_tokens", [0, 1, 3])
+    @pytest.mark.parametrize("as_ids", [False, True])
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_echo_scores_the_prompt(
+        self,
+        server: Running,
+        http: httpx.Client,
+        num_tokens: int,
+        as_ids: bool,
+        stream: bool,
+    ) -> None:
+        """As lm-eval asks for log-likelihoods; with 0 tokens as others do."""
+        prompts: list[Any] = [PROMPT, "The red kite"]
+        params = SamplingParams(
+            temperature=0, max_tokens=num_tokens or 1, logprobs=1, prompt_logprobs=1
+        )
+        expected = server.engine.generate(prompts, params, use_tqdm=False)
+        ids = [output.prompt_token_ids for output in expected]
+        body = {"model": MODEL, "prompt": ids if as_ids else prompts, "temperature": 0}
+        body |= {"max_tokens": num_tokens, "logprobs": 1, "seed": 1234, "echo": True}
+        for place, choice in enumerate(read_choices(http, body, stream)):
+            output, scores = expected[place], choice["logprobs"]
+            [sample] = output.outputs
+            assert output.prompt_logprobs is not None and sample.logprobs is not None
+            assert choice["text"] == prompts[place] + sample.text * (num_tokens > 0)
+            assert "".join(scores["tokens"]) == choice["text"]
+            assert choice["finish_reason"] == "length"
+            entries = output.prompt_logprobs + sample.logprobs[:num_tokens]
+            all_ids = (ids[place] + sample.token_ids)[: len(entries)]
+            assert scores["token_logprobs"][0] is scores["top_logprobs"][0] is None
+            assert len(scores["text_offset"]) == len(entries)
+            for i, entry in enumerate(entries[1:], 1):
+                assert entry is not None
+                expected_one = entry[all_ids[i]].logprob
+                assert scores["token_logprobs"][i] == pytest.approx(
+                    expected_one, abs=1e-4
+                )
+                top = max(one.logprob for one in entry.values())
+                found = max(scores["top_logprobs"][i].values())
+                assert found == pytest.approx(top, abs=1e-4)
+
+    def test_echo_without_logprobs(self, http: httpx.Client) -> None:
+        body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 0, "echo": True}
+        answer = http.post("/v1/completions", json=body | {"n": 2, "seed": 1}).json()
+        assert [choice["text"] for choice in answer["choices"]] == [PROMPT] * 2
+        assert answer["choices"][0]["logprobs"] is None
+        assert answer["usage"]["completion_tokens"] == 0
+        assert answer["usage"]["total_tokens"] == answer["usage"]["prompt_tokens"]
+
+    def test_echo_waits_for_the_scores_of_the_prompt(self, server: Running) -> None:
+        """Of two samples the second may be the first to have a token."""
+        params = SamplingParams(
+            n=2, seed=1, max_tokens=1, logprobs=0, prompt_logprobs=0
+        )
+        [output] = server.engine.generate([PROMPT], params, use_tqdm=False)
+        asked = CompletionRequest(
+            model=MODEL, prompt=PROMPT, n=2, logprobs=0, echo=True, stream=True
+        )
+        token_bytes: Any = server.engine.processor.token_bytes
+        transcript = Transcript(asked, token_bytes)
+        assert output.prompt_logprobs is not None
+        early = replace(output, prompt_logprobs=output.prompt_logprobs[:2])
+        assert list(transcript.chunks(early)) == []
+        events = "".join(transcript.chunks(output))
+        assert events.count(PROMPT) == 2 and events.count('"length"') == 2
 
     def test_a_token_that_cannot_come_has_a_number(self) -> None:
         """-inf is no JSON."""
@@ -659,7 +730,8 @@ class TestBadInput:
             ({"stream_options": {}}, "stream_options", "only allowed with stream"),
             ({"best_of": 3}, "best_of", "set n"),
             ({"suffix": "!"}, "suffix", "only goes on"),
-            ({"echo": True}, "echo", "put prompt and text together"),
+            ({"echo": "yes"}, "echo", "valid boolean"),
+            ({"prompt_logprobs": 1}, "prompt_logprobs", "echo and logprobs"),
         ],
     )
     def test_of_a_completion(
