@@ -61,6 +61,15 @@ UNSUPPORTED: Mapping[str, tuple[Sequence[Any], str]] = {
 Other unknown fields are refused too, as OpenAI does; vLLM ignores them.
 """
 
+NO_TOOLS = "there are no tools, so put calls and what they gave into a content"
+UNSUPPORTED_IN_MESSAGES: Mapping[str, str] = {
+    "tool_calls": NO_TOOLS,
+    "tool_call_id": NO_TOOLS,
+    "function_call": NO_TOOLS,
+    "audio": "there is text only",
+}
+"""The same for the fields of a message."""
+
 SAMPLING = (
     "n",
     "temperature",
@@ -102,8 +111,11 @@ class ApiError(Exception):
         message = str(error)
         named = re.match(r"(\w+)(=| holds| is )", message)
         param = named[1] if named and named[1] in (*SAMPLING, "max_tokens") else None
-        too_long = "leave room for an answer" in message
-        return cls(400, message, param, "context_length_exceeded" if too_long else None)
+        if "leave room for an answer" not in message:
+            return cls(400, message, param)
+        # LiteLLM and LangChain know the error by these words, others by its code.
+        message = f"The prompt is too long: {message}"
+        return cls(400, message, param, "context_length_exceeded")
 
     @property
     def body(self) -> dict[str, Any]:
@@ -126,11 +138,13 @@ def read_validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if first["type"] == "json_invalid":
         reason = context.get("error", "")
         return ApiError(400, f"The body of the request is not JSON: {reason}.")
-    if first["type"] == "unsupported":
-        return ApiError(400, first["msg"], context["param"], "unsupported_field")
     where = [part for part in first["loc"][1:] if not UNION_PART.match(str(part))]
     param = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in where)
     param = param.removeprefix(".")
+    if first["type"] == "unsupported":
+        inside = f"{param}." if param else ""  # a message has fields of its own
+        message, param = inside + first["msg"], inside + context["param"]
+        return ApiError(400, message, param, "unsupported_field")
     if first["type"] == "extra_forbidden":
         message = f"Unrecognized request argument supplied: {param}"
     elif first["type"] in ("model_attributes_type", "model_type", "dict_type"):
@@ -139,6 +153,8 @@ def read_validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         )
     elif first["type"] == "missing":
         message = f"Missing required parameter: {param}."
+    elif first["type"] == "literal_error":  # of a part of a content
+        message = f"{param}: {first['msg']}, for this server reads text only."
     else:
         message = f"{param or 'The body'}: {first['msg']}."
     return ApiError(400, message, param or None)
@@ -207,12 +223,11 @@ class CommonRequest(Strict):
         """Names a field that is not supported; one with a neutral value is dropped."""
         if not isinstance(body, dict):
             return body
-        kept = {}
-        for name, value in body.items():
-            if name not in UNSUPPORTED or name in cls.model_fields:
-                kept[name] = value
+        dropped = UNSUPPORTED.keys() - cls.model_fields.keys()
+        for name, (neutral, advice) in UNSUPPORTED.items():  # tools before tool_choice
+            if name not in body or name not in dropped:
                 continue
-            neutral, advice = UNSUPPORTED[name]
+            value = body[name]
             alike = [one for one in neutral if type(one) is type(value)]
             same_as_n = name == "best_of" and value == (body.get("n") or 1)
             if value is not None and value not in alike and not same_as_n:
@@ -221,7 +236,7 @@ class CommonRequest(Strict):
                     "{param} is not supported by this server: {advice}.",
                     {"param": name, "advice": advice},
                 )
-        return kept
+        return {name: body[name] for name in body if name not in dropped}
 
     @model_validator(mode="after")
     def check_stream_options(self) -> Self:
@@ -295,10 +310,19 @@ class Message(Strict):
     @model_validator(mode="before")
     @classmethod
     def drop_nulls(cls, message: Any) -> Any:
-        """Clients send answers back with all their empty fields."""
-        if isinstance(message, dict):
-            return {n: x for n, x in message.items() if x is not None and x != []}
-        return message
+        """Clients send answers back with all their empty fields, and empty answers too."""
+        if not isinstance(message, dict):
+            return message
+        kept = {n: x for n, x in message.items() if x is not None and x != []}
+        for name, advice in UNSUPPORTED_IN_MESSAGES.items():
+            if name in kept:
+                raise PydanticCustomError(
+                    "unsupported",
+                    "{param} is not supported by this server: {advice}.",
+                    {"param": name, "advice": advice},
+                )
+        empty = {"content": ""} if message.get("role") == "assistant" else {}
+        return empty | kept
 
     def to_dict(self) -> dict[str, str]:
         """As `LLMEngine.chat` takes it."""

@@ -326,6 +326,21 @@ class TestAnswers:
         )
         assert got.choices[0].finish_reason in ("length", "stop")
 
+    @pytest.mark.parametrize("content", [None, [], ""])
+    def test_an_empty_answer_of_an_earlier_turn(
+        self, http: httpx.Client, content: Any
+    ) -> None:
+        """LangChain sends `[]` and LiteLLM null where vLLM takes them for ""."""
+        answer = {"role": "assistant", "content": content}
+        body = {"model": MODEL, "messages": [*MESSAGES, answer, *MESSAGES]}
+        body |= {"max_tokens": 4, "temperature": 0}
+        got = http.post("/v1/chat/completions", json=body).json()
+        answer["content"] = ""
+        assert got["usage"] == {
+            **http.post("/v1/chat/completions", json=body).json()["usage"],
+            "prompt_tokens_details": got["usage"]["prompt_tokens_details"],
+        }
+
     def test_models(self, client: openai.OpenAI) -> None:
         assert [model.id for model in client.models.list()] == [MODEL]
         assert client.models.retrieve(MODEL).owned_by == "folo_lib"
@@ -724,6 +739,7 @@ class TestBadInput:
             ({"prompt": [10**9]}, None, "token id 1000000000"),
             ({"prompt": "\ud800"}, None, "surrogate"),
             ({"prompt": "fox " * 5000}, None, "leave room for an answer"),
+            ({"prompt": "fox " * 5000}, None, "The prompt is too long: "),
             ({"prompt": ["fox", ""]}, None, "empty"),
             ({"temprature": 1}, "temprature", "Unrecognized request argument"),
             ({"logit_bias": {"fox": 1}}, "logit_bias", "fox"),
@@ -778,8 +794,21 @@ class TestBadInput:
             ({"messages": [{"content": "Hi"}]}, "messages[0].role"),
             (
                 {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
-                "content[0].type: Input should be 'text'",
+                "content[0].type: Input should be 'text', for this server reads text",
             ),
+            (
+                {"messages": [*MESSAGES, {"role": "assistant", "tool_calls": [{}]}]},
+                "messages[1].tool_calls is not supported",
+            ),
+            (
+                {"messages": [{"role": "tool", "content": "5", "tool_call_id": "1"}]},
+                "put calls and what they gave into a content",
+            ),
+            (
+                {"tool_choice": {"type": "function"}, "tools": [{}]},
+                "tools is not supported",
+            ),
+            ({"echo": True}, "it is for completions"),
             ({"top_logprobs": 2}, "logprobs=true"),
             ({"max_tokens": 1, "max_completion_tokens": 2}, "leave one out"),
             ({"max_completion_tokens": 0}, "max_tokens=0"),
