@@ -897,6 +897,16 @@ class TestBadInput:
             assert answer.status_code == status
             assert "Unknown request URL" in answer.json()["error"]["message"]
 
+    @pytest.mark.parametrize("path", ["/v1/responses", "/chat/completions"])
+    def test_an_unknown_url_is_told_the_routes(
+        self, http: httpx.Client, path: str
+    ) -> None:
+        """Agents SDKs begin with /v1/responses, and a base URL may lack its /v1."""
+        message = http.post(path, json={}).json()["error"]["message"]
+        assert f"POST {path}. This server has" in message
+        for route in http.get("/openapi.json").json()["paths"]:
+            assert route.removesuffix("/{name}") in message
+
     def test_a_large_body_declared_or_not(self, http: httpx.Client) -> None:
         def pieces() -> Iterator[bytes]:
             for _ in range(200):
