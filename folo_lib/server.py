@@ -62,6 +62,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_BODY_BYTES = 4 * 2**20
+ROUTES = "POST /v1/chat/completions and /v1/completions, GET /v1/models, /health and /metrics"
 LONG_TEXT = 20_000
 """Characters from which on a text is tokenized beside the event loop, not in it."""
 
@@ -443,7 +444,8 @@ def create_app(
     async def tell_http(request: Request, error: HTTPException) -> Response:
         message = str(error.detail)
         if error.status_code in (404, 405):
-            message = f"Unknown request URL: {request.method} {request.url.path}."
+            asked = f"{request.method} {request.url.path}"
+            message = f"Unknown request URL: {asked}. This server has {ROUTES}."
         body = make_error(error.status_code, message)
         return AsciiResponse(body, error.status_code, error.headers)
 

@@ -48,18 +48,27 @@ UNSUPPORTED: Mapping[str, tuple[Sequence[Any], str]] = {
     "store": ([False], "nothing is stored"),
     "prompt_cache_options": ([], "the cache of prefixes is always on"),
     "prompt_cache_retention": ([], "the cache of prefixes is always on"),
-    "echo": ([False], "put prompt and text together yourself"),
+    "echo": ([False], "it is for completions"),
     "suffix": ([""], "the model only goes on from a prompt"),
     "best_of": ([1], "set n, and choose yourself"),
     "use_beam_search": ([False], "set n, and choose yourself"),
     "length_penalty": ([1], "it is for beam search"),
-    "prompt_logprobs": ([], "LLMEngine.generate has them"),
+    "prompt_logprobs": ([], "echo and logprobs of completions have them"),
     "priority": ([0], "first come, first served"),
 }
 """Fields of OpenAI and vLLM that are refused unless neutral: when they are, and what to do.
 
 Other unknown fields are refused too, as OpenAI does; vLLM ignores them.
 """
+
+NO_TOOLS = "there are no tools, so put calls and what they gave into a content"
+UNSUPPORTED_IN_MESSAGES: Mapping[str, str] = {
+    "tool_calls": NO_TOOLS,
+    "tool_call_id": NO_TOOLS,
+    "function_call": NO_TOOLS,
+    "audio": "there is text only",
+}
+"""The same for the fields of a message."""
 
 SAMPLING = (
     "n",
@@ -102,8 +111,11 @@ class ApiError(Exception):
         message = str(error)
         named = re.match(r"(\w+)(=| holds| is )", message)
         param = named[1] if named and named[1] in (*SAMPLING, "max_tokens") else None
-        too_long = "leave room for an answer" in message
-        return cls(400, message, param, "context_length_exceeded" if too_long else None)
+        if "leave room for an answer" not in message:
+            return cls(400, message, param)
+        # LiteLLM and LangChain know the error by these words, others by its code.
+        message = f"The prompt is too long: {message}"
+        return cls(400, message, param, "context_length_exceeded")
 
     @property
     def body(self) -> dict[str, Any]:
@@ -126,11 +138,13 @@ def read_validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if first["type"] == "json_invalid":
         reason = context.get("error", "")
         return ApiError(400, f"The body of the request is not JSON: {reason}.")
-    if first["type"] == "unsupported":
-        return ApiError(400, first["msg"], context["param"], "unsupported_field")
     where = [part for part in first["loc"][1:] if not UNION_PART.match(str(part))]
     param = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in where)
     param = param.removeprefix(".")
+    if first["type"] == "unsupported":
+        inside = f"{param}." if param else ""  # a message has fields of its own
+        message, param = inside + first["msg"], inside + context["param"]
+        return ApiError(400, message, param, "unsupported_field")
     if first["type"] == "extra_forbidden":
         message = f"Unrecognized request argument supplied: {param}"
     elif first["type"] in ("model_attributes_type", "model_type", "dict_type"):
@@ -139,6 +153,8 @@ def read_validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         )
     elif first["type"] == "missing":
         message = f"Missing required parameter: {param}."
+    elif first["type"] == "literal_error":  # of a part of a content
+        message = f"{param}: {first['msg']}, for this server reads text only."
     else:
         message = f"{param or 'The body'}: {first['msg']}."
     return ApiError(400, message, param or None)
@@ -156,6 +172,7 @@ class Strict(BaseModel):
 
 class StreamOptions(Strict):
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # vLLM's: usage so far in every chunk
     include_obfuscation: bool = False  # pads chunks at OpenAI; no padding is all right
 
 
@@ -206,12 +223,11 @@ class CommonRequest(Strict):
         """Names a field that is not supported; one with a neutral value is dropped."""
         if not isinstance(body, dict):
             return body
-        kept = {}
-        for name, value in body.items():
-            if name not in UNSUPPORTED or name in cls.model_fields:
-                kept[name] = value
+        dropped = UNSUPPORTED.keys() - cls.model_fields.keys()
+        for name, (neutral, advice) in UNSUPPORTED.items():  # tools before tool_choice
+            if name not in body or name not in dropped:
                 continue
-            neutral, advice = UNSUPPORTED[name]
+            value = body[name]
             alike = [one for one in neutral if type(one) is type(value)]
             same_as_n = name == "best_of" and value == (body.get("n") or 1)
             if value is not None and value not in alike and not same_as_n:
@@ -220,7 +236,7 @@ class CommonRequest(Strict):
                     "{param} is not supported by this server: {advice}.",
                     {"param": name, "advice": advice},
                 )
-        return kept
+        return {name: body[name] for name in body if name not in dropped}
 
     @model_validator(mode="after")
     def check_stream_options(self) -> Self:
@@ -254,6 +270,7 @@ class CommonRequest(Strict):
 class CompletionRequest(CommonRequest):
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool | None = None
 
     @property
     def prompts(self) -> list[Any]:
@@ -262,12 +279,22 @@ class CompletionRequest(CommonRequest):
         several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
         return prompt if several else [prompt]
 
+    @property
+    def has_no_answer(self) -> bool:
+        """Whether it asks for its prompt alone, for the log-probabilities as a rule."""
+        return bool(self.echo) and self.max_tokens == 0
+
     def get_params(self, defaults: SamplingParams) -> SamplingParams:
-        """`max_tokens` is 16 unless said, as OpenAI's."""
+        """`max_tokens` is 16 unless said, as OpenAI's.
+
+        The engine always draws a token; `Transcript` leaves it out for `has_no_answer`.
+        """
         num_tokens = 16 if self.max_tokens is None else self.max_tokens
         if self.min_tokens is not None and self.max_tokens is None:
             num_tokens = max(num_tokens, self.min_tokens)
-        return self.make_params(defaults, num_tokens, self.logprobs)
+        num_tokens = 1 if self.has_no_answer else num_tokens
+        params = self.make_params(defaults, num_tokens, self.logprobs)
+        return replace(params, prompt_logprobs=self.logprobs if self.echo else None)
 
 
 class TextPart(Strict):
@@ -283,10 +310,19 @@ class Message(Strict):
     @model_validator(mode="before")
     @classmethod
     def drop_nulls(cls, message: Any) -> Any:
-        """Clients send answers back with all their empty fields."""
-        if isinstance(message, dict):
-            return {n: x for n, x in message.items() if x is not None and x != []}
-        return message
+        """Clients send answers back with all their empty fields, and empty answers too."""
+        if not isinstance(message, dict):
+            return message
+        kept = {n: x for n, x in message.items() if x is not None and x != []}
+        for name, advice in UNSUPPORTED_IN_MESSAGES.items():
+            if name in kept:
+                raise PydanticCustomError(
+                    "unsupported",
+                    "{param} is not supported by this server: {advice}.",
+                    {"param": name, "advice": advice},
+                )
+        empty = {"content": ""} if message.get("role") == "assistant" else {}
+        return empty | kept
 
     def to_dict(self) -> dict[str, str]:
         """As `LLMEngine.chat` takes it."""
@@ -393,7 +429,7 @@ class Transcript:
         choices = []
         for place, output in enumerate(outputs):
             self.latest[place] = output
-            for sample in output.outputs:
+            for sample in self.read(output):
                 index = place * len(output.outputs) + sample.index
                 scores = self.make_logprobs(sample, Sent())
                 choice: dict[str, Any] = {"index": index}
@@ -410,12 +446,40 @@ class Transcript:
     def chunks(self, output: RequestOutput, place: int = 0) -> Iterator[str]:
         """Events with what is new in an output of a prompt."""
         self.latest[place] = output
-        for sample in output.outputs:
+        for sample in self.read(output):
             index = place * len(output.outputs) + sample.index
             sent = self.sent.setdefault(index, Sent())
             if not sent.has_ended:
                 for choice in self.new_choices(sample, sent, index):
                     yield self.event(choice)
+
+    def read(self, output: RequestOutput) -> list[CompletionOutput]:
+        """The samples as the client gets them: with `echo` each goes on from its prompt."""
+        asked = self.asked
+        if isinstance(asked, ChatRequest) or not asked.echo:
+            return output.outputs
+        ids, scores = output.prompt_token_ids, output.prompt_logprobs or []
+        if asked.logprobs is not None and len(scores) < len(ids):
+            return []  # another sample was faster, and the first is still reading
+        prompt = output.prompt
+        if prompt is None:
+            raw = b"".join(self.token_bytes[token_id] for token_id in ids)
+            prompt = raw.decode(errors="replace")
+        entries = [entry or {} for entry in scores]  # nothing is known of the first
+        answer = slice(0) if asked.has_no_answer else slice(None)
+        samples = []
+        for sample in output.outputs:
+            whole = replace(
+                sample,
+                text=prompt + sample.text[answer],
+                token_ids=ids + sample.token_ids[answer],
+            )
+            if sample.logprobs is not None:
+                whole.logprobs = entries + sample.logprobs[answer]
+            if asked.has_no_answer and sample.finish_reason:
+                whole.finish_reason = "length"  # whatever the token left out was
+            samples.append(whole)
+        return samples
 
     def new_choices(
         self, sample: CompletionOutput, sent: Sent, index: int
@@ -444,8 +508,10 @@ class Transcript:
     def event(self, choice: Mapping[str, Any]) -> str:
         """A chunk with one choice, as a server-sent event."""
         chunk = self.chunk_head | {"choices": [choice]}
-        if self.asked.include_usage:
-            chunk["usage"] = None
+        options = self.asked.stream_options
+        if options is not None and options.include_usage:
+            so_far = options.continuous_usage_stats
+            chunk["usage"] = self.make_usage() if so_far else None
         return f"data: {json.dumps(chunk)}\n\n"
 
     def last_events(self) -> Iterator[str]:
@@ -465,6 +531,8 @@ class Transcript:
         )
         samples = [sample for output in outputs for sample in output.outputs]
         num_output = sum(len(sample.token_ids) for sample in samples)
+        if isinstance(self.asked, CompletionRequest) and self.asked.has_no_answer:
+            num_output = 0
         return {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_output,
@@ -482,19 +550,20 @@ class Transcript:
         if self.is_chat:
             content = [self.describe_token(entry) for entry in new]
             return {"content": content, "refusal": None} if content else None
-        chosen = [next(iter(entry.items())) for entry in new]
-        texts = [self.get_text(token_id) for token_id, _ in chosen]
+        ids = sample.token_ids[sent.num_tokens :]
+        chosen = [entry.get(token_id) for token_id, entry in zip(ids, new, strict=True)]
+        texts = [self.get_text(token_id) for token_id in ids]
         offsets = []
         for text in texts:
             offsets.append(sent.offset)
             sent.offset += len(text)
         tops = [
-            {self.get_text(i): clamp(one) for i, one in self.find_top(entry)}
+            {self.get_text(i): clamp(one) for i, one in self.find_top(entry)} or None
             for entry in new
         ]
         scores = {
             "tokens": texts,
-            "token_logprobs": [clamp(one) for _, one in chosen],
+            "token_logprobs": [one and clamp(one) for one in chosen],
             "top_logprobs": tops,
             "text_offset": offsets,
         }

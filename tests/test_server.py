@@ -42,7 +42,12 @@ from folo_lib.server import (
     read_to_end,
     unless_gone,
 )
-from folo_lib.server_protocol import UNSUPPORTED, CompletionRequest, clamp
+from folo_lib.server_protocol import (
+    UNSUPPORTED,
+    CompletionRequest,
+    Transcript,
+    clamp,
+)
 from folo_lib.serving import (
     AsyncLLMEngine,
     EngineDeadError,
@@ -232,6 +237,72 @@ class TestAnswers:
                 offsets += chunk.choices[0].logprobs.text_offset or []
         assert offsets == scores.text_offset
 
+    @pytest.mark.parametrize("num_tokens", [0, 1, 3])
+    @pytest.mark.parametrize("as_ids", [False, True])
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_echo_scores_the_prompt(
+        self,
+        server: Running,
+        http: httpx.Client,
+        num_tokens: int,
+        as_ids: bool,
+        stream: bool,
+    ) -> None:
+        """As lm-eval asks for log-likelihoods; with 0 tokens as others do."""
+        prompts: list[Any] = [PROMPT, "The red kite"]
+        params = SamplingParams(
+            temperature=0, max_tokens=num_tokens or 1, logprobs=1, prompt_logprobs=1
+        )
+        expected = server.engine.generate(prompts, params, use_tqdm=False)
+        ids = [output.prompt_token_ids for output in expected]
+        body = {"model": MODEL, "prompt": ids if as_ids else prompts, "temperature": 0}
+        body |= {"max_tokens": num_tokens, "logprobs": 1, "seed": 1234, "echo": True}
+        for place, choice in enumerate(read_choices(http, body, stream)):
+            output, scores = expected[place], choice["logprobs"]
+            [sample] = output.outputs
+            assert output.prompt_logprobs is not None and sample.logprobs is not None
+            assert choice["text"] == prompts[place] + sample.text * (num_tokens > 0)
+            assert "".join(scores["tokens"]) == choice["text"]
+            assert choice["finish_reason"] == "length"
+            entries = output.prompt_logprobs + sample.logprobs[:num_tokens]
+            all_ids = (ids[place] + sample.token_ids)[: len(entries)]
+            assert scores["token_logprobs"][0] is scores["top_logprobs"][0] is None
+            assert len(scores["text_offset"]) == len(entries)
+            for i, entry in enumerate(entries[1:], 1):
+                assert entry is not None
+                expected_one = entry[all_ids[i]].logprob
+                assert scores["token_logprobs"][i] == pytest.approx(
+                    expected_one, abs=1e-4
+                )
+                top = max(one.logprob for one in entry.values())
+                found = max(scores["top_logprobs"][i].values())
+                assert found == pytest.approx(top, abs=1e-4)
+
+    def test_echo_without_logprobs(self, http: httpx.Client) -> None:
+        body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 0, "echo": True}
+        answer = http.post("/v1/completions", json=body | {"n": 2, "seed": 1}).json()
+        assert [choice["text"] for choice in answer["choices"]] == [PROMPT] * 2
+        assert answer["choices"][0]["logprobs"] is None
+        assert answer["usage"]["completion_tokens"] == 0
+        assert answer["usage"]["total_tokens"] == answer["usage"]["prompt_tokens"]
+
+    def test_echo_waits_for_the_scores_of_the_prompt(self, server: Running) -> None:
+        """Of two samples the second may be the first to have a token."""
+        params = SamplingParams(
+            n=2, seed=1, max_tokens=1, logprobs=0, prompt_logprobs=0
+        )
+        [output] = server.engine.generate([PROMPT], params, use_tqdm=False)
+        asked = CompletionRequest(
+            model=MODEL, prompt=PROMPT, n=2, logprobs=0, echo=True, stream=True
+        )
+        token_bytes: Any = server.engine.processor.token_bytes
+        transcript = Transcript(asked, token_bytes)
+        assert output.prompt_logprobs is not None
+        early = replace(output, prompt_logprobs=output.prompt_logprobs[:2])
+        assert list(transcript.chunks(early)) == []
+        events = "".join(transcript.chunks(output))
+        assert events.count(PROMPT) == 2 and events.count('"length"') == 2
+
     def test_a_token_that_cannot_come_has_a_number(self) -> None:
         """-inf is no JSON."""
         assert clamp(Logprob(-math.inf, 9)) == -9999.0
@@ -255,9 +326,53 @@ class TestAnswers:
         )
         assert got.choices[0].finish_reason in ("length", "stop")
 
+    @pytest.mark.parametrize("content", [None, [], ""])
+    def test_an_empty_answer_of_an_earlier_turn(
+        self, http: httpx.Client, content: Any
+    ) -> None:
+        """LangChain sends `[]` and LiteLLM null where vLLM takes them for ""."""
+        answer = {"role": "assistant", "content": content}
+        body = {"model": MODEL, "messages": [*MESSAGES, answer, *MESSAGES]}
+        body |= {"max_tokens": 4, "temperature": 0}
+        got = http.post("/v1/chat/completions", json=body).json()
+        answer["content"] = ""
+        assert got["usage"] == {
+            **http.post("/v1/chat/completions", json=body).json()["usage"],
+            "prompt_tokens_details": got["usage"]["prompt_tokens_details"],
+        }
+
     def test_models(self, client: openai.OpenAI) -> None:
         assert [model.id for model in client.models.list()] == [MODEL]
         assert client.models.retrieve(MODEL).owned_by == "folo_lib"
+
+
+def read_chunks(
+    http: httpx.Client, path: str, body: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The chunks of a stream, without the end."""
+    with http.stream("POST", path, json=body) as response:
+        events = "".join(response.iter_text()).split("\n\n")[:-2]
+    return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+def read_choices(
+    http: httpx.Client, body: dict[str, Any], stream: bool
+) -> list[dict[str, Any]]:
+    """The choices of a completion, put together again if they came in chunks."""
+    if not stream:
+        answer = http.post("/v1/completions", json=body).json()
+        choices: list[dict[str, Any]] = answer["choices"]
+        return choices
+    whole: dict[int, dict[str, Any]] = {}
+    for chunk in read_chunks(http, "/v1/completions", body | {"stream": True}):
+        for choice in chunk["choices"]:
+            known = whole.setdefault(choice["index"], choice)
+            if known is not choice:
+                known["text"] += choice["text"]
+                known["finish_reason"] = choice["finish_reason"]
+                for name, values in (choice["logprobs"] or {}).items():
+                    known["logprobs"][name] += values
+    return [whole[index] for index in sorted(whole)]
 
 
 class TestStreams:
@@ -278,6 +393,24 @@ class TestStreams:
         assert usage.choices == [] and usage.usage is not None and whole.usage
         assert usage.usage.completion_tokens == whole.usage.completion_tokens
         assert {chunk.id for chunk in chunks} == {chunks[0].id}
+
+    @pytest.mark.parametrize("include_usage", [True, False])
+    def test_usage_in_every_chunk(
+        self, http: httpx.Client, include_usage: bool
+    ) -> None:
+        """GuideLLM asks for it."""
+        body = {"model": MODEL, "messages": MESSAGES, "stream": True, "temperature": 0}
+        body |= {"max_completion_tokens": 5, "ignore_eos": True}
+        options = {"include_usage": include_usage, "continuous_usage_stats": True}
+        chunks = read_chunks(
+            http, "/v1/chat/completions", body | {"stream_options": options}
+        )
+        if not include_usage:
+            assert all("usage" not in chunk for chunk in chunks)
+            return
+        counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+        assert counts == sorted(counts) and 1 <= counts[0] < counts[-1] == 5
+        assert chunks[-1]["choices"] == []
 
     def test_the_helper_of_the_client(self, client: openai.OpenAI) -> None:
         with client.chat.completions.stream(
@@ -606,13 +739,15 @@ class TestBadInput:
             ({"prompt": [10**9]}, None, "token id 1000000000"),
             ({"prompt": "\ud800"}, None, "surrogate"),
             ({"prompt": "fox " * 5000}, None, "leave room for an answer"),
+            ({"prompt": "fox " * 5000}, None, "The prompt is too long: "),
             ({"prompt": ["fox", ""]}, None, "empty"),
             ({"temprature": 1}, "temprature", "Unrecognized request argument"),
             ({"logit_bias": {"fox": 1}}, "logit_bias", "fox"),
             ({"stream_options": {}}, "stream_options", "only allowed with stream"),
             ({"best_of": 3}, "best_of", "set n"),
             ({"suffix": "!"}, "suffix", "only goes on"),
-            ({"echo": True}, "echo", "put prompt and text together"),
+            ({"echo": "yes"}, "echo", "valid boolean"),
+            ({"prompt_logprobs": 1}, "prompt_logprobs", "echo and logprobs"),
         ],
     )
     def test_of_a_completion(
@@ -659,8 +794,21 @@ class TestBadInput:
             ({"messages": [{"content": "Hi"}]}, "messages[0].role"),
             (
                 {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
-                "content[0].type: Input should be 'text'",
+                "content[0].type: Input should be 'text', for this server reads text",
             ),
+            (
+                {"messages": [*MESSAGES, {"role": "assistant", "tool_calls": [{}]}]},
+                "messages[1].tool_calls is not supported",
+            ),
+            (
+                {"messages": [{"role": "tool", "content": "5", "tool_call_id": "1"}]},
+                "put calls and what they gave into a content",
+            ),
+            (
+                {"tool_choice": {"type": "function"}, "tools": [{}]},
+                "tools is not supported",
+            ),
+            ({"echo": True}, "it is for completions"),
             ({"top_logprobs": 2}, "logprobs=true"),
             ({"max_tokens": 1, "max_completion_tokens": 2}, "leave one out"),
             ({"max_completion_tokens": 0}, "max_tokens=0"),
@@ -748,6 +896,16 @@ class TestBadInput:
         for answer, status in ((http.get("/v1/what"), 404), (http.put("/health"), 405)):
             assert answer.status_code == status
             assert "Unknown request URL" in answer.json()["error"]["message"]
+
+    @pytest.mark.parametrize("path", ["/v1/responses", "/chat/completions"])
+    def test_an_unknown_url_is_told_the_routes(
+        self, http: httpx.Client, path: str
+    ) -> None:
+        """Agents SDKs begin with /v1/responses, and a base URL may lack its /v1."""
+        message = http.post(path, json={}).json()["error"]["message"]
+        assert f"POST {path}. This server has" in message
+        for route in http.get("/openapi.json").json()["paths"]:
+            assert route.removesuffix("/{name}") in message
 
     def test_a_large_body_declared_or_not(self, http: httpx.Client) -> None:
         def pieces() -> Iterator[bytes]:
