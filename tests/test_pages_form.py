@@ -390,6 +390,12 @@ class TestLayout:
         assert cells[6].metadata == {"jupyter": {"other": 1}}
         assert cells[8].metadata == {"tags": ["open"]}
 
+    def test_what_says_so_is_folded(self) -> None:
+        cells = self.make_cells()
+        cells[5].metadata["tags"] = ["folded"]
+        layout.fold(cells)
+        assert cells[5].metadata["jupyter"] == {"source_hidden": True}
+
     def test_what_is_written_in_is_open(self) -> None:
         for tag in ("exercise", "student"):
             cells = self.make_cells()

@@ -91,7 +91,7 @@ def is_open(cell: Cell) -> bool:
 
 
 def fold(cells: list[Cell]) -> None:
-    """Folds the code of what sets a page up and of what only draws, and opens the rest."""
+    """Folds the code of what sets a page up, of what only draws, and of what is tagged "folded"."""
     heads = (i for i, cell in enumerate(cells) if source_of(cell).startswith("## "))
     first = next(heads, 0)
     for number, cell in enumerate(cells):
@@ -100,7 +100,8 @@ def fold(cells: list[Cell]) -> None:
         jupyter = dict(cell["metadata"].get("jupyter", {}))
         jupyter.pop("source_hidden", None)
         draws = only_draws(cell) and not is_needed(cell, cells[number + 1 :])
-        if (number < first or draws) and not is_open(cell):
+        says_so = "folded" in cell["metadata"].get("tags", [])
+        if (number < first or draws or says_so) and not is_open(cell):
             jupyter["source_hidden"] = True
         if jupyter:
             cell["metadata"]["jupyter"] = jupyter

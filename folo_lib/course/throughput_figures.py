@@ -33,6 +33,7 @@ __all__ = [
     "compare_systems",
     "describe",
     "draw_batches",
+    "draw_starts",
     "draw_systems",
     "draw_tpot",
     "draw_waterfall",
@@ -169,9 +170,13 @@ def draw_dots(ax: Axes, y: int, row: Result) -> None:
     speeds = row["speeds"]
     if len(speeds) > 1:
         ax.plot(speeds, [y] * len(speeds), "o", **DOTS)
-    end = max(row["tokens_per_second"], *speeds)
+    write_right_of(ax, max(row["tokens_per_second"], *speeds), y, row["text"])
+
+
+def write_right_of(ax: Axes, x: float, y: int, text: str) -> None:
+    """Text beside a mark, at its height."""
     at: Any = {"textcoords": "offset points", "va": "center", "size": 9}
-    ax.annotate(row["text"], (end, y), (8, 0), **at)
+    ax.annotate(text, (x, y), (8, 0), **at)
 
 
 def name_rows(ax: Axes, names: Sequence[str]) -> None:
@@ -269,7 +274,7 @@ def draw_batches(ax: Axes, record: Result) -> None:
 
 
 def draw_waterfall(ax: Axes, record: Result) -> None:
-    """The mixed workload on every rung: its median start, and a dot for each.
+    """The mixed workload on every rung: its median start.
 
     The axis is logarithmic, because the rungs lie a factor of a thousand apart. Rungs that
     were too slow for all of the requests are pale, and say how many they got.
@@ -284,11 +289,10 @@ def draw_waterfall(ax: Axes, record: Result) -> None:
         text = f"{speed:,.0f}"
         if row is not before and row["requests"] == before["requests"]:
             text += f", {speed / before['tokens_per_second']:.2f} times"
-        speeds = [start["tokens_per_second"] for start in row["starts"]]
         look = SLOW if row["requests"] < most else US
         ax.plot(speed, y, look.marker, color=look.colour, markersize=11)
         text += name_part(row, most)
-        draw_dots(ax, y, row | {"speeds": speeds, "text": text})
+        write_right_of(ax, speed, y, text)
         before = row
     name_rows(ax, [row["rung"] for row in rows])
     ax.set_xscale("log")
@@ -298,6 +302,23 @@ def draw_waterfall(ax: Axes, record: Result) -> None:
     label_ticks(ax.xaxis, [10**i for i in range(6) if low <= 10**i <= high])
     whole = [row["tokens_per_second"] for row in rows if row["requests"] == most]
     ax.set_title(f"With all {most} requests: {whole[0]:,.0f} to {whole[-1]:,.0f}")
+
+
+def draw_starts(ax: Axes, record: Result) -> None:
+    """The starts of each rung that has several, in per cent of its median start."""
+    rows = join_waterfall(record).get("rows", [])
+    if not rows:
+        return say_nothing_yet(ax)
+    for y, row in enumerate(rows):
+        speeds = [start["tokens_per_second"] for start in row["starts"]]
+        if len(speeds) > 1:
+            shares = [100 * speed / row["tokens_per_second"] for speed in speeds]
+            ax.plot(shares, [y] * len(shares), "o", **DOTS)
+    ax.axvline(100, color=BLACK, linewidth=0.8, zorder=0)
+    ax.grid(False, axis="y")
+    ax.margins(x=0.15)
+    ax.set_xlabel("% of the median start")
+    ax.set_title("Five starts each", fontsize=10)
 
 
 def best_tpot(starts: Sequence[Result], row: Result) -> Result:
@@ -350,10 +371,8 @@ def draw_tpot(ax: Axes, record: Result, by: str) -> None:
     both = [[row, best_tpot(starts, row)] for row in made["rows"]]
     highest = max(row["tpot_ms"] for pair in both for row in pair if row) / floor
     ax.set_ylim(0, 1.12 * highest)  # the same for requests and for context
-    end = rows[-1]
-    where = "with" if by == "requests" else "after"
-    first, last = (f"{row['floors']:.1f} {where} {row[by]:,}" for row in (rows[0], end))
-    ax.set_title(f"folo_lib, in floors: {first}, {last}", fontsize=10)
+    first, last = (row["floors"] / row["least_floors"] for row in (rows[0], rows[-1]))
+    ax.set_title(f"{first:.1f}, then {last:.1f} times what memory allows", fontsize=10)
 
 
 def add_milliseconds(ax: Axes, record: Result) -> None:
