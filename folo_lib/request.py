@@ -110,7 +110,8 @@ class TokenBytes(dict[int, bytes]):
             raise ValueError(
                 f"{type(tokenizer).__name__} is not a byte-level tokenizer, and text "
                 "is streamed from bytes: use the tokenizer that belongs to the model, "
-                "or tokenizer=None for token ids without text."
+                "or load_model(folder) instead of the folder, with tokenizer=None, for "
+                "token ids without text."
             )
         backend = getattr(tokenizer, "backend_tokenizer", None)
         for i, token in added.items():

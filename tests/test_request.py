@@ -16,7 +16,13 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from folo_lib import bundled_model_path, load_tokenizer, request as module
+from folo_lib import (
+    LLMEngine,
+    bundled_model_path,
+    load_model,
+    load_tokenizer,
+    request as module,
+)
 from folo_lib.inputs import InputProcessor
 from folo_lib.request import (
     CompletionOutput,
@@ -300,6 +306,21 @@ class TestTokenBytes:
     ) -> None:
         with pytest.raises(ValueError, match=r"is not a byte-level.*tokenizer=None"):
             InputProcessor(stranger, V, 64)
+
+    def test_the_refusal_says_what_helps_whoever_has_a_folder(self) -> None:
+        """With a folder, tokenizer=None alone would read the folder's tokenizer again."""
+        stranger = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+        )
+        folder = bundled_model_path()
+        with pytest.raises(ValueError, match=r"load_model\(folder\).*tokenizer=None"):
+            LLMEngine(folder, stranger)
+        engine = LLMEngine(load_model(folder), tokenizer=None)
+        params = SamplingParams(max_tokens=3, ignore_eos=True)
+        [output] = engine.generate(
+            [{"prompt_token_ids": [5, 6]}], params, use_tqdm=False
+        )
+        assert len(output.outputs[0].token_ids) == 3 and not output.outputs[0].text
 
 
 class TestStreaming:
