@@ -321,8 +321,22 @@ class TestAnswers:
             len(b"".join(raw[:place]).decode(errors="ignore"))
             for place in range(len(raw))
         ]
-        counts = [len(top) for top in scores["top_logprobs"][1:]]
-        assert min(counts) >= 20  # 20, and the token itself unless it is one of them
+
+    def test_likely_pieces_of_characters_are_not_one(self, server: Running) -> None:
+        """As � the unlikely one would hide the likely one, and seem to be the best."""
+        token_bytes = server.engine.processor.token_bytes
+        assert token_bytes is not None
+        of = {token_bytes[i]: i for i in range(server.engine.processor.vocab_size)}
+        entry = {of[b"\xc3"]: Logprob(-3.0, 9), of[b"\xe6"]: Logprob(-0.5, 1)}
+        params = SamplingParams(temperature=0, max_tokens=1, logprobs=1)
+        [output] = server.engine.generate([PROMPT], params, use_tqdm=False)
+        [sample] = output.outputs
+        sample.token_ids, sample.logprobs = [of[b"\xc3"]], [entry]
+        asked = CompletionRequest(model=MODEL, prompt=PROMPT, logprobs=1)
+        [choice] = Transcript(asked, token_bytes).answer([output])["choices"]
+        assert choice["logprobs"]["token_logprobs"] == [-3.0]
+        [top] = choice["logprobs"]["top_logprobs"]
+        assert top == {"bytes:\\xe6": -0.5, "bytes:\\xc3": -3.0}
 
     @pytest.mark.parametrize("stream", [False, True])
     @pytest.mark.parametrize("stop", [None, ["\ufffd"]])
@@ -352,6 +366,18 @@ class TestAnswers:
             [choice] = read_choices(http, body, stream)
             assert choice["text"].startswith("x") and len(choice["text"]) == 2
             assert choice["finish_reason"] == ("stop" if num_tokens else "length")
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_an_echo_is_not_searched_for_stop_strings(
+        self, http: httpx.Client, stream: bool
+    ) -> None:
+        """Nor is the seam, though "was a" stands there."""
+        body = {"model": MODEL, "prompt": PROMPT, "echo": True, "temperature": 0}
+        [whole] = read_choices(http, body, stream)
+        assert whole["text"].startswith(PROMPT + " a")
+        [choice] = read_choices(http, body | {"stop": ["upon", "was a"]}, stream)
+        assert choice["text"] == whole["text"]
+        assert choice["finish_reason"] == "length"
 
     def test_offsets_count_what_is_shown(
         self, server: Running, http: httpx.Client
