@@ -227,7 +227,10 @@ class Service:
         streams = await self.submit(asked)
         assert self.processor.token_bytes is not None
         transcript = Transcript(asked, self.processor.token_bytes)
-        watched = [self.metrics.watch(stream, arrival) for stream in streams]
+        has_answer = isinstance(asked, ChatRequest) or not asked.has_no_answer
+        watched = [
+            self.metrics.watch(stream, arrival, has_answer) for stream in streams
+        ]
         if asked.stream:
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
             events = self.write_events(transcript, watched)

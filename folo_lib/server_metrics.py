@@ -95,24 +95,28 @@ class ServerMetrics:
         )
 
     async def watch(
-        self, stream: RequestStream, arrival: float
+        self, stream: RequestStream, arrival: float, has_answer: bool = True
     ) -> AsyncIterator[RequestOutput]:
         """Passes the outputs of a stream on, and takes their times; closes it at the end.
 
         Args:
             stream: to read.
             arrival: when its request came, of `time.perf_counter()`.
+            has_answer: False if the client sees its prompt alone, and so no token is counted.
         """
         last, num_tokens, reason = arrival, 0, "abort"
         try:
             async for output in stream:
                 num_before, now = num_tokens, time.perf_counter()
-                num_tokens = sum(len(one.token_ids) for one in output.outputs)
+                if has_answer:
+                    num_tokens = sum(len(one.token_ids) for one in output.outputs)
                 if num_tokens > num_before:  # an end may come without a token
                     (self.itl if num_before else self.ttft).observe(now - last)
                     last = now
                 if output.finished:
                     reason = output.outputs[0].finish_reason or "abort"
+                    if reason == "stop" and not has_answer:
+                        reason = "length"  # as the client is told
                 yield output
         finally:
             stream.close()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -148,9 +149,8 @@ def read_validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if first["type"] == "extra_forbidden":
         message = f"Unrecognized request argument supplied: {param}"
     elif first["type"] in ("model_attributes_type", "model_type", "dict_type"):
-        message = (
-            "The body must be a JSON object, sent as Content-Type: application/json."
-        )
+        cure = "" if param else ", sent as Content-Type: application/json"
+        message = f"{param or 'The body'} must be a JSON object{cure}."
     elif first["type"] == "missing":
         message = f"Missing required parameter: {param}."
     elif first["type"] == "literal_error":  # of a part of a content
@@ -171,9 +171,9 @@ class Strict(BaseModel):
 
 
 class StreamOptions(Strict):
-    include_usage: bool = False
-    continuous_usage_stats: bool = False  # vLLM's: usage so far in every chunk
-    include_obfuscation: bool = False  # pads chunks at OpenAI; no padding is all right
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # vLLM's: usage so far in every chunk
+    include_obfuscation: bool | None = None  # pads at OpenAI; no padding is all right
 
 
 def ranged(**limits: float) -> Any:
@@ -250,7 +250,8 @@ class CommonRequest(Strict):
 
     @property
     def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        options = self.stream_options
+        return options is not None and bool(options.include_usage)
 
     def make_params(
         self, defaults: SamplingParams, max_tokens: int | None, logprobs: int | None
@@ -292,14 +293,38 @@ class CompletionRequest(CommonRequest):
         num_tokens = 16 if self.max_tokens is None else self.max_tokens
         if self.min_tokens is not None and self.max_tokens is None:
             num_tokens = max(num_tokens, self.min_tokens)
-        num_tokens = 1 if self.has_no_answer else num_tokens
+        if self.has_no_answer:
+            if (self.min_tokens or 0) > 0:
+                raise ValueError(
+                    f"min_tokens={self.min_tokens} must be at most max_tokens=0: lower "
+                    "the one or raise the other."
+                )
+            num_tokens, defaults = 1, replace(defaults, min_tokens=0)
         params = self.make_params(defaults, num_tokens, self.logprobs)
         return replace(params, prompt_logprobs=self.logprobs if self.echo else None)
+
+
+def leave_out_empty(fields: dict[str, Any], needed: str) -> dict[str, Any]:
+    """Fields that say something; many clients send all that they know, most of them empty.
+
+    The needed one may be the empty string, which is a text.
+    """
+    nothing: tuple[Any, ...] = (None, "", [], {})
+    return {
+        name: value
+        for name, value in fields.items()
+        if value not in nothing or (name == needed and value == "")
+    }
 
 
 class TextPart(Strict):
     type: Literal["text"]
     text: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def drop_empty(cls, part: Any) -> Any:
+        return leave_out_empty(part, "text") if isinstance(part, dict) else part
 
 
 class Message(Strict):
@@ -309,11 +334,11 @@ class Message(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def drop_nulls(cls, message: Any) -> Any:
+    def drop_empty(cls, message: Any) -> Any:
         """Clients send answers back with all their empty fields, and empty answers too."""
         if not isinstance(message, dict):
             return message
-        kept = {n: x for n, x in message.items() if x is not None and x != []}
+        kept = leave_out_empty(message, "content")
         for name, advice in UNSUPPORTED_IN_MESSAGES.items():
             if name in kept:
                 raise PydanticCustomError(
@@ -393,6 +418,9 @@ class Sent:
     num_tokens: int = 0
     num_characters: int = 0
     offset: int = 0  # of the next token, as `text_offset` counts
+    decoder: codecs.IncrementalDecoder = field(
+        default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
+    )
     has_role: bool = False
     has_ended: bool = False
 
@@ -410,6 +438,7 @@ class Transcript:
     ) -> None:
         self.asked, self.token_bytes = asked, token_bytes
         self.is_chat = isinstance(asked, ChatRequest)
+        self.has_echo = isinstance(asked, CompletionRequest) and bool(asked.echo)
         kind = "chat.completion" if self.is_chat else "text_completion"
         prefix = "chatcmpl-" if self.is_chat else "cmpl-"
         self.head: dict[str, Any] = {
@@ -431,7 +460,7 @@ class Transcript:
             self.latest[place] = output
             for sample in self.read(output):
                 index = place * len(output.outputs) + sample.index
-                scores = self.make_logprobs(sample, Sent())
+                scores = self.make_logprobs(sample, Sent(), output)
                 choice: dict[str, Any] = {"index": index}
                 if self.is_chat:
                     message = {"role": "assistant", "content": sample.text}
@@ -450,42 +479,59 @@ class Transcript:
             index = place * len(output.outputs) + sample.index
             sent = self.sent.setdefault(index, Sent())
             if not sent.has_ended:
-                for choice in self.new_choices(sample, sent, index):
+                for choice in self.new_choices(sample, sent, index, output):
                     yield self.event(choice)
 
     def read(self, output: RequestOutput) -> list[CompletionOutput]:
         """The samples as the client gets them: with `echo` each goes on from its prompt."""
         asked = self.asked
-        if isinstance(asked, ChatRequest) or not asked.echo:
+        if isinstance(asked, ChatRequest) or not self.has_echo:
             return output.outputs
         ids, scores = output.prompt_token_ids, output.prompt_logprobs or []
         if asked.logprobs is not None and len(scores) < len(ids):
             return []  # another sample was faster, and the first is still reading
-        prompt = output.prompt
-        if prompt is None:
-            raw = b"".join(self.token_bytes[token_id] for token_id in ids)
-            prompt = raw.decode(errors="replace")
         entries = [entry or {} for entry in scores]  # nothing is known of the first
-        answer = slice(0) if asked.has_no_answer else slice(None)
         samples = []
         for sample in output.outputs:
+            if asked.has_no_answer:
+                reason = sample.finish_reason and "length"  # whatever the token was
+                sample = replace(sample, text="", token_ids=[], finish_reason=reason)
             whole = replace(
                 sample,
-                text=prompt + sample.text[answer],
-                token_ids=ids + sample.token_ids[answer],
+                text=self.join(output, sample),
+                token_ids=ids + sample.token_ids,
             )
             if sample.logprobs is not None:
-                whole.logprobs = entries + sample.logprobs[answer]
-            if asked.has_no_answer and sample.finish_reason:
-                whole.finish_reason = "length"  # whatever the token left out was
+                whole.logprobs = entries + sample.logprobs[: len(sample.token_ids)]
             samples.append(whole)
         return samples
 
+    def join(self, output: RequestOutput, sample: CompletionOutput) -> str:
+        """Prompt and answer; a character that is cut between the two is put together."""
+        if output.prompt is not None:
+            return output.prompt + sample.text
+        raw = b"".join(self.token_bytes[i] for i in output.prompt_token_ids)
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        prompt = decoder.decode(raw)
+        if not decoder.getstate()[0]:
+            return prompt + sample.text
+        rest = b"".join(self.token_bytes[i] for i in sample.token_ids[:3])
+        for size in range(1, 4):  # bytes that may be missing; each is a � in the answer
+            character = decoder.decode(rest[size - 1 : size])
+            if len(character) == 1 and character != "\ufffd":
+                return prompt + character + sample.text[size:]
+            if character:
+                break
+        else:
+            if sample.finish_reason is None:
+                return prompt  # until it is known what the piece becomes
+        return prompt + "\ufffd" + sample.text
+
     def new_choices(
-        self, sample: CompletionOutput, sent: Sent, index: int
+        self, sample: CompletionOutput, sent: Sent, index: int, output: RequestOutput
     ) -> Iterator[dict[str, Any]]:
         text = sample.text[sent.num_characters :]
-        scores = self.make_logprobs(sample, sent)
+        scores = self.make_logprobs(sample, sent, output)
         sent.num_characters += len(text)
         sent.num_tokens = len(sample.token_ids)
         sent.has_ended = sample.finish_reason is not None
@@ -541,7 +587,7 @@ class Transcript:
         }
 
     def make_logprobs(
-        self, sample: CompletionOutput, sent: Sent
+        self, sample: CompletionOutput, sent: Sent, output: RequestOutput
     ) -> dict[str, Any] | None:
         """Of the tokens that the client does not have yet; None if it wants none."""
         if sample.logprobs is None:
@@ -552,22 +598,39 @@ class Transcript:
             return {"content": content, "refusal": None} if content else None
         ids = sample.token_ids[sent.num_tokens :]
         chosen = [entry.get(token_id) for token_id, entry in zip(ids, new, strict=True)]
-        texts = [self.get_text(token_id) for token_id in ids]
-        offsets = []
-        for text in texts:
-            offsets.append(sent.offset)
-            sent.offset += len(text)
         tops = [
-            {self.get_text(i): clamp(one) for i, one in self.find_top(entry)} or None
+            {self.spell(i): clamp(one) for i, one in self.find_top(entry)} or None
             for entry in new
         ]
         scores = {
-            "tokens": texts,
+            "tokens": [self.spell(token_id) for token_id in ids],
             "token_logprobs": [one and clamp(one) for one in chosen],
             "top_logprobs": tops,
-            "text_offset": offsets,
+            "text_offset": self.find_offsets(ids, sent, output),
         }
-        return scores if texts else None
+        return scores if ids else None
+
+    def find_offsets(
+        self, ids: Sequence[int], sent: Sent, output: RequestOutput
+    ) -> list[int]:
+        """How many characters of the text stand before each new token.
+
+        A piece of a character begins where the character does, and a special token that the
+        answer leaves out has no length.
+        """
+        asked, offsets = self.asked, []
+        num_echoed = len(output.prompt_token_ids) if self.has_echo else 0
+        skipped = (
+            () if asked.skip_special_tokens is False else self.token_bytes.special_ids
+        )
+        for place, token_id in enumerate(ids, sent.num_tokens):
+            if place == num_echoed and self.has_echo and output.prompt is not None:
+                sent.offset = len(output.prompt)  # its tokens may spell é as one letter
+            offsets.append(sent.offset)
+            if place < num_echoed or token_id not in skipped:
+                raw = self.token_bytes[token_id]
+                sent.offset += len(sent.decoder.decode(raw))
+        return offsets
 
     def find_top(self, entry: Mapping[int, Logprob]) -> list[tuple[int, Logprob]]:
         """The likeliest tokens that were asked for, and in completions the chosen one."""
@@ -587,6 +650,17 @@ class Transcript:
     def describe(self, token_id: int, one: Logprob) -> dict[str, Any]:
         text, raw = self.get_text(token_id), list(self.token_bytes[token_id])
         return {"token": text, "logprob": clamp(one), "bytes": raw}
+
+    def spell(self, token_id: int) -> str:
+        """A token in completions: OpenAI spells out the bytes of a piece of a character.
+
+        As � several of the likeliest tokens would be one.
+        """
+        raw = self.token_bytes[token_id]
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
     def get_text(self, token_id: int) -> str:
         return self.token_bytes[token_id].decode(errors="replace")

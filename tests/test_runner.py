@@ -6,12 +6,14 @@ import pickle
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import prepare_inputs
 from models import CASES, assert_parity, load, make_config, make_reference
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -1197,6 +1199,19 @@ def test_matrices_lie_as_they_are_multiplied(
             assert weight.t().is_contiguous() == is_by_columns
     GPUWorker(plain, EngineConfig())  # somebody's own model stays as it is
     assert plain.lm_head is None and plain.model.embed_tokens.weight.is_contiguous()
+
+
+def test_matrices_by_columns_are_saved_as_rows(tmp_path: Path) -> None:
+    """And filled again, for a file holds rows, of which q, k and v are some."""
+    model = GPUWorker(bundled_model_path(), EngineConfig(device="cpu")).runner.model
+    path, views = tmp_path / "model.safetensors", model.hf_weights()
+    save_file({name: view.contiguous() for name, view in views.items()}, path)
+    before = {name: view.clone() for name, view in views.items()}
+    for view in views.values():
+        view.zero_()
+    model.load_weights(load_file(path).items())
+    for name, view in model.hf_weights().items():
+        assert torch.equal(view, before[name])
 
 
 class OwnRunner(ModelRunner):

@@ -303,6 +303,109 @@ class TestAnswers:
         events = "".join(transcript.chunks(output))
         assert events.count(PROMPT) == 2 and events.count('"length"') == 2
 
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_pieces_of_characters_are_told_apart(
+        self, server: Running, http: httpx.Client, stream: bool
+    ) -> None:
+        """The vocabulary is small, so é is two tokens, and 🙂 is four."""
+        text = "été 🙂!"
+        ids = server.engine.processor.encode(text)
+        token_bytes = server.engine.processor.token_bytes
+        assert token_bytes is not None
+        raw = [token_bytes[token_id] for token_id in ids]
+        body = {"model": MODEL, "prompt": text, "echo": True, "logprobs": 20}
+        [choice] = read_choices(http, body | {"max_tokens": 0}, stream)
+        scores = choice["logprobs"]
+        assert scores["tokens"][:2] == ["bytes:\\xc3", "bytes:\\xa9"]
+        assert scores["text_offset"] == [
+            len(b"".join(raw[:place]).decode(errors="ignore"))
+            for place in range(len(raw))
+        ]
+
+    def test_likely_pieces_of_characters_are_not_one(self, server: Running) -> None:
+        """As � the unlikely one would hide the likely one, and seem to be the best."""
+        token_bytes = server.engine.processor.token_bytes
+        assert token_bytes is not None
+        of = {token_bytes[i]: i for i in range(server.engine.processor.vocab_size)}
+        entry = {of[b"\xc3"]: Logprob(-3.0, 9), of[b"\xe6"]: Logprob(-0.5, 1)}
+        params = SamplingParams(temperature=0, max_tokens=1, logprobs=1)
+        [output] = server.engine.generate([PROMPT], params, use_tqdm=False)
+        [sample] = output.outputs
+        sample.token_ids, sample.logprobs = [of[b"\xc3"]], [entry]
+        asked = CompletionRequest(model=MODEL, prompt=PROMPT, logprobs=1)
+        [choice] = Transcript(asked, token_bytes).answer([output])["choices"]
+        assert choice["logprobs"]["token_logprobs"] == [-3.0]
+        [top] = choice["logprobs"]["top_logprobs"]
+        assert top == {"bytes:\\xe6": -0.5, "bytes:\\xc3": -3.0}
+
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize("stop", [None, ["\ufffd"]])
+    @pytest.mark.parametrize(
+        ("num_tokens", "text"),
+        [(0, "x�"), (1, "x��"), (2, "x橩"), (3, "x橩�")],
+    )
+    def test_a_character_that_is_cut_between_prompt_and_answer(
+        self,
+        server: Running,
+        http: httpx.Client,
+        num_tokens: int,
+        text: str,
+        stop: list[str] | None,
+        stream: bool,
+    ) -> None:
+        token_bytes = server.engine.processor.token_bytes
+        assert token_bytes is not None
+        of = {token_bytes[i]: i for i in range(server.engine.processor.vocab_size)}
+        body = {"model": MODEL, "prompt": [of[b"x"], of[b"\xe6"]], "echo": True}
+        body |= {"max_tokens": num_tokens, "allowed_token_ids": [of[b"\xa9"]]}
+        if stop is None:
+            [choice] = read_choices(http, body, stream)
+            assert choice["text"] == text
+        else:  # the answer alone is searched, in which the second byte is a �
+            body |= {"stop": stop, "include_stop_str_in_output": False}
+            [choice] = read_choices(http, body, stream)
+            assert choice["text"].startswith("x") and len(choice["text"]) == 2
+            assert choice["finish_reason"] == ("stop" if num_tokens else "length")
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_an_echo_is_not_searched_for_stop_strings(
+        self, http: httpx.Client, stream: bool
+    ) -> None:
+        """Nor is the seam, though "was a" stands there."""
+        body = {"model": MODEL, "prompt": PROMPT, "echo": True, "temperature": 0}
+        [whole] = read_choices(http, body, stream)
+        assert whole["text"].startswith(PROMPT + " a")
+        [choice] = read_choices(http, body | {"stop": ["upon", "was a"]}, stream)
+        assert choice["text"] == whole["text"]
+        assert choice["finish_reason"] == "length"
+
+    def test_offsets_count_what_is_shown(
+        self, server: Running, http: httpx.Client
+    ) -> None:
+        """The tokenizer makes one letter of e and its accent, and EOS is not shown."""
+        prompt, eos = "cafe\u0301 fox", server.engine.processor.eos_token_id
+        space = server.engine.processor.encode(" fox")[0]
+        body = {"model": MODEL, "prompt": prompt, "echo": True, "logprobs": 0}
+        body |= {"max_tokens": 30, "temperature": 0, "ignore_eos": True}
+        body |= {"allowed_token_ids": [eos, space], "frequency_penalty": 2}
+        [choice] = read_choices(http, body, False)
+        offsets = choice["logprobs"]["text_offset"][-30:]
+        shown = [token == " fox" for token in choice["logprobs"]["tokens"][-30:]]
+        assert 0 < sum(shown) < 30
+        expected = [len(prompt) + 4 * sum(shown[:place]) for place in range(30)]
+        assert offsets == expected
+
+    def test_a_prompt_alone_asks_for_no_token(self) -> None:
+        """Whatever the checkpoint asks for."""
+        asked = CompletionRequest(model=MODEL, prompt="x", echo=True, max_tokens=0)
+        params = asked.get_params(SamplingParams(min_tokens=5))
+        assert (params.min_tokens, params.max_tokens) == (0, 1)
+        asked = asked.model_copy(update={"min_tokens": 3})
+        with pytest.raises(
+            ValueError, match="min_tokens=3 must be at most max_tokens=0"
+        ):
+            asked.get_params(SamplingParams())
+
     def test_a_token_that_cannot_come_has_a_number(self) -> None:
         """-inf is no JSON."""
         assert clamp(Logprob(-math.inf, 9)) == -9999.0
@@ -391,6 +494,7 @@ class TestStreams:
         assert text == whole.choices[0].message.content
         assert end.choices[0].finish_reason == whole.choices[0].finish_reason
         assert usage.choices == [] and usage.usage is not None and whole.usage
+        assert all(chunk.usage is None for chunk in (*most, end))
         assert usage.usage.completion_tokens == whole.usage.completion_tokens
         assert {chunk.id for chunk in chunks} == {chunks[0].id}
 
@@ -411,6 +515,22 @@ class TestStreams:
         counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
         assert counts == sorted(counts) and 1 <= counts[0] < counts[-1] == 5
         assert chunks[-1]["choices"] == []
+
+    def test_the_last_usage_is_that_of_the_whole(self, http: httpx.Client) -> None:
+        """Of several prompts and samples, each chunk counts what all of them have."""
+        body = {"model": MODEL, "prompt": [PROMPT, "The"], "n": 2, "seed": 1}
+        body |= {"max_tokens": 4, "ignore_eos": True, "echo": True}
+        options = {"include_usage": True, "continuous_usage_stats": True}
+        *chunks, end = read_chunks(
+            http,
+            "/v1/completions",
+            body | {"stream": True, "stream_options": options},
+        )
+        counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+        assert counts == sorted(counts) and chunks[-1]["usage"] == end["usage"]
+        whole = http.post("/v1/completions", json=body).json()["usage"]
+        assert end["usage"]["total_tokens"] == whole["total_tokens"]
+        assert end["usage"]["completion_tokens"] == 16
 
     def test_the_helper_of_the_client(self, client: openai.OpenAI) -> None:
         with client.chat.completions.stream(
@@ -744,6 +864,7 @@ class TestBadInput:
             ({"temprature": 1}, "temprature", "Unrecognized request argument"),
             ({"logit_bias": {"fox": 1}}, "logit_bias", "fox"),
             ({"stream_options": {}}, "stream_options", "only allowed with stream"),
+            ({"logit_bias": []}, "logit_bias", "logit_bias must be a JSON object."),
             ({"best_of": 3}, "best_of", "set n"),
             ({"suffix": "!"}, "suffix", "only goes on"),
             ({"echo": "yes"}, "echo", "valid boolean"),
@@ -785,12 +906,29 @@ class TestBadInput:
             prediction=None,
         )
 
+    def test_fields_that_hold_nothing_are_accepted(self, http: httpx.Client) -> None:
+        empty: Any = {"refusal": "", "annotations": [], "metadata": {}, "audio": None}
+        part = {"type": "text", "text": "", "annotations": [], "cache_control": None}
+        messages = [
+            {"role": "assistant", "content": "Hi"} | empty,
+            {"role": "user", "content": [part], "name": "", "tool_calls": []},
+            {"role": "user", "content": ""},
+        ]
+        options = {"include_usage": None, "continuous_usage_stats": None}
+        body = {"model": MODEL, "messages": messages, "max_tokens": 1, "stream": True}
+        answer = http.post(
+            "/v1/chat/completions", json=body | {"stream_options": options}
+        )
+        assert answer.status_code == 200, answer.text
+        assert '"usage"' not in answer.text
+
     @pytest.mark.parametrize(
         ("change", "said"),
         [
             ({"messages": []}, "at least 1"),
             ({"messages": "Hello"}, "valid list"),
             ({"messages": [{"role": "user"}]}, "messages[0].content"),
+            ({"messages": ["Hi"]}, "messages[0] must be a JSON object."),
             ({"messages": [{"content": "Hi"}]}, "messages[0].role"),
             (
                 {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
@@ -1003,6 +1141,21 @@ class TestBeside:
         assert new["folo_prefix_tokens_total"] > 0
         assert after["folo_requests_running"] == 0
         assert after["folo_kv_cache_usage_ratio"] == 0
+
+    def test_a_token_that_nobody_sees_is_not_counted(
+        self, server: Running, http: httpx.Client
+    ) -> None:
+        eos = server.engine.processor.eos_token_id
+        body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 0, "echo": True}
+        before = read_metrics(http)
+        [choice] = read_choices(http, body | {"allowed_token_ids": [eos]}, False)
+        assert (choice["text"], choice["finish_reason"]) == (PROMPT, "length")
+        after = read_metrics(http)
+        new = {name: after[name] - before.get(name, 0) for name in after}
+        assert new["folo_generated_tokens_total"] == 0
+        assert new["folo_time_to_first_token_seconds_count"] == 0
+        assert new['folo_requests_ended_total{reason="length"}'] == 1
+        assert new.get('folo_requests_ended_total{reason="stop"}', 0) == 0
 
     def test_ranges_in_the_document_are_those_of_the_engine(self) -> None:
         limited = 0
