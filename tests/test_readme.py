@@ -394,8 +394,14 @@ def test_figures_of_many_requests_are_the_recorded_ones() -> None:
 
     together, many = section["together"]["rows"], section["many"]["rows"]
     prefix = ratio(section["prefix"]["rows"], "without", "ttft")
+    alone = section["one"]["rows"]
+    fresh = ratio(alone, "huggingface")
+    used = [row for row in alone if row["system"] != "folo_lib"]
+    used = [row | {"system": row["system"].partition(",")[0]} for row in used]
+    assert fresh == ratio(used, "huggingface")  # "in a fresh engine and after 200 others"
     for words in (
         section["date"][:10],
+        f"one greedy request runs {fresh} times as fast as",
         f"{ratio(together, 'huggingface, padded')} times as fast as in one padded",
         f"{ratio(together, 'folo_lib, one by one')} times as fast as one after",
         f"{ratio(many, 'huggingface, batches')} times as fast as in batches of 64",
