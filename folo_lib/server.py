@@ -227,7 +227,7 @@ class Service:
         streams = await self.submit(asked)
         assert self.processor.token_bytes is not None
         transcript = Transcript(asked, self.processor.token_bytes)
-        has_answer = isinstance(asked, ChatRequest) or not asked.has_no_answer
+        has_answer = not asked.has_no_answer
         watched = [
             self.metrics.watch(stream, arrival, has_answer) for stream in streams
         ]

@@ -253,6 +253,16 @@ class CommonRequest(Strict):
         options = self.stream_options
         return options is not None and bool(options.include_usage)
 
+    @property
+    def has_echo(self) -> bool:
+        """Whether the answer begins with its prompt, which completions may ask for."""
+        return False
+
+    @property
+    def has_no_answer(self) -> bool:
+        """Whether it asks for its prompt alone, for the log-probabilities as a rule."""
+        return self.has_echo and self.max_tokens == 0
+
     def make_params(
         self, defaults: SamplingParams, max_tokens: int | None, logprobs: int | None
     ) -> SamplingParams:
@@ -281,9 +291,8 @@ class CompletionRequest(CommonRequest):
         return prompt if several else [prompt]
 
     @property
-    def has_no_answer(self) -> bool:
-        """Whether it asks for its prompt alone, for the log-probabilities as a rule."""
-        return bool(self.echo) and self.max_tokens == 0
+    def has_echo(self) -> bool:
+        return bool(self.echo)
 
     def get_params(self, defaults: SamplingParams) -> SamplingParams:
         """`max_tokens` is 16 unless said, as OpenAI's.
@@ -438,7 +447,6 @@ class Transcript:
     ) -> None:
         self.asked, self.token_bytes = asked, token_bytes
         self.is_chat = isinstance(asked, ChatRequest)
-        self.has_echo = isinstance(asked, CompletionRequest) and bool(asked.echo)
         kind = "chat.completion" if self.is_chat else "text_completion"
         prefix = "chatcmpl-" if self.is_chat else "cmpl-"
         self.head: dict[str, Any] = {
@@ -485,7 +493,7 @@ class Transcript:
     def read(self, output: RequestOutput) -> list[CompletionOutput]:
         """The samples as the client gets them: with `echo` each goes on from its prompt."""
         asked = self.asked
-        if isinstance(asked, ChatRequest) or not self.has_echo:
+        if not asked.has_echo:
             return output.outputs
         ids, scores = output.prompt_token_ids, output.prompt_logprobs or []
         if asked.logprobs is not None and len(scores) < len(ids):
@@ -577,7 +585,7 @@ class Transcript:
         )
         samples = [sample for output in outputs for sample in output.outputs]
         num_output = sum(len(sample.token_ids) for sample in samples)
-        if isinstance(self.asked, CompletionRequest) and self.asked.has_no_answer:
+        if self.asked.has_no_answer:
             num_output = 0
         return {
             "prompt_tokens": num_prompt,
@@ -619,12 +627,12 @@ class Transcript:
         answer leaves out has no length.
         """
         asked, offsets = self.asked, []
-        num_echoed = len(output.prompt_token_ids) if self.has_echo else 0
+        num_echoed = len(output.prompt_token_ids) if asked.has_echo else 0
         skipped = (
             () if asked.skip_special_tokens is False else self.token_bytes.special_ids
         )
         for place, token_id in enumerate(ids, sent.num_tokens):
-            if place == num_echoed and self.has_echo and output.prompt is not None:
+            if place == num_echoed and asked.has_echo and output.prompt is not None:
                 sent.offset = len(output.prompt)  # its tokens may spell é as one letter
             offsets.append(sent.offset)
             if place < num_echoed or token_id not in skipped:

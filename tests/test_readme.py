@@ -398,9 +398,8 @@ def test_figures_of_many_requests_are_the_recorded_ones() -> None:
     fresh = ratio(alone, "huggingface")
     used = [row for row in alone if row["system"] != "folo_lib"]
     used = [row | {"system": row["system"].partition(",")[0]} for row in used]
-    assert fresh == ratio(
-        used, "huggingface"
-    )  # "in a fresh engine and after 200 others"
+    # "in a fresh engine and after 200 others"
+    assert fresh == ratio(used, "huggingface")
     for words in (
         section["date"][:10],
         f"one greedy request runs {fresh} times as fast as",

@@ -319,7 +319,7 @@ def draw_starts(ax: Axes, record: Result) -> None:
     ax.grid(False, axis="y")
     ax.margins(x=0.15)
     ax.set_xlabel("% of the median start")
-    ax.set_title("Five starts each", fontsize=10)
+    ax.set_title("Start by start", fontsize=10)
 
 
 def best_tpot(starts: Sequence[Result], row: Result) -> Result:
