@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import random
 import socket
@@ -467,9 +468,15 @@ def run_serving(bench: Bench, sizes: ServingSizes | None = None) -> Result:
     options |= {"use_tqdm": False}
     engine = LLMEngine(bench.folder, **options, max_num_seqs=sizes.streams)
     name_all_tokens(engine)
-    result = run_streams(bench, engine, sizes)
-    if sizes.places != sizes.streams:
-        del engine
-        bench.free_memory()
-        engine = LLMEngine(bench.folder, **options, max_num_seqs=sizes.places)
-    return {"sizes": asdict(sizes)} | result | run_loads(bench, engine, sizes)
+    gc.collect()
+    gc.freeze()  # as `folo serve` does
+    try:
+        result = run_streams(bench, engine, sizes)
+        if sizes.places != sizes.streams:
+            del engine
+            bench.free_memory()
+            engine = LLMEngine(bench.folder, **options, max_num_seqs=sizes.places)
+        result |= run_loads(bench, engine, sizes)
+    finally:
+        gc.unfreeze()
+    return {"sizes": asdict(sizes)} | result

@@ -29,6 +29,7 @@ __all__ = [
 
 # %% ../notebooks/14_cuda_graph.ipynb #imports
 # mypy: allow-untyped-calls
+import gc
 import logging
 from array import array
 from collections.abc import Callable, Sequence
@@ -321,9 +322,20 @@ class Recorder:
         if not self.is_cuda:
             return run
         run()  # compiles, and loads kernels
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.memory, stream=self.stream):
-            run()
+        graph, was_enabled = torch.cuda.CUDAGraph(), gc.isenabled()
+        recording = torch.cuda.graph(
+            graph,
+            pool=self.memory,
+            stream=self.stream,
+            capture_error_mode="thread_local",  # other threads may allocate meanwhile
+        )
+        gc.disable()  # to free another graph would end the recording
+        try:
+            with recording:
+                run()
+        finally:
+            if was_enabled:
+                gc.enable()
         replay: Callable[[], None] = graph.replay
         return replay
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import hmac
 import json
 import logging
@@ -558,6 +559,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "folo_lib.server") -> No
         log_level=args["log_level"],
         timeout_graceful_shutdown=math.ceil(args["shutdown_timeout"]) + 3,
     )
+    # From here on no search for garbage looks through all that was loaded, which would hold
+    # up every stream for a third of a second.
+    gc.collect()
+    gc.freeze()
     Server(config, engine, args["shutdown_timeout"]).run()
 
 

@@ -147,7 +147,7 @@ class Mailbox:
 
 
 # %% ../notebooks/17_serving.ipynb #outbox
-LEAST_PAUSE = 4  # times the readers' work, while the device waits for the host
+LEAST_PAUSE = 8  # times the readers' work, while the device waits for the host
 LONGEST_REST = 0.02  # seconds; fifty outputs a second look like a flow
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from functools import cache, partial
 from itertools import pairwise
+from threading import Event, Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +31,7 @@ from folo_lib.cuda_graph import (
     GraphRunner,
     GraphSize,
     LayerwiseModel,
+    Recorder,
     StaticInputs,
     StepGraphs,
     choose_decode_sizes,
@@ -782,6 +787,42 @@ def test_a_backend_that_reads_on_the_host_runs_eagerly(
     assert [one.outputs[0].token_ids for one in outputs] == write_eagerly()
 
 
+# --- Recording ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("fails", [False, True])
+def test_python_looks_for_no_garbage_during_a_recording(
+    enabled: bool, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And afterwards does what it did before, however the recording has ended."""
+    cuda: Any = torch.cuda
+    graph = SimpleNamespace(replay=lambda: None)
+    monkeypatch.setattr(cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(cuda, "graph", lambda graph, **options: nullcontext())
+    recorder: Any = Recorder(CPU)
+    recorder.is_cuda, recorder.memory, recorder.stream = True, None, None
+    seen: list[bool] = []
+
+    def run() -> None:
+        seen.append(gc.isenabled())
+        if fails and len(seen) == 2:
+            raise ValueError("in the recording")
+
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with suppress(ValueError):
+            assert recorder.record(run) is graph.replay
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()
+    assert seen == [
+        enabled,
+        False,
+    ]  # as before for the first run, which is not recorded
+
+
 # --- Random schedules -----------------------------------------------------------------
 
 
@@ -876,6 +917,63 @@ def test_three_hundred_random_schedules_on_a_gpu(
     seeds = range(first, first + 25)
     tally = run_schedules(seeds, get_gpu_models(), monkeypatch, decode, run_ahead)
     assert tally["right"] > 75
+
+
+@gpu
+@on_gpu
+def test_an_old_graph_that_is_garbage_does_not_end_a_recording() -> None:
+    """As it may be in an engine that nobody needs any more; see `Recorder`."""
+    recorder = Recorder(torch.device("cuda"))
+    number = torch.zeros(1, device="cuda")
+    old: list[Any] = [recorder.record(lambda: number.add_(1))]
+    calls: list[None] = []
+
+    def run() -> None:
+        calls.append(None)
+        number.add_(1)
+        if len(calls) == 2:  # in the recording
+            cycle = old[:]
+            cycle.append(cycle)  # so that only a search finds it
+            old.clear()
+            del cycle
+            assert len([[] for _ in range(100_000)]) == 100_000  # calls for a search
+
+    replay = recorder.record(run)
+    number.zero_()
+    replay()
+    assert number.item() == 1
+
+
+@gpu
+@on_gpu
+def test_other_threads_may_use_the_device_during_a_recording() -> None:
+    """Such as another engine's: its allocations and waits are no part of it."""
+    recorder = Recorder(torch.device("cuda"))
+    number, begun, done = torch.zeros(1, device="cuda"), Event(), Event()
+    found: list[float] = []
+
+    def other() -> None:
+        assert begun.wait(10)
+        torch.cuda.empty_cache()
+        found.append(torch.ones(2**26, device="cuda").sum().item())
+        done.set()
+
+    calls: list[None] = []
+
+    def run() -> None:
+        calls.append(None)
+        number.add_(1)
+        if len(calls) == 2:  # in the recording
+            begun.set()
+            done.wait(10)
+
+    thread = Thread(target=other)
+    thread.start()
+    replay = recorder.record(run)
+    thread.join()
+    number.zero_()
+    replay()
+    assert found == [2**26] and number.item() == 1
 
 
 def make_gpu_engine(dtype: torch.dtype, decode: str) -> LLMEngine:

@@ -347,7 +347,7 @@ def test_the_benchmark_of_a_gpu(
     benchmark.GPU_RECORD.write_text(json.dumps(record), encoding="utf-8")
     monkeypatch.setattr(benchmark, "ROOT", tmp_path)
     text = benchmark.write_page()
-    assert "measured on one **NVIDIA H200** with the **engine for one request**" in text
+    assert "measured on one **NVIDIA H200**, one request at a time" in text
     assert text.startswith("![Tokens per second with 256 mixed requests: folo_lib ")
     assert text.index("| folo_lib |") < text.index("## Set-up")
     assert "| driver, CUDA | 580.1, 13.0 |" in text

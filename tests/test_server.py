@@ -1292,12 +1292,19 @@ class TestCommand:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         begun: list[Server] = []
-        monkeypatch.setattr(Server, "run", lambda server: begun.append(server))
+        order: list[str] = []
+        monkeypatch.setattr(gc, "collect", lambda: order.append("collect"))
+        monkeypatch.setattr(gc, "freeze", lambda: order.append("freeze"))
+        monkeypatch.setattr(
+            Server, "run", lambda server: begun.append(server) or order.append("run")
+        )
         monkeypatch.setenv("FOLO_API_KEY", KEY)
         words = "--device cpu --host 127.0.0.2 --port 8123 --max-waiting 3 "
         words += "--served-model-name fox --max-num-seqs 5 --shutdown-timeout 0.5"
         main(words.split())
         (server,) = begun
+        # What was loaded is in no later search for garbage, which would stop all streams.
+        assert order[-3:] == ["collect", "freeze", "run"]
         config, engine = server.config, server.engine
         assert (config.host, config.port) == ("127.0.0.2", 8123)
         assert (engine.max_waiting, engine.engine.scheduler.max_num_seqs) == (3, 5)

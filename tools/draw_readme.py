@@ -109,7 +109,7 @@ def save_animation(pictures: Sequence[Image.Image], path: Path) -> None:
 
 
 def draw_benchmark(record: Result) -> Figure:
-    """Tokens per second of many requests, and the time per token of a few, in floors."""
+    """Tokens per second of many requests, and the time per token of a few."""
     figure = Figure(figsize=(8, 3.1), dpi=200)
     figure.set_layout_engine("constrained", w_pad=0.14, h_pad=0.12)  # inches of white
     left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
@@ -117,7 +117,7 @@ def draw_benchmark(record: Result) -> Figure:
     left.set_title("256 mixed requests: more is better")
     left.set_xlabel("tokens per second")
     draw_tpot(right, record, "requests")
-    right.set(xlabel="requests at once", ylabel="time per token, in floors")
+    right.set(xlabel="requests at once", ylabel="time per token (ms)")
     right.set_title("A few requests: less is better")
     return figure
 

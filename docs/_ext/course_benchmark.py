@@ -19,6 +19,7 @@ from folo_lib.course.throughput_figures import (
     compare_systems,
     latest,
     read_recording,
+    times_the_least,
 )
 
 DATA = ROOT / "notebooks" / "data"
@@ -157,11 +158,11 @@ def many_part() -> str:
             [
                 f"{row['requests']} × {row['prompt_tokens']:,}",
                 f"{row['tpot_ms']:.2f}",
-                f"{row['floors']:.1f}",
+                f"{times_the_least(row):.1f}",
                 f"{other['tpot_ms']:.2f}" if other else "–",
             ]
         )
-    return f"""![Tokens per second with {most} mixed requests: {alt}; memory would allow {floor:,.0f}. Beside it the time per token of a few requests, in floors.](_static/benchmark.png)
+    return f"""![Tokens per second with {most} mixed requests: {alt}; memory would allow {floor:,.0f}. Beside it the time per token of a few requests.](_static/benchmark.png)
 
 With {most} mixed requests folo_lib writes **{ratio:.2f} times** the tokens of vLLM; one request alone takes
 **{tpot["rows"][0]["tpot_ms"]:.2f} ms** a token, where reading the weights takes {tpot["floor"]["ms"]:.3f} ms by itself.
@@ -179,10 +180,10 @@ that must be read, at the speed of this memory.
 
 ## A few requests
 
-Milliseconds per token; a floor is the time that it takes to read the weights once. The first column says how many
-requests run at once, and after how many tokens of context.
+Milliseconds per token, and how many times that is what reading weights, keys and values takes. The first column says
+how many requests run at once, and after how many tokens of context.
 
-{table(["requests × context", "folo_lib, ms", "in floors", "vLLM, ms"], times)}
+{table(["requests × context", "folo_lib, ms", "times the least", "vLLM, ms"], times)}
 
 {starts}: [{MANY_RECORD.name}]({DATA_URL}/{MANY_RECORD.name})."""
 
@@ -192,9 +193,8 @@ def describe_age(record: Result, is_gpu: bool) -> str:
     setup = record["setup"]
     if is_gpu:
         return (
-            f"## Earlier recordings\n\nWhat follows was measured on one **{setup['device']}** with the **engine for one "
-            "request**, whose decode step was a CUDA graph. Today's engine has graphs for steps "
-            "of many requests."
+            f"## One request\n\nWhat follows was measured on one **{setup['device']}**, one request "
+            "at a time, beside `generate()` in the same process."
         )
     return (
         f"## On a CPU\n\n**This is not a GPU.** The recording of an H200 is not in the repository yet. What "

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
@@ -29,7 +30,6 @@ from folo_lib.course.figures import (
 )
 
 __all__ = [
-    "add_milliseconds",
     "best_start",
     "compare_systems",
     "describe",
@@ -158,19 +158,20 @@ def say_nothing_yet(ax: Axes) -> None:
 
 
 def draw_bar(ax: Axes, y: int, look: Look, row: Result) -> None:
-    """A bar from 0 to the middle run, a dot for each, and the number at its end."""
+    """A bar from 0 to the middle run, a dot for each, downwards, and the number."""
     ax.barh(y, row["tokens_per_second"], height=0.62, **look.bar)
-    draw_dots(ax, y, row)
+    draw_dots(ax, y, row, height=0.42)
 
 
 DOTS: Any = {"color": "white", "markeredgecolor": BLACK, "markersize": 4, "zorder": 3}
 
 
-def draw_dots(ax: Axes, y: int, row: Result) -> None:
+def draw_dots(ax: Axes, y: int, row: Result, height: float = 0) -> None:
     """A dot for each run where there are several, and the text to the right of all."""
     speeds = row["speeds"]
     if len(speeds) > 1:
-        ax.plot(speeds, [y] * len(speeds), "o", **DOTS)
+        down = np.linspace(y - height / 2, y + height / 2, len(speeds))
+        ax.plot(speeds, down, "o", **DOTS)
     write_right_of(ax, max(row["tokens_per_second"], *speeds), y, row["text"])
 
 
@@ -334,8 +335,14 @@ def best_tpot(starts: Sequence[Result], row: Result) -> Result:
     return min(rows, key=lambda one: float(one["tpot_ms"]), default={})
 
 
+def times_the_least(row: Result) -> float:
+    """How many times as long a token took as reading weights, keys and values."""
+    ratio: float = row["floors"] / row["least_floors"]
+    return ratio
+
+
 def draw_tpot(ax: Axes, record: Result, by: str) -> None:
-    """The time per token in floors, over requests or context, and what must be read.
+    """The time per token, over requests or context, and the least that reading takes.
 
     Args:
         ax: where to draw.
@@ -351,11 +358,11 @@ def draw_tpot(ax: Axes, record: Result, by: str) -> None:
         rows = [row for row in rows if row["prompt_tokens"] == shortest]
     if not rows:
         return say_nothing_yet(ax)
-    starts, floor = record["sections"].get("vllm", []), made["floor"]["ms"]
+    starts = record["sections"].get("vllm", [])
     theirs = [(x, best_tpot(starts, row)) for x, row in enumerate(rows)]
     lines = [
-        ("folo_lib", US, list(enumerate(row["floors"] for row in rows))),
-        ("vLLM", OTHER, [(x, row["tpot_ms"] / floor) for x, row in theirs if row]),
+        ("folo_lib", US, list(enumerate(row["tpot_ms"] for row in rows))),
+        ("vLLM", OTHER, [(x, row["tpot_ms"]) for x, row in theirs if row]),
     ]
     for name, look, points in lines:
         if points:
@@ -363,25 +370,17 @@ def draw_tpot(ax: Axes, record: Result, by: str) -> None:
             ax.plot(x, y, **look.line)
             place: Any = {"textcoords": "offset points", "color": look.colour}
             ax.annotate(name, points[0], (0, 8), ha="center", **place)
-    least = [row["least_floors"] for row in rows]
+    least = [row["least_floors"] * made["floor"]["ms"] for row in rows]
     ax.plot(range(len(rows)), least, ":", color=BLACK)
     below: Any = {"textcoords": "offset points", "va": "top"}
     ax.annotate("memory allows", (0, least[0]), (0, -3), **below)
     ax.set_xticks(range(len(rows)), [f"{row[by]:,}" for row in rows])
     ax.set_xlim(-0.5, len(rows) - 0.5)
     both = [[row, best_tpot(starts, row)] for row in made["rows"]]
-    highest = max(row["tpot_ms"] for pair in both for row in pair if row) / floor
+    highest = max(row["tpot_ms"] for pair in both for row in pair if row)
     ax.set_ylim(0, 1.12 * highest)  # the same for requests and for context
-    first, last = (row["floors"] / row["least_floors"] for row in (rows[0], rows[-1]))
+    first, last = (times_the_least(row) for row in (rows[0], rows[-1]))
     ax.set_title(f"Ours: {first:.1f}, then {last:.1f} times the least", fontsize=10)
-
-
-def add_milliseconds(ax: Axes, record: Result) -> None:
-    """A scale at the right of `draw_tpot`, in the unit of this one card."""
-    if made := latest(record, "tpot"):
-        ms = made["floor"]["ms"]
-        right = ax.secondary_yaxis("right", (lambda y: y * ms, lambda y: y / ms))
-        right.set_ylabel("TPOT (ms)")
 
 
 def list_tpot(record: Result) -> list[str]:
@@ -391,10 +390,10 @@ def list_tpot(record: Result) -> list[str]:
         return [NOTHING_YET]
     floor, lines = made["floor"], list[str]()
     speed = floor["bytes"] / floor["ms"] / 1e9
-    lines.append(f"floor: {floor['ms']:.3f} ms, read at {speed:.2f} TB/s by a kernel")
+    lines.append(f"weights: {floor['ms']:.3f} ms, read at {speed:.2f} TB/s by a kernel")
     for row in made["rows"]:
         parts = [f"{row['tpot_ms']:.3f} ms (runs {row['spread']:.1%} apart)"]
-        parts.append(f"{row['floors']:.2f} floors, at least {row['least_floors']:.2f}")
+        parts.append(f"{times_the_least(row):.2f} times the least")
         if theirs := best_tpot(starts, row):
             spread = f"{theirs['spread']:.1%} apart"
             parts.append(f"vLLM {theirs['tpot_ms']:.3f} ms ({spread})")

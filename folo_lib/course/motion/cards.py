@@ -349,9 +349,8 @@ def choose_gpu(
         verdicts.append(seen == "fits")
         inside = min(weights, card.memory)
         rest = min(caches, card.memory - inside)
-        table.text(
-            (2, y + 10), f"{name}, {card.memory:g} GB", anchor="start", bold=True
-        )
+        title = f"{name}, {card.memory:g} GB, {card.bandwidth:g} TB/s"
+        table.text((2, y + 10), title, anchor="start", bold=True)
         table.box(
             (2, y + 38),
             (unit * card.memory, 18),
