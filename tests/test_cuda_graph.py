@@ -550,6 +550,16 @@ class TestRunner:
         both = [chunk, ScheduledRequest("c", 1), ScheduledRequest("a", 1)]
         self.compare(start(a, c), go_on("a", "c"), StepPlan(both, [b]), go_on("c", "a"))
 
+    def test_those_who_draw_are_not_the_first(self) -> None:
+        """A prompt of which more is cached comes before them, and draws nothing yet."""
+        a, c = make_request("a", 5), make_request("c", 6, presence_penalty=1.5)
+        b = make_request("b", 40)
+        chunk = StepPlan([ScheduledRequest("b", 20, list(range(20, 32)))], [b])
+        both = [
+            ScheduledRequest(name, n) for name, n in (("c", 1), ("b", 10), ("a", 1))
+        ]
+        self.compare(start(a, c), chunk, StepPlan(both), go_on("c", "a"))
+
     def test_prompt_logprobs_go_around_the_graphs(self) -> None:
         new = [make_request("a", 6, prompt_logprobs=1), make_request("b", 4)]
         sizes = self.compare(start(*new), go_on("a", "b"))

@@ -52,6 +52,12 @@ def engine(speed: float) -> Result:
 def token(requests: int, prompt_tokens: int, ms: float, **more: Any) -> Result:
     """A row of `measure_tpot`, beside a floor of half a millisecond."""
     row = {"requests": requests, "prompt_tokens": prompt_tokens, "tpot_ms": ms}
+    seconds = [0.002 + ms / 100 * factor for factor in (0.99, 1, 1.015)]
+    row |= {
+        "output_tokens": 11 * requests,
+        "first_token_seconds": [0.001, 0.002, 0.003],
+    }
+    row |= {"seconds": seconds}
     least = 1 + requests * prompt_tokens / 1000
     return row | {"spread": 0.025, "floors": 2 * ms, "least_floors": least} | more
 
@@ -214,7 +220,9 @@ def test_tpot(ax: Any, record: Result) -> None:
     assert list(least.get_ydata()) == pytest.approx([0.564, 1.524])
     assert texts(ax) == ["folo_lib", "vLLM", "memory allows"]
     assert [one.get_text() for one in ax.get_xticklabels()] == ["1", "16"]
-    assert ax.get_ylim() == pytest.approx((0, 1.12 * 4))
+    assert ax.get_ylim() == pytest.approx((0, 1.12 * 4 * 1.015))
+    dots, _ = ax.collections
+    assert dots.get_offsets()[:3, 1].tolist() == pytest.approx([0.99, 1, 1.015])
     assert ax.get_title() == "Ours: 1.8, then 1.0 times the least"
     ax = Figure().subplots()
     shown.draw_tpot(ax, record, "prompt_tokens")
@@ -297,7 +305,6 @@ def test_lines(record: Result) -> None:
 def test_lines_of_tpot(record: Result) -> None:
     lines = shown.list_tpot(record)
     assert lines == [
-        "weights: 0.500 ms, read at 4.00 TB/s by a kernel",
         " 1 ×    128 tokens: 1.000 ms (runs 2.5% apart), 1.77 times the least, "
         "vLLM 2.000 ms (2.5% apart)",
         "16 ×    128 tokens: 1.500 ms (runs 2.5% apart), 0.98 times the least, "
@@ -312,7 +319,7 @@ def test_lines_of_tpot(record: Result) -> None:
     ]
     made = shown.latest(record, "tpot")
     made["starts"], made["rows"] = {"rows": [], "left_out": []}, []
-    assert len(shown.list_tpot(record)) == 3
+    assert len(shown.list_tpot(record)) == 2
     ax = Figure().subplots()
     shown.draw_tpot(ax, record, "requests")
     assert texts(ax) == ["no recording yet"]

@@ -158,7 +158,7 @@ def many_part() -> str:
             [
                 f"{row['requests']} × {row['prompt_tokens']:,}",
                 f"{row['tpot_ms']:.2f}",
-                f"{times_the_least(row):.1f}",
+                f"{times_the_least(record, row):.1f}",
                 f"{other['tpot_ms']:.2f}" if other else "–",
             ]
         )

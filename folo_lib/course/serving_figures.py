@@ -1,4 +1,4 @@
-"""Figures of page 18: many clients, through an event loop and through HTTP.
+"""Figure 3 of page 17: many clients, through an event loop and through HTTP.
 
     records = [read_recording(Path("data/serving_cpu.json"))]
     draw_shares(ax, records)
@@ -15,15 +15,12 @@ from matplotlib.axes import Axes
 
 from folo_lib.benchmark import MAX_SPREAD
 from folo_lib.course.figures import (
-    BLACK,
     GREY,
     US,
-    label_lines,
-    label_ticks,
 )
 from folo_lib.course.throughput_figures import DOTS, latest
 
-__all__ = ["draw_shares", "draw_waits"]
+__all__ = ["draw_shares"]
 
 Result = dict[str, Any]
 WAYS = {"async": "AsyncLLMEngine", "http": "HTTP"}
@@ -82,35 +79,3 @@ def draw_shares(ax: Axes, records: Sequence[Result]) -> None:
     if not any("HTTP" in name for name in names):
         title = "No HTTP"
     ax.set_title(title, fontsize=10)
-
-
-def draw_waits(ax: Axes, records: Sequence[Result]) -> None:
-    """First tokens in the open loop, as multiples of the closed loop's median."""
-    for machine, made in list_recordings(records):
-        colour = colour_of(machine)
-        for percentile, style in (("p50", "-"), ("p99", "--")):
-            points = [
-                (
-                    100 * row["load"],
-                    row["ttft"][percentile] / row["closed"]["ttft"]["p50"],
-                )
-                for row in made["loads"]
-            ]
-            share = "half" if percentile == "p50" else "99 %"
-            ax.plot(
-                *zip(*points, strict=True),
-                style,
-                marker="o",
-                markersize=4,
-                color=colour,
-                label=f"{machine}, {share}",
-            )
-    ax.set_yscale("log")
-    ax.axhline(1, linestyle=":", color=BLACK)
-    ax.set(xlabel="arrivals, % of the capacity", xlim=(45, 150))
-    ax.set_xticks([50, 80, 95, 110])
-    ax.set_ylabel("first token, closed loop = 1")
-    label_ticks(ax.yaxis, (1, 3, 10, 30))
-    title = "Well below the capacity a few wait long,\naround it half do"
-    ax.set_title(title, fontsize=10)
-    label_lines(ax, apart=12)

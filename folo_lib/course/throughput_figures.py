@@ -9,6 +9,7 @@ A recording that is not there yet gives an empty record, and a figure that says 
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -335,10 +336,26 @@ def best_tpot(starts: Sequence[Result], row: Result) -> Result:
     return min(rows, key=lambda one: float(one["tpot_ms"]), default={})
 
 
-def times_the_least(row: Result) -> float:
+def find_least_ms(record: Result, row: Result) -> float:
+    """The time to read weights, keys and values of a row of `tpot`, as fast as a sum does."""
+    floor, made = latest(record, "tpot")["floor"], latest(record, "throughput")
+    size = row["least_floors"] * floor["bytes"]
+    speed = made["bandwidth"]["median"] if made else 1e3 * floor["bytes"] / floor["ms"]
+    ms: float = 1e3 * size / speed
+    return ms
+
+
+def times_the_least(record: Result, row: Result) -> float:
     """How many times as long a token took as reading weights, keys and values."""
-    ratio: float = row["floors"] / row["least_floors"]
+    ratio: float = row["tpot_ms"] / find_least_ms(record, row)
     return ratio
+
+
+def clock_runs(row: Result) -> list[float]:
+    """Milliseconds per token of each run of a row of `tpot`."""
+    first = statistics.median(row["first_token_seconds"])
+    steps = row["output_tokens"] / row["requests"] - 1
+    return [1e3 * (seconds - first) / steps for seconds in row["seconds"]]
 
 
 def draw_tpot(ax: Axes, record: Result, by: str) -> None:
@@ -370,16 +387,21 @@ def draw_tpot(ax: Axes, record: Result, by: str) -> None:
             ax.plot(x, y, **look.line)
             place: Any = {"textcoords": "offset points", "color": look.colour}
             ax.annotate(name, points[0], (0, 8), ha="center", **place)
-    least = [row["least_floors"] * made["floor"]["ms"] for row in rows]
+    for look, pairs in ((US, list(enumerate(rows))), (OTHER, theirs)):
+        dots = [(x, ms) for x, row in pairs if row for ms in clock_runs(row)]
+        if dots:
+            x, y = zip(*dots, strict=True)
+            ax.scatter(x, y, s=6, color=look.colour)
+    least = [find_least_ms(record, row) for row in rows]
     ax.plot(range(len(rows)), least, ":", color=BLACK)
     below: Any = {"textcoords": "offset points", "va": "top"}
     ax.annotate("memory allows", (0, least[0]), (0, -3), **below)
     ax.set_xticks(range(len(rows)), [f"{row[by]:,}" for row in rows])
     ax.set_xlim(-0.5, len(rows) - 0.5)
     both = [[row, best_tpot(starts, row)] for row in made["rows"]]
-    highest = max(row["tpot_ms"] for pair in both for row in pair if row)
+    highest = max(max(clock_runs(row)) for pair in both for row in pair if row)
     ax.set_ylim(0, 1.12 * highest)  # the same for requests and for context
-    first, last = (times_the_least(row) for row in (rows[0], rows[-1]))
+    first, last = (times_the_least(record, row) for row in (rows[0], rows[-1]))
     ax.set_title(f"Ours: {first:.1f}, then {last:.1f} times the least", fontsize=10)
 
 
@@ -388,12 +410,10 @@ def list_tpot(record: Result) -> list[str]:
     made, starts = latest(record, "tpot"), record["sections"].get("vllm", [])
     if not made:
         return [NOTHING_YET]
-    floor, lines = made["floor"], list[str]()
-    speed = floor["bytes"] / floor["ms"] / 1e9
-    lines.append(f"weights: {floor['ms']:.3f} ms, read at {speed:.2f} TB/s by a kernel")
+    lines = list[str]()
     for row in made["rows"]:
         parts = [f"{row['tpot_ms']:.3f} ms (runs {row['spread']:.1%} apart)"]
-        parts.append(f"{times_the_least(row):.2f} times the least")
+        parts.append(f"{times_the_least(record, row):.2f} times the least")
         if theirs := best_tpot(starts, row):
             spread = f"{theirs['spread']:.1%} apart"
             parts.append(f"vLLM {theirs['tpot_ms']:.3f} ms ({spread})")
