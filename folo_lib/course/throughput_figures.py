@@ -354,7 +354,7 @@ def times_the_least(record: Result, row: Result) -> float:
 def clock_runs(row: Result) -> list[float]:
     """Milliseconds per token of each run of a row of `tpot`."""
     first = statistics.median(row["first_token_seconds"])
-    steps = row["output_tokens"] / row["requests"] - 1
+    steps = row["output_tokens"] - 1  # of each request
     return [1e3 * (seconds - first) / steps for seconds in row["seconds"]]
 
 
@@ -386,7 +386,7 @@ def draw_tpot(ax: Axes, record: Result, by: str) -> None:
             x, y = zip(*points, strict=True)
             ax.plot(x, y, **look.line)
             place: Any = {"textcoords": "offset points", "color": look.colour}
-            ax.annotate(name, points[0], (0, 8), ha="center", **place)
+            ax.annotate(name, points[-1], (9, 0), va="center", **place)
     for look, pairs in ((US, list(enumerate(rows))), (OTHER, theirs)):
         dots = [(x, ms) for x, row in pairs if row for ms in clock_runs(row)]
         if dots:
@@ -397,7 +397,7 @@ def draw_tpot(ax: Axes, record: Result, by: str) -> None:
     below: Any = {"textcoords": "offset points", "va": "top"}
     ax.annotate("memory allows", (0, least[0]), (0, -3), **below)
     ax.set_xticks(range(len(rows)), [f"{row[by]:,}" for row in rows])
-    ax.set_xlim(-0.5, len(rows) - 0.5)
+    ax.set_xlim(-0.3, len(rows) - 0.1)  # with room for the names
     both = [[row, best_tpot(starts, row)] for row in made["rows"]]
     highest = max(max(clock_runs(row)) for pair in both for row in pair if row)
     ax.set_ylim(0, 1.12 * highest)  # the same for requests and for context
