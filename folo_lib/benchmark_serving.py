@@ -460,6 +460,17 @@ def name_all_tokens(engine: LLMEngine) -> None:
             tokens[token_id] = f" {token_id}".encode()
 
 
+@contextmanager
+def without_garbage() -> Iterator[None]:
+    """No search for garbage looks through what is there, as in `folo serve`."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def run_serving(bench: Bench, sizes: ServingSizes | None = None) -> Result:
     """Streams beside `generate`, and then the waits under load."""
     sizes = sizes or (ON_GPU if bench.device.type == "cuda" else ServingSizes())
@@ -468,15 +479,12 @@ def run_serving(bench: Bench, sizes: ServingSizes | None = None) -> Result:
     options |= {"use_tqdm": False}
     engine = LLMEngine(bench.folder, **options, max_num_seqs=sizes.streams)
     name_all_tokens(engine)
-    gc.collect()
-    gc.freeze()  # as `folo serve` does
-    try:
+    with without_garbage():
         result = run_streams(bench, engine, sizes)
-        if sizes.places != sizes.streams:
-            del engine
-            bench.free_memory()
-            engine = LLMEngine(bench.folder, **options, max_num_seqs=sizes.places)
+    if sizes.places != sizes.streams:
+        del engine
+        bench.free_memory()
+        engine = LLMEngine(bench.folder, **options, max_num_seqs=sizes.places)
+    with without_garbage():
         result |= run_loads(bench, engine, sizes)
-    finally:
-        gc.unfreeze()
     return {"sizes": asdict(sizes)} | result

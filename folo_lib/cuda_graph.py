@@ -31,6 +31,7 @@ __all__ = [
 # mypy: allow-untyped-calls
 import gc
 import logging
+import threading
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -306,7 +307,12 @@ class Recorder:
 
     Args:
         device: on a CPU there is nothing to record, and what is recorded is run again.
+
+    Attributes:
+        turn: of all recorders in a process: one recording at a time.
     """
+
+    turn = threading.Lock()
 
     def __init__(self, device: torch.device) -> None:
         self.is_cuda = device.type == "cuda"
@@ -322,20 +328,22 @@ class Recorder:
         if not self.is_cuda:
             return run
         run()  # compiles, and loads kernels
-        graph, was_enabled = torch.cuda.CUDAGraph(), gc.isenabled()
+        graph = torch.cuda.CUDAGraph()
         recording = torch.cuda.graph(
             graph,
             pool=self.memory,
             stream=self.stream,
             capture_error_mode="thread_local",  # other threads may allocate meanwhile
         )
-        gc.disable()  # to free another graph would end the recording
-        try:
-            with recording:
-                run()
-        finally:
-            if was_enabled:
-                gc.enable()
+        with self.turn:
+            was_enabled = gc.isenabled()
+            gc.disable()  # to free another graph would end the recording
+            try:
+                with recording:
+                    run()
+            finally:
+                if was_enabled:
+                    gc.enable()
         replay: Callable[[], None] = graph.replay
         return replay
 

@@ -560,7 +560,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "folo_lib.server") -> No
         timeout_graceful_shutdown=math.ceil(args["shutdown_timeout"]) + 3,
     )
     # From here on no search for garbage looks through all that was loaded, which would hold
-    # up every stream for a third of a second.
+    # up every stream for as long as many tokens take.
     gc.collect()
     gc.freeze()
     Server(config, engine, args["shutdown_timeout"]).run()

@@ -170,8 +170,8 @@ class Outbox:
     def is_due(self, step: InFlightStep) -> bool:
         """Whether the tokens of a step are to be told, or rest for a later output.
 
-        They rest if the device has nothing to do, and the last news are not long ago:
-        neither for a human eye, nor compared with the work that they were.
+        They rest if the device has nothing to do and the last output is recent, both to
+        a human eye and beside the time that its readers took.
         """
         self.holds_back = step.arrival is not None
         seconds = sum(mailbox.seconds for mailbox in self.mailboxes.values())

@@ -180,8 +180,8 @@ that must be read, at the speed of this memory.
 
 ## A few requests
 
-Milliseconds per token, and how many times that is what reading weights, keys and values takes. The first column says
-how many requests run at once, and after how many tokens of context.
+Milliseconds per token, and how many times as long that is as reading the weights, keys and values once. The first
+column says how many requests run at once, and after how many tokens of context.
 
 {table(["requests × context", "folo_lib, ms", "times the least", "vLLM, ms"], times)}
 

