@@ -349,7 +349,7 @@ def choose_gpu(
         verdicts.append(seen == "fits")
         inside = min(weights, card.memory)
         rest = min(caches, card.memory - inside)
-        title = f"{name}, {card.memory:g} GB, {card.bandwidth:g} TB/s"
+        title = f"{name}, {card.memory:g} GB, {card.bandwidth:.1f} TB/s"
         table.text((2, y + 10), title, anchor="start", bold=True)
         table.box(
             (2, y + 38),
