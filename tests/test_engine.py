@@ -1045,7 +1045,9 @@ class TestBadDays:
         assert len(output.outputs[0].token_ids) == 1
         assert not caplog.records  # and it is no error
 
-    def test_who_is_aborted_between_launch_and_read_gets_no_token(self) -> None:
+    def test_who_is_aborted_between_launch_and_read_gets_no_token(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
         engine = make(async_scheduling=True)
         for name, prompt in zip("ab", PROMPTS, strict=False):
             engine.add_request(prompt, LIVELY, name)
@@ -1060,6 +1062,7 @@ class TestBadDays:
             seen += [(one.request_id, one.finished) for one in engine.step()]
         assert seen == [("b", False)] * 5 + [("b", True)]
         assert_idle(engine)
+        assert not caplog.records  # "b" did not begin again
 
     def test_news_of_a_request_that_is_gone_are_not_its_successors(
         self, engine: LLMEngine

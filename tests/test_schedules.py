@@ -446,7 +446,9 @@ def test_an_end_by_length_costs_no_step(scheduler: str, max_tokens: int) -> None
 
 
 @pytest.mark.parametrize("scheduler", ["continuous", "fcfs"])
-def test_what_is_drawn_after_an_unforeseen_end_is_dropped(scheduler: str) -> None:
+def test_what_is_drawn_after_an_unforeseen_end_is_dropped(
+    scheduler: str, caplog: pytest.LogCaptureFixture
+) -> None:
     alone = get_alone(A, greedy(20))
     params = greedy(20, stop_token_ids=[alone[6]])
     expected = alone[: alone.index(alone[6]) + 1]
@@ -463,6 +465,7 @@ def test_what_is_drawn_after_an_unforeseen_end_is_dropped(scheduler: str) -> Non
     assert tokens_of(outputs["b"]) == get_alone(B, greedy(20))
     assert count_tokens(plans, "a") == len(A) + len(expected)  # one for nothing
     assert not engine._table.in_flight
+    assert not caplog.records  # "b" did not begin again, as after a step that failed
 
 
 def test_the_last_one_out_leaves_no_step_behind() -> None:

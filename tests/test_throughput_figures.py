@@ -529,7 +529,8 @@ def test_the_prose_says_how_far_to_trust_vllm() -> None:
     assert 0.7 < max(spreads) < 0.8  # "up to three quarters of their median apart"
     for row in few["rows"]:
         theirs = shown.best_tpot(starts, row)["tpot_ms"]
-        assert theirs > 2 * shown.find_least_ms(record, row)  # "more than half"
+        least = shown.find_least_ms(record, row)
+        assert theirs > 2 * least and abs(theirs - least - 1.5) < 0.3
     assert {start["options"]["max_model_len"] for start in starts} == {32_896}
     speed = few["floor"]["bytes"] / few["floor"]["ms"] * 1e3
     made = shown.latest(record, "throughput")
