@@ -511,6 +511,37 @@ def test_the_prose_says_who_is_how_near() -> None:
     assert 2.1 < shown.times_the_least(record, most) < 2.4
 
 
+def test_the_prose_says_who_ran_what() -> None:
+    """The table at the beginning of section 11 of page 18."""
+    record = shown.read_recording(RECORD)
+    cells = {cell["id"]: "".join(cell["source"]) for cell in cells_of_section()}
+    rows = re.findall(
+        r"^\| ([^|]+) \|(.+)\|$", cells["12-workload-a"], flags=re.MULTILINE
+    )
+    table = {name: [one.strip() for one in rest.split("|")] for name, rest in rows}
+    ours = shown.latest(record, "throughput")["folo_lib"]["mixed"]
+    assert table["our engine"][1:] == [
+        "1",
+        str(len(ours["seconds"])),
+        str(ours["requests"]),
+    ]
+    starts = record["sections"]["vllm"]
+    [runs] = {len(start["mixed"]["seconds"]) for start in starts}
+    assert table["vLLM"][1:] == [
+        f"{len(starts)}, and the better counts",
+        str(runs),
+        "256",
+    ]
+    [theirs] = shown.latest(record, "throughput")["huggingface"]["rows"]
+    assert len(theirs["seconds"]) == 1
+    assert table["Hugging Face"][3] == f"{theirs['requests']}, greedy"
+    rungs = shown.join_waterfall(record)["rows"]
+    slow = [rung["requests"] for rung in rungs if len(rung["starts"]) == 1]
+    assert table["slow rungs of Figure 5"][3] == "{}, {}, {} and {}".format(*slow)
+    assert {len(rung["starts"]) for rung in rungs[len(slow) :]} == {5}
+    assert table["fast rungs of Figure 5"][1] == "5"
+
+
 def test_the_prose_says_how_far_to_trust_vllm() -> None:
     """Of page 18: its weights are its own, and its time does not follow the floor."""
     record = shown.read_recording(RECORD)
