@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import random
 import socket
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from folo_lib.benchmark import BenchmarkError, Result, make_prompt, summarize
 from folo_lib.benchmark_bench import Bench
 from folo_lib.benchmark_threads import clock_threads, sample_thread
+from folo_lib.benchmark_workloads import without_garbage
 from folo_lib.engine import LLMEngine
 from folo_lib.sampling_params import SamplingParams
 from folo_lib.serving import AsyncLLMEngine
@@ -460,17 +460,6 @@ def name_all_tokens(engine: LLMEngine) -> None:
             tokens[token_id] = f" {token_id}".encode()
 
 
-@contextmanager
-def without_garbage() -> Iterator[None]:
-    """No search for garbage looks through what is there, as in `folo serve`."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
 def run_serving(bench: Bench, sizes: ServingSizes | None = None) -> Result:
     """Streams beside `generate`, and then the waits under load."""
     sizes = sizes or (ON_GPU if bench.device.type == "cuda" else ServingSizes())
@@ -479,7 +468,7 @@ def run_serving(bench: Bench, sizes: ServingSizes | None = None) -> Result:
     options |= {"use_tqdm": False}
     engine = LLMEngine(bench.folder, **options, max_num_seqs=sizes.streams)
     name_all_tokens(engine)
-    with without_garbage():
+    with without_garbage():  # as in `folo serve`
         result = run_streams(bench, engine, sizes)
     if sizes.places != sizes.streams:
         del engine

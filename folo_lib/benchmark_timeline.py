@@ -7,7 +7,6 @@ which waits for the device, and `update`, which is all that follows.
 
 from __future__ import annotations
 
-import gc
 import json
 import statistics
 import tempfile
@@ -25,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from folo_lib.benchmark import Result, make_prompt, synchronize
 from folo_lib.benchmark_bench import Bench, TimelineSizes
 from folo_lib.benchmark_throughput import check_runner
+from folo_lib.benchmark_workloads import without_garbage
 from folo_lib.engine import Groups, Inbox, LLMEngine
 from folo_lib.sampling_params import SamplingParams
 
@@ -267,11 +267,9 @@ def measure_batch(
             for _ in range(4):  # to warm up
                 host.step()
             host.steps.clear()
-            gc.collect()
-            gc.freeze()
-            for _ in range(sizes.num_steps):
-                host.step()
-            gc.unfreeze()
+            with without_garbage():
+                for _ in range(sizes.num_steps):
+                    host.step()
             check_unfinished(groups)
             names = (*PHASES, "total")
             median = {

@@ -9,7 +9,8 @@ from __future__ import annotations
 import gc
 import random
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -154,17 +155,24 @@ def describe_runs(workload: Workload, seconds: Sequence[float]) -> Result:
     }
 
 
+@contextmanager
+def without_garbage() -> Iterator[None]:
+    """No search for garbage looks through what is there already."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def measure_runs(
     run: Clocked, workload: Workload, temperature: float, num_runs: int
 ) -> Result:
     """Runs a workload once to warm up, then so many times; all times are kept."""
     run(workload, temperature)
-    gc.collect()
-    gc.freeze()
-    try:
+    with without_garbage():
         seconds = [run(workload, temperature) for _ in range(num_runs)]
-    finally:
-        gc.unfreeze()
     made = describe_runs(workload, seconds)
     speed = f"{made['tokens_per_second']:10,.1f} tokens/s"
     requests = f"{made['requests']:4} requests"
