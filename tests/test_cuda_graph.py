@@ -827,10 +827,8 @@ def test_python_looks_for_no_garbage_during_a_recording(
         assert gc.isenabled() == enabled
     finally:
         (gc.enable if before else gc.disable)()
-    assert seen == [
-        enabled,
-        False,
-    ]  # as before for the first run, which is not recorded
+    # The first run is not recorded.
+    assert seen == [enabled, False]
 
 
 # --- Random schedules -----------------------------------------------------------------

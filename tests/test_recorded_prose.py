@@ -11,6 +11,8 @@ from typing import Any
 import nbformat
 import pytest
 
+from folo_lib.benchmark import paired_ratios
+
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 
 
@@ -28,12 +30,6 @@ def read_record(name: str) -> dict[str, list[dict[str, Any]]]:
     text = (NOTEBOOKS / f"data/{name}.json").read_text("utf-8")
     found: dict[str, list[dict[str, Any]]] = json.loads(text)["sections"]
     return found
-
-
-def get_ratios(slow: dict[str, Any], fast: dict[str, Any], name: str) -> list[float]:
-    """Of paired runs."""
-    pairs = zip(fast[name]["values"], slow[name]["values"], strict=True)
-    return [b / a for a, b in pairs]
 
 
 def test_page_18_says_how_the_recorded_systems_agreed(
@@ -55,7 +51,7 @@ def test_page_18_says_what_its_first_figures_are(
     prose = read_prose("18_benchmark")
     [made] = sections["decode"]
     ours, default, static = made["rows"]
-    found = [get_ratios(row, ours, "tpot") for row in (default, static)]
+    found = [paired_ratios(row, ours, "tpot") for row in (default, static)]
     upper, lower = map(statistics.median, found)
     assert 7.5 < upper / lower < 8.5 and "by a factor of eight" in prose
     wide, narrow = ((max(one) - min(one)) / statistics.median(one) for one in found)
@@ -67,7 +63,7 @@ def test_page_18_says_what_its_first_figures_are(
         if (row["system"], row["prompt_tokens"]) == ("huggingface", 128)
     ]
     later = statistics.median(
-        get_ratios(row, sections["context"][-1]["rows"][0], "tpot")
+        paired_ratios(row, sections["context"][-1]["rows"][0], "tpot")
     )
     assert f"found {later:.0f} times where this one had found {upper:.0f}" in prose
 
@@ -124,9 +120,8 @@ def test_page_18_says_what_its_processes_read_and_wrote(
     assert max(times) < 1.1 * min(times)  # "about as long"
     without, growing, *_ = (row["tpot"] for row in sections["ladder"][-1]["rows"])
     gain = 1 - growing["median"] / without["median"]
-    assert (
-        abs(gain - 1 / 7) < 0.01 < gain < growing["spread"]
-    )  # "a seventh", in two places
+    # "a seventh less time", and not even this is certain
+    assert abs(gain - 1 / 7) < 0.01 < gain < growing["spread"]
 
 
 def test_page_18_says_where_the_gain_of_a_prompt_falls(
@@ -149,7 +144,7 @@ def test_page_18_says_where_the_gain_of_a_prompt_falls(
     flat = [theirs[n] for n in (32, 64, 128, 256, 512, 1024, 2048)]
     assert all(abs(ms - 27.5) < 1 for ms in flat) and "at about 27 ms" in prose
     assert theirs[8192] > 1.9 * theirs[4096]
-    ratios = get_ratios(rows["huggingface", 8192], rows["folo_lib", 8192], "ttft")
+    ratios = paired_ratios(rows["huggingface", 8192], rows["folo_lib", 8192], "ttft")
     assert f"There the ratio is {statistics.median(ratios):.1f}." in prose
 
 

@@ -305,5 +305,5 @@ def test_the_numbers_of_the_page_and_of_its_solutions() -> None:
     for made in json.loads(recording.read_text("utf-8"))["sections"]["decode"]:
         rows = {row["system"]: row for row in made["rows"]}
         ratios = paired_ratios(rows["huggingface"], rows["folo_lib"])
-        assert len(ratios) >= 5 and min(ratios) > 20
+        assert len(ratios) == 10 and min(ratios) > 20
     assert "more than twenty times" in " ".join(text.split())
