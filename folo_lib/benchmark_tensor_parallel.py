@@ -121,11 +121,11 @@ class MutedGroup(SymmetricGroup):
 
     is_muted = False
 
-    def allocate(self, *shape: int, dtype: torch.dtype) -> Tensor:
+    def allocate(self, *shape: int, dtype: torch.dtype, fill: int = 0) -> Tensor:
         """See `SymmetricGroup`."""
         if self.is_muted:
-            return torch.zeros(*shape, dtype=dtype, device=self.device)
-        return super().allocate(*shape, dtype=dtype)
+            return torch.full(shape, fill, dtype=dtype, device=self.device)
+        return super().allocate(*shape, dtype=dtype, fill=fill)
 
     def find_addresses(self, shared: Tensor) -> list[int]:
         """See `SymmetricGroup`; muted, a rank sends to itself alone."""
@@ -264,10 +264,15 @@ def record(runner: Any, case: Case) -> None:
     runner.graphs.record()
 
 
-def start_requests(runner: GraphRunner, case: Case) -> StepPlan:
-    """Requests in the middle of their answers; returns the plan of all steps that follow."""
+def start_requests(
+    runner: GraphRunner, case: Case, params: SamplingParams | None = None
+) -> StepPlan:
+    """Requests in the middle of their answers; returns the plan of all steps that follow.
+
+    They draw greedily, unless `params` are given.
+    """
     blocks = runner.kv_caches[0][0].shape[0] // case.requests
-    greedy = SamplingParams(temperature=0)
+    params = params or SamplingParams(temperature=0)
     names = [str(i) for i in range(case.requests)]
     new = [
         NewRequest(
@@ -275,7 +280,7 @@ def start_requests(runner: GraphRunner, case: Case) -> StepPlan:
             token_ids=[1] * CONTEXT,
             num_prompt_tokens=CONTEXT,
             num_computed_tokens=CONTEXT - 1,
-            params=greedy,
+            params=params,
         )
         for name in names
     ]

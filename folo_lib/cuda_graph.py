@@ -412,7 +412,11 @@ class StepGraphs:
         input_ids = torch.where(input_ids < 0, drawn, input_ids)
         hidden_states = runner.forward(input_ids, positions, runner.kv_caches, metadata)
         last = hidden_states.index_select(0, (starts[1:] - 1).clamp(min=0))
-        self.logits[: size.num_seqs].copy_(runner.model.compute_logits(last))
+        self.keep_logits(last)
+
+    def keep_logits(self, last: Tensor) -> None:
+        """Scores the last hidden state of each sequence, `[B, E]`."""
+        self.logits[: len(last)].copy_(self.runner.model.compute_logits(last))
 
     def find_draw(self, size: GraphSize, wishes: set[str]) -> Callable[[], None] | None:
         """The recorded draw for what requests ask for, if there is one."""

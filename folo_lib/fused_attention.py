@@ -28,18 +28,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .early_start import let_next_start, wait_for_previous
 from .qwen3 import Attention
 from .rope import RotaryEmbedding
 
 __all__ = [
     "AttentionScratch",
-    "has_pdl",
     "launch_attention",
-    "let_next_start",
     "norm_and_rotate",
-    "wait_for_previous",
 ]
 
 # Pieces of all sequences together. With 8 key heads that is 128 programs, one for nearly each of
@@ -60,20 +57,6 @@ def norm_and_rotate(x, partners, here, there, eps, D: tl.constexpr):
     x = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
     return (x * here + partners.to(tl.float32) * there) * scale
-
-
-@triton.jit
-def let_next_start(PDL: tl.constexpr):
-    """Lets the next kernel start; it waits where it needs what this one writes."""
-    if PDL:
-        gdc_launch_dependents()
-
-
-@triton.jit
-def wait_for_previous(PDL: tl.constexpr):
-    """Waits until the kernels before this one have ended and what they wrote can be read."""
-    if PDL:
-        gdc_wait()
 
 
 # Triton compiles anew for some values of an argument, and not for these: they differ from step to
@@ -347,12 +330,6 @@ def attention_kernel(
             answer = merge(scratch, group * num_splits, num_used, GROUP, D)
             tl.store(place, answer.to(dtype))
             tl.store(arrivals + group, 0)
-
-
-def has_pdl(device: torch.device) -> bool:
-    """Whether a kernel can start there before the last one has ended."""
-    is_cuda = device.type == "cuda"
-    return is_cuda and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class AttentionScratch(NamedTuple):

@@ -61,16 +61,10 @@ from folo_lib.cuda_graph import (
     StepGraphs,
     choose_wrap,
 )
-from folo_lib.fused_attention import (
-    AttentionScratch,
-    has_pdl,
-    launch_attention,
-    let_next_start,
-    norm_and_rotate,
-    wait_for_previous,
-)
+from folo_lib.fused_attention import AttentionScratch, launch_attention, norm_and_rotate
 
 from .config import EngineConfig
+from .early_start import has_pdl, let_next_start, wait_for_previous
 from .fused_checks import FusionSizes, choose_fusion_sizes, find_obstacle
 from .kv_cache import AttentionMetadata
 from .paged_attention import paged_attention

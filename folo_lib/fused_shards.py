@@ -18,7 +18,7 @@ whole number below 2**56. It travels as two words, 16 bytes for each sequence an
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 import triton
@@ -26,8 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import EngineConfig
-from .cuda_graph import GraphSize, StepGraphs
-from .fused_attention import let_next_start, wait_for_previous
+from .cuda_graph import GraphSize, StepGraphs, choose_wrap
+from .early_start import let_next_start, wait_for_previous
 from .fused_checks import FusionSizes
 from .fused_decode import (
     MAX_FUSED_SEQS,
@@ -41,24 +41,15 @@ from .fused_decode import (
 from .fused_vectors import VectorDecode
 from .qwen3 import Qwen3ForCausalLM
 from .runner import InFlightStep, RequestRows, StepLayout
-from .tensor_parallel import RankGroup, ShardedForCausalLM, VocabParallelEmbedding
+from .sampling_kernels import TritonDraw
+from .summed_layers import SummedLayers
+from .symmetric_memory import DTYPES, SharedGroup
+from .tensor_parallel import ShardedForCausalLM, VocabParallelEmbedding
 from .ticket_sums import send, send_kernel, sum_kernel
 
-__all__ = ["ShardedDecode", "ShardedGraphs", "ShardedRunner", "SharedGroup"]
+__all__ = ["ShardedDecode", "ShardedGraphs", "ShardedRunner"]
 
 SUM_BLOCK = 256  # numbers of a sum that a program makes
-
-
-class SharedGroup(RankGroup, Protocol):
-    """What a fused shard needs of its ranks; `SymmetricGroup` has it."""
-
-    def allocate(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """Zeros that all ranks can read."""
-        ...
-
-    def find_addresses(self, shared: Tensor) -> list[int]:
-        """Where a kernel of this rank finds the `shared` of each rank."""
-        ...
 
 
 @triton.jit(do_not_specialize=["offset", "index"])
@@ -301,11 +292,34 @@ class ShardedDecode(VectorDecode):
         )
 
 
+class ShardedDraw(TritonDraw):
+    """`TritonDraw` from logits `[B, V / ranks]` of a shard, without top_k and top_p.
+
+    Args:
+        num_seqs: the most rows of a call.
+        model: the shard.
+    """
+
+    def __init__(self, num_seqs: int, model: ShardedForCausalLM) -> None:
+        embedding, self.group = model.model.embed_tokens, model.group
+        assert isinstance(embedding, VocabParallelEmbedding)
+        self.rank, self.num_ranks = self.group.rank, self.group.size
+        self.first_id, weight = embedding.start, embedding.weight
+        num_tokens = min(len(weight), model.config.vocab_size - self.first_id)
+        super().__init__(num_seqs, num_tokens, weight.device)
+        for part in self.scratch.maxima, self.scratch.scores, self.scratch.ids:
+            part.zero_()
+
+    def share(self, found: Tensor) -> Tensor:
+        """A sum, to which each rank adds zeros for the slices of the others."""
+        return self.group.all_reduce(found)
+
+
 class ShardedGraphs(FusedGraphs):
     """`FusedGraphs` of a shard, whose logits come together only where a draw needs them.
 
     Attributes:
-        own_logits: `[MAX_FUSED_SEQS, V / ranks]`, of the shard.
+        own_logits: `[max_num_seqs, V / ranks]`, of the shard.
     """
 
     decode_class = "folo_lib.fused_shards:ShardedDecode"
@@ -313,15 +327,22 @@ class ShardedGraphs(FusedGraphs):
     @torch.inference_mode()
     def record(self) -> None:
         """Records all steps and draws."""
-        num_tokens = len(self.runner.model.model.embed_tokens.weight)
-        self.own_logits = self.logits.new_zeros(MAX_FUSED_SEQS, num_tokens)
+        model, num_seqs = self.get_model(), len(self.logits)
+        num_tokens = len(model.model.embed_tokens.weight)
+        self.own_logits = self.logits.new_zeros(num_seqs, num_tokens)
+        self.sharded_draw = ShardedDraw(num_seqs, model)
         super().record()
 
-    def gather(self, size: GraphSize) -> None:
-        """Fills `logits` with what all ranks have, after a fused step."""
-        model, num_seqs = self.runner.model, size.num_seqs
+    def get_model(self) -> ShardedForCausalLM:
+        """The shard."""
+        model = self.runner.model
         assert isinstance(model, ShardedForCausalLM)
-        everybody = model.group.all_gather(self.own_logits[:num_seqs])
+        return model
+
+    def gather(self, size: GraphSize) -> None:
+        """Fills `logits` with what all ranks have."""
+        num_seqs = size.num_seqs
+        everybody = self.get_model().group.all_gather(self.own_logits[:num_seqs])
         self.logits[:num_seqs].copy_(everybody[:, : self.logits.shape[1]])
 
     def run_step(self, size: GraphSize) -> None:
@@ -331,11 +352,28 @@ class ShardedGraphs(FusedGraphs):
         step = self.inputs.split(size), self.runner.rows, self.runner.kv_caches
         self.fused.run(*step, self.own_logits, self.token_ids)
 
+    def keep_logits(self, last: Tensor) -> None:
+        """See `StepGraphs`."""
+        own = Qwen3ForCausalLM.compute_logits(self.get_model(), last)
+        self.own_logits[: len(last)].copy_(own)
+
     def run_draw(self, size: GraphSize, is_random: bool, filters: bool = False) -> None:
-        """From `logits` to `token_ids`; what a graph records."""
-        if self.is_fused(size):
+        """From `own_logits` to `token_ids`; what a graph records."""
+        if filters:
             self.gather(size)
-        super().run_draw(size, is_random, filters)
+            return super().run_draw(size, is_random, filters)
+        row_index, seq_lens, *_ = self.inputs.split(size)
+        rows = self.runner.rows
+        self.sharded_draw(
+            self.own_logits[: size.num_seqs],
+            seq_lens,
+            row_index,
+            rows.sampling.floats,
+            rows.sampling.ints,
+            self.token_ids,
+            rows.last_token_ids,
+            filters,
+        )
 
 
 class ShardedRunner(FusedRunner):
@@ -349,6 +387,10 @@ class ShardedRunner(FusedRunner):
             return
         if hasattr(getattr(model, "group", None), "find_addresses"):
             self.graphs_class = ShardedGraphs
+            if self.dtype in DTYPES:
+                assert isinstance(model, ShardedForCausalLM)
+                wrap = choose_wrap(model.model.embed_tokens.weight, self.compiles)
+                self.forward = SummedLayers(model, wrap)
         else:
             self.graphs_class = StepGraphs
             logger.info("decode='fused' is 'graph' for ranks without shared memory.")
@@ -357,7 +399,7 @@ class ShardedRunner(FusedRunner):
         self, graphs: StepGraphs, step: StepLayout, size: GraphSize
     ) -> InFlightStep:
         """See `GraphRunner.draw_step`; what is not in a graph needs all logits too."""
-        if isinstance(graphs, ShardedGraphs) and graphs.is_fused(size) and step.drawing:
+        if isinstance(graphs, ShardedGraphs) and step.drawing:
             wishes = self.rows.sampling.get_wishes(step.draw_rows)
             if graphs.find_draw(size, wishes) is None:
                 graphs.gather(size)

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fused_attention import let_next_start, wait_for_previous
+from .early_start import let_next_start, wait_for_previous
 from .fused_checks import FusionSizes
 from .fused_decode import FusedDecode, pack_scores, unpack_token
 from .qwen3 import Qwen3DecoderLayer

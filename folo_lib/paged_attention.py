@@ -53,6 +53,8 @@ class TritonNotFoundError(ImportError, ValueError):
 try:
     import triton
     import triton.language as tl
+
+    from folo_lib.early_start import has_pdl, let_next_start, wait_for_previous
 except ImportError as error:
     raise TritonNotFoundError(
         "attention_backend='triton' needs Triton, which is not installed: on Linux "
@@ -221,8 +223,10 @@ def decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     BT: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program per key head, sequence and split, if the sequence runs one token."""
+    let_next_start(PDL)
     kv_head, sequence, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     token = tl.load(query_start_loc + sequence).to(tl.int64)
     query_len = tl.load(query_start_loc + sequence + 1) - token
@@ -278,6 +282,7 @@ def merge_kernel(
     MAX_SPLITS: tl.constexpr,  # a power of two, at least num_splits
     BT: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program per query head and sequence merges the answers of the splits."""
     head, sequence = tl.program_id(0), tl.program_id(1)
@@ -287,6 +292,7 @@ def merge_kernel(
     chunk = find_chunk(seq_len, num_splits, MIN_CHUNK, BT)
     if (query_len != 1) | (chunk >= seq_len):
         return
+    wait_for_previous(PDL)
     splits, dims = tl.arange(0, MAX_SPLITS), tl.arange(0, DIMS)
     used = splits < tl.cdiv(seq_len, chunk)
     row = sequence * tl.num_programs(0) + head
@@ -341,24 +347,31 @@ def count_multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def choose_num_splits(num_seqs: int, num_kv_heads: int, device: torch.device) -> int:
-    """Into how many programs a long context is split, so that the card is full."""
-    wanted = 2 * count_multiprocessors(device)
-    return max(1, min(MAX_SPLITS, wanted // (num_seqs * num_kv_heads)))
+def choose_num_splits(
+    num_seqs: int, num_kv_heads: int, longest: int, device: torch.device
+) -> int:
+    """Into how many programs a sequence of at most `longest` tokens may be split.
+
+    One alone is split into nearly as many as run at once, three on a multiprocessor. Of
+    several the short ones need few of theirs, so that together they may have more.
+    """
+    count = count_multiprocessors(device)
+    alone, together = 11 * count // 4, 6 * count // num_seqs
+    wanted = min(alone, together) // num_kv_heads
+    useful = -(-longest // DECODE.min_chunk)
+    return max(1, min(MAX_SPLITS, wanted, useful))
 
 
 def choose_decode_sizes(
     num_programs: int, dtype: torch.dtype, device: torch.device
 ) -> TileSizes:
-    """Large tiles for as many programs as run at once, or for two rounds that are full.
+    """Large tiles, unless far more programs wait than run at once.
 
-    Three programs with large tiles run on a multiprocessor at once. More programs are
-    of many lengths, and small ones leave less to wait for at the end. Of float32,
-    twice as much lies in the registers of a thread, so its tiles are small too.
+    Then small ones leave less to wait for at the end. Of float32, twice as much lies in
+    the registers of a thread, so its tiles are small too.
     """
-    per_processor = num_programs / count_multiprocessors(device)
-    is_full = per_processor <= 3 or 4.5 < per_processor <= 6
-    return DECODE if is_full and dtype != torch.float32 else SMALL_DECODE
+    are_few = num_programs <= 8 * count_multiprocessors(device)
+    return DECODE if are_few and dtype != torch.float32 else SMALL_DECODE
 
 
 # %% ../notebooks/13_paged_attention.ipynb #decode
@@ -375,14 +388,15 @@ def decode(
     """Writes into `output` the answers of the sequences that run one token."""
     (_, num_heads, head_dim), num_kv_heads = query.shape, key_cache.shape[2]
     num_seqs, group = len(seq_lens), num_heads // num_kv_heads
-    num_splits = choose_num_splits(num_seqs, num_kv_heads, query.device)
+    longest, device = block_table.shape[1] * key_cache.shape[1], query.device
+    num_splits = choose_num_splits(num_seqs, num_kv_heads, longest, device)
     shape = (num_seqs, num_heads, num_splits) if num_splits > 1 else (1, 1, 1)
     parts = query.new_empty(*shape, head_dim, dtype=torch.float32)
     part_logs = query.new_empty(shape, dtype=torch.float32)
     dims = {"D": head_dim, "DIMS": max(16, triton.next_power_of_2(head_dim))}
     num_programs = num_seqs * num_kv_heads * num_splits
-    sizes = choose_decode_sizes(num_programs, query.dtype, query.device)
-    chunks = {"BT": sizes.tile, "MIN_CHUNK": sizes.min_chunk}
+    sizes = choose_decode_sizes(num_programs, query.dtype, device)
+    chunks = {"BT": sizes.tile, "MIN_CHUNK": sizes.min_chunk, "PDL": has_pdl(device)}
     decode_kernel[(num_kv_heads, num_seqs, num_splits)](
         query,
         key_cache,
@@ -409,7 +423,13 @@ def decode(
     if num_splits > 1:
         where = query_start_loc, seq_lens, output, num_splits
         merge_kernel[(num_heads, num_seqs)](
-            parts, part_logs, *where, MAX_SPLITS=MAX_SPLITS, **dims, **chunks
+            parts,
+            part_logs,
+            *where,
+            MAX_SPLITS=MAX_SPLITS,
+            **dims,
+            **chunks,
+            launch_pdl=has_pdl(device),
         )
 
 

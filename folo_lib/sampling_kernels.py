@@ -47,6 +47,11 @@ class Step(NamedTuple):
     logits: Tensor
     stride: int  # from row to row
     vocab_size: int
+    first_id: (
+        int  # what its first logit is of; 0, or of a shard that of its first token
+    )
+    rank: int
+    num_ranks: int  # whose slices take turns
     positions: Tensor
     rows: Tensor
     floats: Tensor
@@ -61,7 +66,7 @@ class Scratch(NamedTuple):
     maxima: Tensor  # [B, MAX_SLICES] float32, the largest logit of each slice
     floors: Tensor  # the same, logits that `top_k` of the slice reach
     scores: Tensor  # the same, the highest of what is kept for sure
-    ids: Tensor  # [B, MAX_SLICES] int32, whose they are
+    ids: Tensor  # the same, whose they are
     tallies: Tensor  # [B, NUM_BINS] int64
     cuts: Tensor  # [B, 2] int64, the first bin that is listed, and what the list has to hold
     counts: Tensor  # [B] int32
@@ -186,7 +191,8 @@ def max_kernel(step, scratch, num_slices, FILTERS: tl.constexpr):
         found = read_logits(step, row, first + tl.arange(0, TILE))
         lanes = tl.maximum(lanes, tl.where(found == found, found, INFINITY))
     largest = tl.max(lanes, 0)
-    tl.store(scratch.maxima + row * MAX_SLICES + part, largest)
+    place = row * MAX_SLICES + part * step.num_ranks + step.rank
+    tl.store(scratch.maxima + place, largest)
     if FILTERS:
         if part == 0:
             bins = row * NUM_BINS + tl.arange(0, NUM_BINS)
@@ -204,7 +210,7 @@ def max_kernel(step, scratch, num_slices, FILTERS: tl.constexpr):
                 high = tl.where(is_enough, high, middle)
         is_enough = tl.sum((lanes >= floor).to(tl.int32), 0) >= top_k
         floor = tl.where((top_k > 0) & is_enough, floor, -INFINITY)
-        tl.store(scratch.floors + row * MAX_SLICES + part, floor)
+        tl.store(scratch.floors + place, floor)
 
 
 @triton.jit(do_not_specialize=["num_slices"])
@@ -246,14 +252,14 @@ def find_bins(step, scratch, row):
     return first, last, target
 
 
-@triton.jit(do_not_specialize=["num_slices"])
+@triton.jit(do_not_specialize=["num_slices", "num_maxima"])
 def score_kernel(
-    step, scratch, num_slices, ID_BITS: tl.constexpr, FILTERS: tl.constexpr
+    step, scratch, num_slices, num_maxima, ID_BITS: tl.constexpr, FILTERS: tl.constexpr
 ):
     """The best token of each slice that is kept for sure; lists those at the threshold."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     temperature, is_random, limit, _, _ = read_wishes(step, row)
-    best = read_largest(scratch.maxima, row, num_slices)
+    best = read_largest(scratch.maxima, row, num_maxima)
     if tl.abs(best) == INFINITY:
         return
     if FILTERS:
@@ -281,7 +287,7 @@ def score_kernel(
                 tl.store(scratch.listed + row * MAX_LISTED + places, keys, mask=is_near)
         if is_random:
             # Logarithms are dear, and few tiles have noise that can still win.
-            v = make_uniform(state, ids)
+            v = make_uniform(state, step.first_id + ids)
             may_win = is_kept & (v <= 1.001 * tl.exp(-(highest + distances)))
             if tl.max(may_win.to(tl.int32), 0) > 0:
                 own = tl.where(is_kept, make_noise(v) - distances, -INFINITY)
@@ -294,8 +300,9 @@ def score_kernel(
             scores = tl.where(is_better, -distances, scores)
             found = tl.where(is_better, ids, found)
     score, token = find_first_best(scores, found)
-    tl.store(scratch.scores + row * MAX_SLICES + part, score)
-    tl.store(scratch.ids + row * MAX_SLICES + part, token)
+    place = row * MAX_SLICES + part * step.num_ranks + step.rank
+    tl.store(scratch.scores + place, score)
+    tl.store(scratch.ids + place, (step.first_id + token).to(tl.float32))
 
 
 @triton.jit
@@ -366,7 +373,7 @@ def finish_kernel(
     best = read_largest(scratch.maxima, row, num_slices)
     parts = row * MAX_SLICES + slices
     tops = tl.load(scratch.scores + parts, mask=slices < num_slices, other=-INFINITY)
-    top, token = find_first_best(tops, tl.load(scratch.ids + parts))
+    top, token = find_first_best(tops, tl.load(scratch.ids + parts).to(tl.int32))
     if FILTERS:
         temperature, _, limit, top_k, spare = read_wishes(step, row)
         if (tl.abs(best) < INFINITY) & ((top_k > 0) | (spare > 0)):
@@ -404,7 +411,13 @@ class TritonDraw:
         num_seqs: the most rows of a call.
         vocab_size: `V`.
         device: of all tensors.
+
+    Attributes:
+        first_id: whose the first logit is.
+        rank, num_ranks: whose logits these are, of how many; see `ShardedDraw`.
     """
+
+    first_id, rank, num_ranks = 0, 0, 1
 
     def __init__(
         self, num_seqs: int, vocab_size: int, device: torch.device | str
@@ -412,7 +425,7 @@ class TritonDraw:
         self.vocab_size, self.device = vocab_size, torch.device(device)
         widths = [MAX_SLICES.value] * 4 + [NUM_BINS.value, 2, 1, MAX_LISTED.value]
         floats, int32, int64 = [torch.float32] * 3, torch.int32, torch.int64
-        dtypes = [*floats, int32, int64, int64, int32, int64]
+        dtypes = [*floats, torch.float32, int64, int64, int32, int64]
         columns = zip(widths, dtypes, strict=True)
         reserve = partial(torch.empty, device=device)
         self.scratch = Scratch(*(reserve(num_seqs, n, dtype=d) for n, d in columns))
@@ -441,19 +454,30 @@ class TritonDraw:
             filters: whether a row may wish top_k or top_p, which are off otherwise. A
                 temperature and min_p need no more launches.
         """
-        inputs = logits, logits.stride(0), self.vocab_size, positions, rows
-        step = Step(*inputs, floats, ints, token_ids, last_token_ids)
         num_rows, id_bits = len(logits), self.vocab_size.bit_length()
         num_slices = self.choose_num_slices(num_rows)
-        grid, both = (num_rows, num_slices), (step, self.scratch, num_slices)
-        max_kernel[grid](*both, filters)
+        shard = self.vocab_size, self.first_id, self.rank, self.num_ranks
+        written = token_ids, last_token_ids
+        tables = positions, rows, floats, ints
+        step = Step(logits, logits.stride(0), *shard, *tables, *written)
+        scratch = Scratch(*(part[:num_rows] for part in self.scratch))
+        grid, total = (num_rows, num_slices), num_slices * self.num_ranks
+        max_kernel[grid](step, scratch, num_slices, filters)
+        scratch = scratch._replace(maxima=self.share(scratch.maxima))
         if filters:
-            tally_kernel[grid](*both, id_bits)
-        score_kernel[grid](*both, id_bits, filters)
-        finish_kernel[num_rows,](*both, id_bits, filters)
+            tally_kernel[grid](step, scratch, num_slices, id_bits)
+        score_kernel[grid](step, scratch, num_slices, total, id_bits, filters)
+        found = {name: self.share(getattr(scratch, name)) for name in ("scores", "ids")}
+        finish_kernel[num_rows,](
+            step, scratch._replace(**found), total, id_bits, filters
+        )
+
+    def share(self, found: Tensor) -> Tensor:
+        """What all ranks have found in their slices."""
+        return found
 
     def choose_num_slices(self, num_rows: int) -> int:
         """Programs per row: eight for each multiprocessor in all, if there are tiles enough."""
         wanted = triton.cdiv(8 * count_multiprocessors(self.device), num_rows)
         num_tiles = triton.cdiv(self.vocab_size, TILE.value)
-        return int(min(num_tiles, wanted, MAX_SLICES.value))
+        return int(min(num_tiles, wanted, MAX_SLICES.value // self.num_ranks))

@@ -25,15 +25,15 @@ import itertools
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .tensor_parallel import CONNECT_SECONDS, naming_lost_rank
+from .tensor_parallel import CONNECT_SECONDS, RankGroup, naming_lost_rank
 
-__all__ = ["METHODS", "SymmetricGroup"]
+__all__ = ["METHODS", "SharedGroup", "SymmetricGroup"]
 
 METHODS = "tickets", "two_shot", "nccl"
 # Up to how many bytes the first two are the quickest, by rule, so that every start adds alike.
@@ -44,6 +44,19 @@ DTYPES = (torch.bfloat16, torch.float32)  # that both add
 PROGRAM_WORDS = (
     512  # of four bytes, that a program adds up; few enough for all to run at once
 )
+
+
+class SharedGroup(RankGroup, Protocol):
+    """Ranks that can read and write each other's memory; `SymmetricGroup` has them."""
+
+    def allocate(self, *shape: int, dtype: torch.dtype, fill: int = 0) -> Tensor:
+        """A tensor full of that number, which all ranks can read; all call it together."""
+        ...
+
+    def find_addresses(self, shared: Tensor) -> list[int]:
+        """Where a kernel here finds what `allocate` gave each rank at the same time."""
+        ...
+
 
 CONNECTED: weakref.WeakValueDictionary[int, SymmetricGroup] = (
     weakref.WeakValueDictionary()
@@ -97,6 +110,8 @@ class SymmetricGroup:
                 "engine that has it; a process has one engine of several GPUs at a time."
             )
         c10d: Any = dist
+        from .ticket_sums import EMPTY
+
         with naming_lost_rank():
             dist.init_process_group(
                 "nccl",
@@ -113,26 +128,26 @@ class SymmetricGroup:
             self.end = end
             self.buffer = self.allocate(TWO_SHOT_BYTES, dtype=torch.uint8)
             shape = 2, self.size, TICKET_BYTES // 4
-            self.words = self.allocate(*shape, dtype=torch.int64)
+            self.words = self.allocate(*shape, dtype=torch.int32, fill=EMPTY.value)
             addresses = self.find_addresses(self.words)
             self.word_addresses = torch.tensor(addresses, device=self.device)
             num_programs = TICKET_BYTES // 4 // PROGRAM_WORDS
-            self.tickets = torch.zeros(
+            self.turns = torch.zeros(
                 num_programs, dtype=torch.int32, device=self.device
             )
 
-    def allocate(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """Zeros of that shape that all ranks can read; all ranks call it together."""
+    def allocate(self, *shape: int, dtype: torch.dtype, fill: int = 0) -> Tensor:
+        """A tensor full of that number, which all ranks can read; all call it together."""
         import torch.distributed._symmetric_memory as symmetric
 
         tensor: Tensor = symmetric.empty(*shape, dtype=dtype, device=self.device)
         handle = symmetric.rendezvous(tensor, self.world)
         self.addresses[tensor.data_ptr()] = list(handle.buffer_ptrs)
-        tensor.zero_()
+        tensor.fill_(fill)
         torch.cuda.synchronize(self.device)
         dist.barrier(
             device_ids=[self.device.index]
-        )  # nobody reads before all are zeros
+        )  # nobody writes before all are filled
         return tensor
 
     def find_addresses(self, shared: Tensor) -> list[int]:
@@ -169,7 +184,7 @@ class SymmetricGroup:
             total.view(-1).view(torch.int32),
             self.words,
             self.word_addresses,
-            self.tickets,
+            self.turns,
             num_words,
             self.words.shape[2],
             RANK=self.rank,

@@ -17,9 +17,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .fused_attention import let_next_start, wait_for_previous
+from .early_start import let_next_start, wait_for_previous
 
-__all__ = ["exchange_kernel", "send", "send_kernel", "sum_kernel"]
+__all__ = ["add_norm_kernel", "exchange_kernel", "send", "send_kernel", "sum_kernel"]
 
 
 @triton.jit
@@ -81,19 +81,88 @@ def sum_kernel(
     wait_for_previous(PDL)
 
 
+EMPTY = tl.constexpr(0x80008000 - 2**32)
+"""What is in a place where no numbers have come: two zeros of bfloat16 with the sign of -1.
+
+Who has such numbers to send sends zeros without a sign. As a float32 it is -4.6e-41.
+"""
+
+
 @triton.jit
-def as_floats(bits, FLOAT: tl.constexpr):
-    """The one float32 of 32 bits, or the first of two bfloat16, which come before the second."""
-    return (bits if FLOAT else bits << 16).to(tl.float32, bitcast=True)
+def as_pair(bits, FLOAT: tl.constexpr):
+    """The float32 of 32 bits and a zero, or the two bfloat16 in them."""
+    first = (bits if FLOAT else bits << 16).to(tl.float32, bitcast=True)
+    second = (bits & (0 if FLOAT else -65536)).to(tl.float32, bitcast=True)
+    return first, second
 
 
-@triton.jit(do_not_specialize=["num_words"])
+@triton.jit
+def as_bits(first, second, FLOAT: tl.constexpr):
+    """The 32 bits of a float32, or of two numbers rounded to bfloat16."""
+    if FLOAT:
+        bits = first.to(tl.int32, bitcast=True)
+    else:
+        low = first.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        high = second.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
+        bits = low | (high << 16)
+    return bits
+
+
+@triton.jit
+def exchange(
+    bits,
+    place,
+    exist,
+    words,  # int32 [2, RANKS, size]
+    addresses,  # int64 [RANKS]
+    half,
+    size,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FLOAT: tl.constexpr,
+):
+    """The sums over ranks of the numbers in `bits` `[BLOCK]`, as `as_pair` has them."""
+    bits = tl.where(bits == EMPTY, 0, bits)
+    half = half * RANKS * size
+    for rank in tl.static_range(RANKS):
+        if rank != RANK:
+            theirs = tl.load(addresses + rank).to(
+                tl.pointer_type(tl.int32), bitcast=True
+            )
+            theirs = tl.multiple_of(theirs, 16)  # so four words are written at once
+            tl.store(theirs + half + RANK * size + place, bits, mask=exist)
+    first = tl.zeros([BLOCK], tl.float32)
+    second = tl.zeros([BLOCK], tl.float32)
+    missing = 1
+    while missing > 0:
+        first = tl.zeros([BLOCK], tl.float32)
+        second = tl.zeros([BLOCK], tl.float32)
+        is_empty = tl.zeros([BLOCK], tl.int1)
+        for rank in tl.static_range(RANKS):
+            part = bits
+            if rank != RANK:
+                come = words + half + rank * size + place
+                part = tl.load(come, mask=exist, other=0, volatile=True)
+                is_empty |= part == EMPTY
+            more, beside = as_pair(part, FLOAT)
+            first += more
+            second += beside
+        missing = tl.max(is_empty.to(tl.int32), 0)
+    for rank in tl.static_range(RANKS):
+        if rank != RANK:
+            come = words + half + rank * size + place
+            tl.store(come, tl.full([BLOCK], EMPTY, tl.int32), mask=exist)
+    return first, second
+
+
+@triton.jit
 def exchange_kernel(
     x,  # int32 [num_words]
     out,
-    words,  # int64 [2, RANKS, size]
-    addresses,  # int64 [RANKS]
-    tickets,  # int32, one for each program
+    words,
+    addresses,  # see exchange
+    turns,  # int32, one for each program
     num_words,
     size,
     RANK: tl.constexpr,
@@ -105,41 +174,59 @@ def exchange_kernel(
     program = tl.program_id(0)
     place = program * BLOCK + tl.arange(0, BLOCK)
     exist = place < num_words
-    ticket = (tl.load(tickets + program) + 1) & 0x7FFFFFFF
-    half = (ticket % 2) * RANKS * size
+    half = tl.load(turns + program)
     bits = tl.load(x + place, mask=exist, other=0)
-    own = (bits.to(tl.int64) << 32) | ticket.to(tl.int64)
-    for rank in tl.static_range(RANKS):
-        if rank != RANK:
-            theirs = tl.load(addresses + rank).to(
-                tl.pointer_type(tl.int64), bitcast=True
-            )
-            tl.store(theirs + half + RANK * size + place, own, mask=exist)
-    first = tl.zeros([BLOCK], tl.float32)
-    second = tl.zeros([BLOCK], tl.float32)
-    missing = 1
-    while missing > 0:
-        first = tl.zeros([BLOCK], tl.float32)
-        second = tl.zeros([BLOCK], tl.float32)
-        wrong = tl.zeros([BLOCK], tl.int32)
-        for rank in tl.static_range(RANKS):
-            if rank == RANK:
-                part = bits
-            else:
-                word = tl.load(
-                    words + half + rank * size + place, mask=exist, volatile=True
-                )
-                wrong |= word.to(tl.int32) ^ ticket
-                part = (word >> 32).to(tl.int32)
-            first += as_floats(part, FLOAT)
-            if not FLOAT:
-                second += (part & -65536).to(tl.float32, bitcast=True)
-        missing = tl.max((exist & (wrong != 0)).to(tl.int32), 0)
-    if FLOAT:
-        total = first.to(tl.int32, bitcast=True)
+    first, second = exchange(
+        bits, place, exist, words, addresses, half, size, RANK, RANKS, BLOCK, FLOAT
+    )
+    tl.store(out + place, as_bits(first, second, FLOAT), mask=exist)
+    tl.store(turns + program, 1 - half)
+
+
+@triton.jit
+def add_norm_kernel(
+    part,
+    residual,  # int32 [N, W]
+    weight,  # int32 [W]
+    normed,
+    stream,  # int32 [N, W]
+    words,
+    addresses,  # see exchange
+    turns,  # int32 [N]
+    size,
+    eps,
+    W: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FLOAT: tl.constexpr,
+):
+    """`RMSNorm` of the residual stream and the sum over ranks of `part`, a row a program.
+
+    `stream` is the new residual. All tensors are float32, or pairs of bfloat16. With one rank,
+    `part` is the sum already.
+    """
+    row, columns = tl.program_id(0), tl.arange(0, BLOCK)
+    exist, place = columns < W, row * W + columns
+    bits = tl.load(part + place, mask=exist, other=0)
+    before = tl.load(residual + place, mask=exist, other=0)
+    scales = tl.load(weight + columns, mask=exist, other=0)
+    if RANKS > 1:
+        half = tl.load(turns + row)
+        first, second = exchange(
+            bits, place, exist, words, addresses, half, size, RANK, RANKS, BLOCK, FLOAT
+        )
+        tl.store(turns + row, 1 - half)
     else:
-        low = first.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        high = second.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
-        total = low | (high << 16)
-    tl.store(out + place, total, mask=exist)
-    tl.store(tickets + program, ticket)
+        first, second = as_pair(bits, FLOAT)
+    more, beside = as_pair(before, FLOAT)
+    bits = as_bits(first + more, second + beside, FLOAT)
+    tl.store(stream + place, bits, mask=exist)
+    # As page 03 has it: rounded, normed, rounded, and multiplied.
+    first, second = as_pair(bits, FLOAT)
+    count: tl.constexpr = W if FLOAT else 2 * W
+    scale = tl.rsqrt(tl.sum(first * first + second * second, 0) / count + eps)
+    first, second = as_pair(as_bits(first * scale, second * scale, FLOAT), FLOAT)
+    more, beside = as_pair(scales, FLOAT)
+    bits = as_bits(first * more, second * beside, FLOAT)
+    tl.store(normed + place, bits, mask=exist)

@@ -30,6 +30,7 @@ from folo_lib import (
     fused_vectors,
     paged_attention as module,
     sampling_kernels,
+    summed_layers,
     symmetric_memory,
     ticket_sums,
 )
@@ -108,6 +109,7 @@ def main(capability: int) -> None:
         for sizes in (module.DECODE, module.SMALL_DECODE):
             tile = {"ROWS": 16, "BT": sizes.tile, "MIN_CHUNK": sizes.min_chunk}
             every = shape | tile | {"MAX_SPLITS": module.MAX_SPLITS}
+            every |= {"PDL": capability >= 90}
             compile_one(module.decode_kernel, every, number, capability, sizes)
         compile_one(module.merge_kernel, every, number, capability, sizes)
         sizes = module.PREFILL if capability == 90 else module.MEDIUM_PREFILL
@@ -237,10 +239,18 @@ def compile_sums(capability: int) -> None:
     own = {}
     for kernel in (fused_shards.share_kernel, fused_shards.choose_kernel):
         compile_kernel(kernel, 1, ROWS=fused_decode.MAX_FUSED_SEQS)
-    own = {"x": "*i32", "out": "*i32"}
+    own = dict.fromkeys(("x", "out", "words", "turns"), "*i32")
     for is_wide in (False, True):
         known = {"RANK": 1, "BLOCK": symmetric_memory.PROGRAM_WORDS, "FLOAT": is_wide}
         compile_kernel(ticket_sums.exchange_kernel, 4, **known)
+    own = dict.fromkeys(("words", "turns"), "*i32")
+    own |= dict.fromkeys(("part", "residual", "weight", "normed", "stream"), "*i32")
+    own |= {"matrix": "*bf16", "second": "*bf16"}
+    for is_wide in (False, True):
+        width = hidden if is_wide else hidden // 2
+        known = {"RANK": 1, "W": width, "BLOCK": width, "FLOAT": is_wide}
+        known |= {"WARPS": summed_layers.WARPS, "AHEAD": pdl}
+        compile_kernel(ticket_sums.add_norm_kernel, summed_layers.WARPS, **known)
 
 
 def main_fused(capability: int) -> None:

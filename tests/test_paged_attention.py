@@ -452,14 +452,22 @@ class TestLaunch:
             assert ran == names
 
     def test_splits_fill_the_card_and_follow_from_host_numbers_alone(self) -> None:
-        programs = 2 * module.count_multiprocessors(DEVICE)
+        count = module.count_multiprocessors(DEVICE)
         for num_seqs in (1, 2, 3, 7, 64, 256, 4096):
             for kv_heads in (1, 2, 8):
-                found = choose_num_splits(num_seqs, kv_heads, DEVICE)
+                found = choose_num_splits(num_seqs, kv_heads, 10**6, DEVICE)
                 assert 1 <= found <= module.MAX_SPLITS
-                needed = num_seqs * kv_heads
-                assert found == 1 or found * needed <= programs
-                assert found == module.MAX_SPLITS or (found + 1) * needed > programs
+                limits = 3 * count // kv_heads, 6 * count // (num_seqs * kv_heads)
+                assert found == 1 or found <= min(limits)
+                nearly = 5 * count // (2 * kv_heads), limits[1]
+                assert found >= min(*nearly, module.MAX_SPLITS)
+
+    def test_no_sequence_is_split_that_cannot_be_long_enough(self) -> None:
+        most = choose_num_splits(1, 1, 10**6, DEVICE)
+        chunk = module.DECODE.min_chunk
+        for longest, expected in ((1, 1), (chunk, 1), (chunk + 1, 2), (3 * chunk, 3)):
+            found = choose_num_splits(1, 1, longest, DEVICE)
+            assert found == min(most, expected)
 
     def test_the_prefill_takes_the_largest_tiles_that_a_card_has_room_for(
         self, monkeypatch: pytest.MonkeyPatch
@@ -483,18 +491,16 @@ class TestLaunch:
             )
             assert module.count_multiprocessors.__wrapped__(cuda) == 72
 
-    def test_tiles_are_large_where_their_rounds_are_full(
+    def test_tiles_are_small_where_many_programs_wait(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         count, large = module.count_multiprocessors(DEVICE), module.DECODE
         small = TileSizes(TILE, 2, 2)
         monkeypatch.setattr(module, "SMALL_DECODE", small)
-        numbers = 1, 3, 4, 5, 6, 7, 9, 50
-        chosen = [
-            choose_decode_sizes(n * count, torch.bfloat16, DEVICE) for n in numbers
-        ]
-        assert chosen == [large, large, small, large, large, small, small, small]
-        wide = [choose_decode_sizes(n * count, torch.float32, DEVICE) for n in numbers]
+        numbers = 1, count, 8 * count, 8 * count + 1, 50 * count
+        chosen = [choose_decode_sizes(n, torch.bfloat16, DEVICE) for n in numbers]
+        assert chosen == [large, large, large, small, small]
+        wide = [choose_decode_sizes(n, torch.float32, DEVICE) for n in numbers]
         assert set(wide) == {small}
 
 

@@ -284,7 +284,9 @@ class TestNoise:
         batch = Batch([{}] * 8, torch.zeros(8, 1024), seeds=[3**i for i in range(8)])
         tables = batch.rows, batch.tables.floats, batch.tables.ints
         written = batch.token_ids, batch.last_token_ids
-        step = module.Step(batch.logits, 1024, 1024, batch.positions, *tables, *written)
+        step = module.Step(
+            batch.logits, 1024, 1024, 0, 0, 1, batch.positions, *tables, *written
+        )
         noise = torch.zeros(8, 1024, device=DEVICE)
         noise_kernel[8,](step, noise)
         seeds, sample_indices = batch.tables.ints[batch.rows, :2].T

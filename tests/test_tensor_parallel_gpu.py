@@ -321,6 +321,70 @@ def test_the_fused_step_of_a_wide_shard(tmp_path: Path) -> None:
     run_ranks(decode_vectors, tmp_path)
 
 
+def decode_many(group: Any) -> None:
+    """More sequences than are fused: layers with sums in their norms, and draws from shards."""
+    from folo_lib import benchmark_tensor_parallel as benchmark
+    from folo_lib.fused_decode import FusedLayers
+    from folo_lib.sampling_kernels import TritonDraw
+
+    case = benchmark.Case("8B", 20, 2)
+    torch.manual_seed(group.rank)
+    model = benchmark.make_model(case, group, 2)
+    for name, weight in model.named_parameters():
+        if weight.dim() == 1:  # the same on both
+            torch.manual_seed(len(name))
+            weight.normal_(1, 0.2)
+    runner = benchmark.make_runner(model, case, 8)
+    graphs: Any = runner.graphs
+    [size] = graphs.steps
+    tables, token_ids = runner.rows, torch.zeros(20, dtype=torch.int64, device="cuda")
+    draw = TritonDraw(20, model.config.vocab_size, "cuda")
+    for params in (
+        SamplingParams(temperature=0),
+        SamplingParams(temperature=0.8, seed=3),
+        SamplingParams(temperature=0.8, min_p=0.1, seed=5),
+    ):
+        benchmark.start_requests(runner, case, params)
+        row_index, seq_lens, *_ = graphs.inputs.split(size)
+        logits = group.all_gather(graphs.own_logits)[:, : model.config.vocab_size]
+        kept = tables.sampling.floats, tables.sampling.ints
+        last = torch.zeros_like(tables.last_token_ids)
+        draw(logits.contiguous(), seq_lens, row_index, *kept, token_ids, last, False)
+        assert graphs.token_ids.equal(token_ids), params
+        assert tables.last_token_ids[row_index].equal(token_ids)
+    # As near to exact sums and norms as sums and norms that are apart.
+    place = torch.arange(150, device="cuda") % 64
+    for num_tokens in (20, 150):  # the second are too many for tickets
+        x = torch.randint(1000, (num_tokens,), device="cuda")
+        dist.broadcast(x, 0)
+        step = make_prompts_of_one(runner, num_tokens)
+        ours, theirs = (
+            layers(x, place[:num_tokens], runner.kv_caches, step).float()
+            for layers in (runner.forward, FusedLayers(model, lambda one: one))
+        )
+        error = (ours - theirs).square().mean().sqrt() / theirs.square().mean().sqrt()
+        print(group.rank, num_tokens, "differ by", error.item())
+        assert 0 < error < 0.01
+
+
+def make_prompts_of_one(runner: Any, count: int) -> Any:
+    """Metadata of sequences that run their only token."""
+    from folo_lib.kv_cache import AttentionMetadata
+
+    ones = torch.ones(count, dtype=torch.int64, device="cuda")
+    blocks = torch.arange(count, device="cuda")
+    assert count <= len(runner.kv_caches[0][0])
+    return AttentionMetadata(
+        block_size=16, slot_mapping=blocks * 16, block_table=blocks[:, None],
+        query_start_loc=torch.arange(count + 1, device="cuda"), seq_lens=ones,
+        query_lens_list=[1] * count, seq_lens_list=[1] * count,
+    )  # fmt: skip
+
+
+def test_many_sequences_on_two_gpus(tmp_path: Path) -> None:
+    run_ranks(decode_many, tmp_path)
+
+
 def test_more_ranks_than_gpus() -> None:
     size = 2 ** torch.cuda.device_count().bit_length()
     with pytest.raises(ValueError, match=f"tensor_parallel_size={size}"):

@@ -36,13 +36,25 @@ def make_numbers(rank: int, length: int, dtype: torch.dtype) -> Tensor:
     return torch.randint(-60, 60, (count,), generator=generator).to(dtype)
 
 
+def make_empty(*shape: int) -> Tensor:
+    """Places where nothing has come."""
+    from folo_lib.ticket_sums import EMPTY
+
+    return torch.full(shape, EMPTY.value, dtype=torch.int32)
+
+
+def as_words(numbers: Tensor) -> Tensor:
+    """As they travel; none of the numbers in these tests is -0.0."""
+    return numbers.contiguous().view(torch.int32)
+
+
 def run_rank(rank: int, words: Sequence[Tensor], answers: Any) -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     try:
         from folo_lib.ticket_sums import exchange_kernel
 
         addresses = torch.tensor([one.data_ptr() for one in words])
-        tickets = torch.zeros(SIZE // BLOCK, dtype=torch.int32)
+        turns = torch.zeros(SIZE // BLOCK, dtype=torch.int32)
         outputs = []
         for dtype in DTYPES:
             for length in LENGTHS:
@@ -50,7 +62,7 @@ def run_rank(rank: int, words: Sequence[Tensor], answers: Any) -> None:
                 out = torch.full_like(x, float("nan"))
                 exchange_kernel[(-(-length // BLOCK),)](
                     x.view(torch.int32), out.view(torch.int32), words[rank], addresses,
-                    tickets, length, SIZE, RANK=rank, RANKS=len(words), BLOCK=BLOCK,
+                    turns, length, SIZE, RANK=rank, RANKS=len(words), BLOCK=BLOCK,
                     FLOAT=dtype == torch.float32,
                 )  # fmt: skip
                 outputs.append(out.float().tolist())
@@ -63,10 +75,7 @@ def run_rank(rank: int, words: Sequence[Tensor], answers: Any) -> None:
 def test_sums_that_follow_one_another(num_ranks: int) -> None:
     """Longer and shorter ones, so that a program's buffers are not in step with others'."""
     context = multiprocessing.get_context("spawn")
-    shape = 2, num_ranks, SIZE
-    words = [
-        torch.zeros(shape, dtype=torch.int64).share_memory_() for _ in range(num_ranks)
-    ]
+    words = [make_empty(2, num_ranks, SIZE).share_memory_() for _ in range(num_ranks)]
     answers = context.Queue()
     ranks = [
         context.Process(target=run_rank, args=(rank, words, answers), daemon=True)
@@ -105,28 +114,45 @@ def make_parts(num_ranks: int) -> Tensor:
 def test_all_ranks_add_in_the_same_order(rank: int) -> None:
     """Else each would round in its own way, and they would not go on with equal numbers.
 
-    The words lie in one half of the buffers, and those of the sum before in the other.
+    Twice, in both halves of the buffers; what has been read is empty again.
     """
     from folo_lib.ticket_sums import exchange_kernel
 
-    parts, old = make_parts(3), torch.full((5,), 7.0)
-    words = torch.zeros(3, 2, 3, 8, dtype=torch.int64)  # of each rank, as it sees them
+    parts, others = make_parts(3), {0, 1, 2} - {rank}
+    words = make_empty(3, 2, 3, 8)  # of each rank, as it sees them
     addresses = torch.tensor([one.data_ptr() for one in words])
-    tickets = torch.tensor([WRAPS], dtype=torch.int32)
-    for ticket in (WRAPS + 1, WRAPS + 2):  # the second is 0
-        words[rank, ticket % 2, :, :5] = pack(parts, ticket)
-        words[:, (ticket + 1) % 2, :, :5] = pack(old, ticket - 1)
-        words[rank, ticket % 2, rank] = 0  # nobody sends to himself
-        before, out = words.clone(), torch.zeros(5)
+    turns, expected = torch.tensor([1], dtype=torch.int32), words.clone()
+    for half in (1, 0):
+        out = torch.zeros(5)
+        for other in others:
+            words[rank, half, other, :5] = as_words(parts[other])
         exchange_kernel[(1,)](
             parts[rank].view(torch.int32), out.view(torch.int32), words[rank], addresses,
-            tickets, 5, 8, RANK=rank, RANKS=3, BLOCK=8, FLOAT=True,
+            turns, 5, 8, RANK=rank, RANKS=3, BLOCK=8, FLOAT=True,
         )  # fmt: skip
         assert out.equal((parts[0] + parts[1]) + parts[2])
-        assert tickets.item() == ticket % 2**31
-        for other in {0, 1, 2} - {rank}:
-            before[other, ticket % 2, rank, :5] = pack(parts[rank], ticket)
-        assert words.equal(before)
+        assert turns.item() == 1 - half
+        for other in others:
+            expected[other, half, rank, :5] = as_words(parts[rank])
+        assert words.equal(expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_that_look_like_an_empty_place(dtype: torch.dtype) -> None:
+    """A rank that sent them would be waited for without end; all add up zeros instead."""
+    from folo_lib.ticket_sums import exchange_kernel
+
+    words, turns = make_empty(2, 2, 2, 2), torch.tensor([0], dtype=torch.int32)
+    x = torch.cat([make_empty(1), torch.tensor([-0.0]).view(torch.int32)])
+    out, theirs = torch.zeros_like(x), torch.tensor([3.0, 5.0]).view(torch.int32)
+    words[0, 0, 1] = theirs
+    exchange_kernel[(1,)](
+        x, out, words[0], torch.tensor([one.data_ptr() for one in words]), turns, 2, 2,
+        RANK=0, RANKS=2, BLOCK=2, FLOAT=dtype == torch.float32,
+    )  # fmt: skip
+    assert words[1, 0, 0].tolist() == [0, x[1].item()]
+    expected = x.view(dtype).float() + theirs.view(dtype).float()
+    assert out.view(dtype).float().equal(expected)
 
 
 def test_words_that_are_sent() -> None:
@@ -180,16 +206,57 @@ def test_numbers_that_are_exchanged_late(dtype: torch.dtype) -> None:
 
     count = 5 * 4 // dtype.itemsize
     mine, theirs = (torch.arange(2.0 * count) - 7).view(2, count).to(dtype)
-    words = torch.zeros(2, 2, 2, 8, dtype=torch.int64)
+    words = make_empty(2, 2, 2, 8)
     addresses = torch.tensor([one.data_ptr() for one in words])
-    tickets = torch.tensor([8], dtype=torch.int32)
-    out = torch.zeros_like(mine)
-    come = pack(theirs, 9)
-    words[0, 1, 1, :5] = pack(mine, 7)
-    thread = come_later(words[0, 1, 1], come)
+    turns, out = torch.tensor([1], dtype=torch.int32), torch.zeros_like(mine)
+    words[0, 0, 1, :5] = as_words(mine)  # in the other half
+    thread = come_later(words[0, 1, 1], as_words(theirs))
     exchange_kernel[(1,)](
-        mine.view(torch.int32), out.view(torch.int32), words[0], addresses, tickets, 5,
-        8, RANK=0, RANKS=2, BLOCK=8, FLOAT=dtype == torch.float32,
+        mine.view(torch.int32), out.view(torch.int32), words[0], addresses, turns, 5, 8,
+        RANK=0, RANKS=2, BLOCK=8, FLOAT=dtype == torch.float32,
     )  # fmt: skip
     thread.join()
     assert out.equal(mine + theirs)
+
+
+# --- Sums and norms in one kernel -------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_of_sums(num_ranks: int, dtype: torch.dtype) -> None:
+    """As the sum and page 03's norm one after the other; each rank writes to all others."""
+    from folo_lib.layers import RMSNorm
+    from folo_lib.ticket_sums import add_norm_kernel
+
+    rows, count = 3, 24
+    torch.manual_seed(num_ranks)
+    parts = torch.randint(-60, 60, (num_ranks, rows, count)).to(dtype)
+    residual = torch.randint(-60, 60, (rows, count)).to(dtype)  # no sum is rounded
+    norm = RMSNorm(count, 0.5).to(dtype)
+    norm.weight.detach().uniform_(-2, 2)
+    width, rank = count * dtype.itemsize // 4, num_ranks - 1
+    words = make_empty(num_ranks, 2, num_ranks, 4 * width)  # a row has room left
+    addresses = torch.tensor([one.data_ptr() for one in words])
+    turns, others = torch.tensor([0, 1, 0], dtype=torch.int32), range(rank)
+    for row, half in enumerate(turns.tolist()):
+        there = slice(row * width, (row + 1) * width)
+        for other in others:
+            words[rank, half, other, there] = as_words(parts[other, row])
+    normed, stream = torch.full((2, rows, count), float("nan")).to(dtype)
+    tensors = parts[rank], residual, norm.weight.detach(), normed, stream
+    add_norm_kernel[(rows,)](
+        *(one.view(torch.int32) for one in tensors), words[rank], addresses, turns,
+        4 * width, norm.eps, W=width, RANK=rank, RANKS=num_ranks, BLOCK=32,
+        FLOAT=dtype == torch.float32,
+    )  # fmt: skip
+    assert stream.float().equal(parts.float().sum(0) + residual.float())
+    close = {} if dtype == torch.bfloat16 else {"rtol": 1e-6, "atol": 1e-6}
+    torch.testing.assert_close(normed, norm(stream).detach(), **close)
+    assert turns.tolist() == ([0, 1, 0] if num_ranks == 1 else [1, 0, 1])
+    expected = make_empty(*words.shape)
+    for row, half in enumerate([0, 1, 0]):
+        for other in others:
+            there = slice(row * width, (row + 1) * width)
+            expected[other, half, rank, there] = as_words(parts[rank, row])
+    assert words.equal(expected)
