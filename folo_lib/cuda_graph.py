@@ -396,10 +396,11 @@ class StepGraphs:
         runner, last_token_ids = self.runner, self.runner.rows.last_token_ids
         rows, seq_lens, starts, input_ids, positions, slots = self.inputs.split(size)
         # A token that the host has not read stands as -1: its sequence drew it last.
-        tokens = torch.arange(size.num_tokens, device=rows.device)
-        owners = torch.searchsorted(starts[1:], tokens, right=True)
-        owners = owners.clamp(max=size.num_seqs - 1)  # padding is nobody's
-        drawn = last_token_ids[rows[owners]]
+        drawn = last_token_ids[rows]
+        if not size.is_decode:  # a sequence may have any number of tokens
+            tokens = torch.arange(size.num_tokens, device=rows.device)
+            owners = torch.searchsorted(starts[1:], tokens, right=True)
+            drawn = drawn[owners.clamp(max=size.num_seqs - 1)]  # padding is nobody's
         metadata = AttentionMetadata(
             block_size=runner.config.block_size,
             slot_mapping=slots,
@@ -411,8 +412,10 @@ class StepGraphs:
         )
         input_ids = torch.where(input_ids < 0, drawn, input_ids)
         hidden_states = runner.forward(input_ids, positions, runner.kv_caches, metadata)
-        last = hidden_states.index_select(0, (starts[1:] - 1).clamp(min=0))
-        self.keep_logits(last)
+        if not size.is_decode:
+            last = (starts[1:] - 1).clamp(min=0)
+            hidden_states = hidden_states.index_select(0, last)
+        self.keep_logits(hidden_states)
 
     def keep_logits(self, last: Tensor) -> None:
         """Scores the last hidden state of each sequence, `[B, E]`."""

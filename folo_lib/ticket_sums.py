@@ -200,6 +200,7 @@ def add_norm_kernel(
     RANKS: tl.constexpr,
     BLOCK: tl.constexpr,
     FLOAT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """`RMSNorm` of the residual stream and the sum over ranks of `part`, a row a program.
 
@@ -208,9 +209,10 @@ def add_norm_kernel(
     """
     row, columns = tl.program_id(0), tl.arange(0, BLOCK)
     exist, place = columns < W, row * W + columns
+    scales = tl.load(weight + columns, mask=exist, other=0)
+    wait_for_previous(PDL)
     bits = tl.load(part + place, mask=exist, other=0)
     before = tl.load(residual + place, mask=exist, other=0)
-    scales = tl.load(weight + columns, mask=exist, other=0)
     if RANKS > 1:
         half = tl.load(turns + row)
         first, second = exchange(

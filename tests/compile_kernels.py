@@ -245,12 +245,20 @@ def compile_sums(capability: int) -> None:
         compile_kernel(ticket_sums.exchange_kernel, 4, **known)
     own = dict.fromkeys(("words", "turns"), "*i32")
     own |= dict.fromkeys(("part", "residual", "weight", "normed", "stream"), "*i32")
-    own |= {"matrix": "*bf16", "second": "*bf16"}
     for is_wide in (False, True):
         width = hidden if is_wide else hidden // 2
         known = {"RANK": 1, "W": width, "BLOCK": width, "FLOAT": is_wide}
-        known |= {"WARPS": summed_layers.WARPS, "AHEAD": pdl}
-        compile_kernel(ticket_sums.add_norm_kernel, summed_layers.WARPS, **known)
+        compile_kernel(ticket_sums.add_norm_kernel, 8, **known)
+
+
+def compile_gate_up(capability: int) -> None:
+    """The product of a shard of 8B, in both dtypes that shards add up."""
+    hidden, inner, _, _ = FUSED["8B"]
+    for number, bk in (("bf16", 128), ("fp32", 64)):
+        shape = {"INNER": inner // RANKS, "K": hidden, "ROWS": summed_layers.MOST_ROWS}
+        shape |= {"COLUMNS": summed_layers.COLUMNS, "BK": bk}
+        options = {"num_warps": 4, "num_stages": 4}
+        compile_one(summed_layers.gate_up_kernel, shape, number, capability, **options)
 
 
 def main_fused(capability: int) -> None:
@@ -264,6 +272,8 @@ def main_fused(capability: int) -> None:
     for number in ("bf16", "fp16"):
         compile_vectors(capability, number)
     compile_sums(capability)
+    if capability >= 90:  # where it is used
+        compile_gate_up(capability)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class HostGroup:
 
 
 def run_layers(group: HostGroup) -> None:
-    """Twice with tickets, so that all places are used again, and once without."""
+    """Twice with words in all places, of which none may be left over, and once without."""
     from test_fused_decode import BLOCK_SIZE, Step, make_model
     from test_fused_shards import cut_caches, make_shard
 
@@ -79,8 +79,9 @@ def run_layers(group: HostGroup) -> None:
     expected = whole.model(step.tokens, place, theirs, metadata)
     shard: Any = make_shard(whole, group)
     layers = SummedLayers(shard, lambda function: function)
-    for most_rows in (layers.most_rows, layers.most_rows, count - 1):
-        layers.most_rows, group.sums = most_rows, 0
+    most = layers.most_rows
+    for most_rows, is_half in ((most, False), (most, True), (count - 1, True)):
+        layers.most_rows, layers.fills_one_round, group.sums = most_rows, is_half, 0
         mine = cut_caches(step.copy_caches(), group.rank, group.size)
         hidden = layers(step.tokens, place, mine, metadata)
         torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-5)

@@ -4,8 +4,6 @@
 
 A time is the median over replays of a CUDA graph that holds one call for each of several steps.
 Each step has blocks of its own, so that its keys come from memory and not from the card's cache.
-The recording of 2026-11-29 was made by the first version of this script, which timed the launches
-through a registered operator as well.
 """
 
 from __future__ import annotations
@@ -32,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 from graph_clock import time_replays  # noqa: E402
 
 from folo_lib import paged_attention as module  # noqa: E402
+from folo_lib.benchmark_floor import SIZE, measure_reading, read_once  # noqa: E402
 from folo_lib.kv_cache import (  # noqa: E402
     AttentionMetadata,
     TorchSDPABackend,
@@ -46,6 +45,7 @@ DECODES = {
     "256x800": [800] * 256,
     "64x800": [800] * 64,
     "1x32768": [32768],
+    "1x8000 and 31x300": [8000] + [300] * 31,
     "1x128": [128],
     "8x512": [512] * 8,
     "256x200..1600": UNEQUAL.tolist(),
@@ -55,8 +55,8 @@ PREFILLS = {  # tokens that run, and all tokens
     "2048 after 6144": ([2048], [8192]),
     "4x512": ([512] * 4, [512] * 4),
 }
-SPLIT = ("1x32768", "64x800", "256x800")
-STORED = 256
+SPLIT = ("1x32768", "1x8000 and 31x300", "256x800")
+STORED, LONG = 256, "1x32768"
 
 Step = tuple[Tensor, AttentionMetadata]
 
@@ -75,12 +75,13 @@ def describe_card() -> dict[str, Any]:
     multiply = measure([lambda: a @ a] * 3)
     x = torch.randn(2**30, device=DEVICE)
     y = torch.empty_like(x)
-    read, copy = (measure([f] * 4) for f in (x.sum, lambda: y.copy_(x)))
+    copy = measure([lambda: y.copy_(x)] * 4)
+    speeds = measure_reading(DEVICE, x.nbytes, 7, 4)
     return {
         "device": torch.cuda.get_device_name(),
         "multiprocessors": module.count_multiprocessors(DEVICE),
         "matmul_tflops": round(2 * 8192**3 / multiply / 1e6, 1),
-        "read_gb_s": round(x.nbytes / read / 1e3, 1),
+        "read_gb_s": round(statistics.median(speeds) / 1e9, 1),
         "copy_gb_s": round(2 * x.nbytes / copy / 1e3, 1),
     }
 
@@ -196,7 +197,9 @@ def record_rows(caches: Tensor, speed: float) -> list[dict[str, Any]]:
             {
                 "kernel": "decode",
                 "shape": shape,
-                "splits": module.choose_num_splits(len(lens), KV_HEADS, DEVICE),
+                "splits": module.choose_num_splits(
+                    len(lens), KV_HEADS, max(lens), DEVICE
+                ),
                 "bytes": sum(lens) * token_bytes,
                 "operations": 4 * HEADS * HEAD_DIM * sum(lens),
                 "us": time_kernel(module.decode, caches, steps),
@@ -235,6 +238,28 @@ def record_splits(caches: Tensor) -> list[dict[str, Any]]:
     return rows
 
 
+def record_stages(caches: Tensor) -> dict[str, Any]:
+    """One long sequence: a kernel that only reads as many bytes, and decode without a merge."""
+    [length] = DECODES[LONG]
+    steps = make_steps([1], [length])
+    count = 2 * length * KV_HEADS * HEAD_DIM * DTYPE.itemsize // (4 * SIZE)
+    pieces = caches.view(-1).view(torch.int32).split(count * SIZE)[: len(steps)]
+    sums = torch.zeros(count, dtype=torch.int32, device=DEVICE)
+    found = {"shape": LONG}
+    found["reading_us"] = measure([lambda x=x: read_once(x, sums) for x in pieces])
+    merge, module.merge_kernel = module.merge_kernel, NoKernel()
+    found["without_merge_us"] = time_kernel(module.decode, caches, steps)
+    module.merge_kernel = merge
+    return found | {"us": time_kernel(module.decode, caches, steps)}
+
+
+class NoKernel:
+    """What is launched in place of a kernel that is left out."""
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
 def record() -> dict[str, Any]:
     card = describe_card()
     shape = (NUM_BLOCKS, BLOCK_SIZE, KV_HEADS, HEAD_DIM)
@@ -259,6 +284,7 @@ def record() -> dict[str, Any]:
         "host_us": time_host(caches),
         "recording": record_rows(caches, card["read_gb_s"]),
         "splits": record_splits(caches),
+        "stages": record_stages(caches),
     }
 
 
