@@ -23,11 +23,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .cuda_graph import Function
-from .early_start import has_pdl
 from .fused_decode import FusedLayers
 from .kv_cache import AttentionMetadata
 from .layers import RMSNorm
-from .paged_attention import count_multiprocessors
 from .qwen3 import Qwen3DecoderLayer, Qwen3MLP
 from .symmetric_memory import TICKET_BYTES, SharedGroup
 from .tensor_parallel import ShardedForCausalLM
@@ -73,9 +71,12 @@ def gate_up_kernel(
 
 def fills_one_round(mlp: Qwen3MLP, device: torch.device) -> bool:
     """Whether the programs of `gate_up_kernel` run together, and more than half the card works."""
-    count = mlp.down_proj.in_features // COLUMNS
-    most = count_multiprocessors(device)
-    return most // 2 < count <= most
+    if device.type != "cuda":
+        return False
+    properties = torch.cuda.get_device_properties(device)
+    has_room = properties.shared_memory_per_multiprocessor > 200 * 1024
+    count, most = mlp.down_proj.in_features // COLUMNS, properties.multi_processor_count
+    return has_room and most // 2 < count <= most
 
 
 def run_gate_up(mlp: Qwen3MLP, x: Tensor) -> Tensor:
@@ -128,7 +129,6 @@ class SummedLayers(FusedLayers):
         self.turns = self.addresses.new_zeros(self.most_rows, dtype=torch.int32)
         mlp = cast(Qwen3DecoderLayer, model.model.layers[0]).mlp
         self.fills_one_round = fills_one_round(mlp, weight.device)
-        self.pdl = has_pdl(weight.device)
 
     def add_norm(
         self, part: Tensor, residual: Tensor, norm: RMSNorm
@@ -152,8 +152,6 @@ class SummedLayers(FusedLayers):
             RANKS=num_ranks,
             BLOCK=triton.next_power_of_2(self.row_words),
             FLOAT=part.dtype == torch.float32,
-            PDL=self.pdl,
-            launch_pdl=self.pdl,
             num_warps=8,
         )
         return normed, stream

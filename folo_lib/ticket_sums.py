@@ -200,7 +200,6 @@ def add_norm_kernel(
     RANKS: tl.constexpr,
     BLOCK: tl.constexpr,
     FLOAT: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """`RMSNorm` of the residual stream and the sum over ranks of `part`, a row a program.
 
@@ -210,7 +209,6 @@ def add_norm_kernel(
     row, columns = tl.program_id(0), tl.arange(0, BLOCK)
     exist, place = columns < W, row * W + columns
     scales = tl.load(weight + columns, mask=exist, other=0)
-    wait_for_previous(PDL)
     bits = tl.load(part + place, mask=exist, other=0)
     before = tl.load(residual + place, mask=exist, other=0)
     if RANKS > 1:

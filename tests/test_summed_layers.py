@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,3 +120,27 @@ def test_two_ranks_and_the_whole_model() -> None:
         for process in ranks:
             process.kill()
             process.join()
+
+
+def test_which_products_are_in_a_kernel_of_our_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """8B on two ranks makes 96 programs, on one 192 and on four 48; an A10 has no room."""
+    from folo_lib.summed_layers import fills_one_round
+
+    cuda = torch.device("cuda")
+    for inner, multiprocessors, room, expected in (
+        (6144, 132, 228, True),
+        (12288, 132, 228, False),
+        (3072, 132, 228, False),
+        (6144, 108, 164, False),
+        (6144, 72, 100, False),
+    ):
+        card = SimpleNamespace(
+            multi_processor_count=multiprocessors,
+            shared_memory_per_multiprocessor=room * 1024,
+        )
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, x=card: x)
+        mlp: Any = SimpleNamespace(down_proj=SimpleNamespace(in_features=inner))
+        assert fills_one_round(mlp, cuda) is expected
+        assert not fills_one_round(mlp, torch.device("cpu"))

@@ -248,7 +248,7 @@ def test_norms_of_sums(num_ranks: int, dtype: torch.dtype) -> None:
     add_norm_kernel[(rows,)](
         *(one.view(torch.int32) for one in tensors), words[rank], addresses, turns,
         4 * width, norm.eps, W=width, RANK=rank, RANKS=num_ranks, BLOCK=32,
-        FLOAT=dtype == torch.float32, PDL=False,
+        FLOAT=dtype == torch.float32,
     )  # fmt: skip
     assert stream.float().equal(parts.float().sum(0) + residual.float())
     close = {} if dtype == torch.bfloat16 else {"rtol": 1e-6, "atol": 1e-6}
