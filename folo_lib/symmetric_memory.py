@@ -23,7 +23,6 @@ from __future__ import annotations
 import gc
 import itertools
 import weakref
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -64,6 +63,15 @@ CONNECTED: weakref.WeakValueDictionary[int, SymmetricGroup] = (
 """The groups of this process; a compiled layer knows its own by a number."""
 
 
+ABANDONED: list[torch.device] = []
+"""Of groups that nobody holds any more, and that are still PyTorch's default one.
+
+NCCL ends only after all graphs that have its kernels. Where Python collects an engine, it tells of
+the group before it frees the graphs, so a group that ended then would wait for them for ever. The
+next group ends it.
+"""
+
+
 def leave(device: torch.device) -> None:
     """Ends this process's part of PyTorch's default group.
 
@@ -90,7 +98,7 @@ class SymmetricGroup:
         self.rank, self.size, self.store = rank, size, store
         self.device = torch.device("cuda", rank)
         self.number = next(self.numbers)
-        self.end: Callable[[], object] = list  # nothing is to be left yet
+        self.end: weakref.finalize[Any, SymmetricGroup] | None = None
         self.addresses: dict[int, list[int]] = {}  # of what `allocate` gave
         CONNECTED[self.number] = self
         torch.cuda.set_device(self.device)  # Triton launches there
@@ -104,11 +112,14 @@ class SymmetricGroup:
         """
         if dist.is_initialized():
             gc.collect()  # perhaps it is that of an engine which nobody holds any more
+            if ABANDONED:
+                leave(self.device)
         if dist.is_initialized():
             raise ValueError(
                 "this process has a torch.distributed group already: end that first, or the "
                 "engine that has it; a process has one engine of several GPUs at a time."
             )
+        ABANDONED.clear()  # that one is gone
         c10d: Any = dist
         from .ticket_sums import EMPTY
 
@@ -123,9 +134,8 @@ class SymmetricGroup:
             )
             world: Any = dist.group.WORLD
             self.world, self.name = world, str(world.group_name)
-            end = weakref.finalize(self, leave, self.device)
-            end.atexit = False  # the end of the process does it
-            self.end = end
+            self.end = weakref.finalize(self, ABANDONED.append, self.device)
+            self.end.atexit = False  # the end of the process does it
             self.buffer = self.allocate(TWO_SHOT_BYTES, dtype=torch.uint8)
             shape = 2, self.size, TICKET_BYTES // 4
             self.words = self.allocate(*shape, dtype=torch.int32, fill=EMPTY.value)
@@ -207,8 +217,9 @@ class SymmetricGroup:
         return torch.cat(parts.unbind(), -1)
 
     def close(self) -> None:
-        """Lets the others go."""
-        self.end()
+        """Lets the others go; what graphs have recorded of the group is gone by then."""
+        if self.end is not None and self.end.detach():
+            leave(self.device)
 
 
 @torch.library.custom_op("folo_lib::all_reduce", mutates_args=())
