@@ -37,7 +37,7 @@ from folo_lib.cuda_graph import GraphRunner, GraphSize
 from folo_lib.qwen3 import Qwen3ForCausalLM
 from folo_lib.runner import NewRequest, ScheduledRequest, StepPlan
 from folo_lib.sampling_params import SamplingParams
-from folo_lib.symmetric_memory import METHODS, TICKET_BYTES, SymmetricGroup
+from folo_lib.symmetric_memory import METHODS, ONE_KERNEL_BYTES, SymmetricGroup
 from folo_lib.tensor_parallel import ShardedForCausalLM
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def measure_sums(group: SymmetricGroup, sizes: ParallelSizes) -> list[Result]:
         x = torch.zeros(kilobytes * 512, dtype=torch.bfloat16, device=group.device)
         shared, total = group.buffer[: x.nbytes].view(x.dtype), torch.empty_like(x)
         ways: dict[str, Callable[[], object]] = {
-            "tickets": lambda a=x: group.all_reduce_by("tickets", a),  # type: ignore[misc]
+            "one_kernel": lambda a=x: group.all_reduce_by("one_kernel", a),  # type: ignore[misc]
             "one_shot": lambda a=shared, b=total: (
                 torch.ops.symm_mem.one_shot_all_reduce_out(  # type: ignore[misc]
                     a, "sum", group.name, b
@@ -185,8 +185,8 @@ def measure_sums(group: SymmetricGroup, sizes: ParallelSizes) -> list[Result]:
             "nccl": lambda a=x: dist.all_reduce(a),  # type: ignore[misc]
             "group": lambda a=x: group.all_reduce(a),  # type: ignore[misc]
         }
-        if x.nbytes > TICKET_BYTES:
-            del ways["tickets"]
+        if x.nbytes > ONE_KERNEL_BYTES:
+            del ways["one_kernel"]
         for name, way in ways.items():
 
             def several(way: Callable[[], object] = way) -> None:

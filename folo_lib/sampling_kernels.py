@@ -417,7 +417,9 @@ class TritonDraw:
         rank, num_ranks: whose logits these are, of how many; see `ShardedDraw`.
     """
 
-    first_id, rank, num_ranks = 0, 0, 1
+    first_id = 0
+    rank = 0
+    num_ranks = 1
 
     def __init__(
         self, num_seqs: int, vocab_size: int, device: torch.device | str

@@ -27,7 +27,7 @@ from .fused_decode import FusedLayers
 from .kv_cache import AttentionMetadata
 from .layers import RMSNorm
 from .qwen3 import Qwen3DecoderLayer, Qwen3MLP
-from .symmetric_memory import TICKET_BYTES, SharedGroup
+from .symmetric_memory import ONE_KERNEL_BYTES, SharedGroup
 from .tensor_parallel import ShardedForCausalLM
 from .ticket_sums import EMPTY, add_norm_kernel
 
@@ -121,7 +121,7 @@ class SummedLayers(FusedLayers):
         self.group, self.activate = cast(SharedGroup, model.group), wrap(run_activation)
         weight = model.model.embed_tokens.weight
         self.row_words = weight.shape[1] * weight.element_size() // 4
-        self.most_rows = TICKET_BYTES // (4 * self.row_words)
+        self.most_rows = ONE_KERNEL_BYTES // (4 * self.row_words)
         shape = 2, self.group.size, self.most_rows * self.row_words
         self.words = self.group.allocate(*shape, dtype=torch.int32, fill=EMPTY.value)
         addresses = self.group.find_addresses(self.words)

@@ -4,8 +4,8 @@ NCCL, PyTorch's library for what several GPUs do together, is made for long mess
 symmetric memory is quicker where they are short: each GPU maps the buffers of all others into its
 own address space. Two ways are used here, neither with NVLink multicast:
 
-- Tickets, for short messages: one kernel writes this rank's part into the memory of all others,
-  and adds up theirs as they come; see `ticket_sums.py`.
+- One kernel, for short messages: it writes this rank's part into the memory of all others, and
+  adds up theirs as they come; see `ticket_sums.py`.
 - Two shots, a kernel of PyTorch's: every rank adds a part of its own, and writes that part into
   all buffers. Each reads less, and waits one time more.
 
@@ -14,8 +14,8 @@ the begin until the blocks of its number have begun on all ranks, by when everyt
 launched before has ended there, and at the end until they have read. So after the kernel a rank
 may overwrite its buffer: no peer reads it any more. One buffer serves all sums that follow one
 another on one stream, and a graph can be replayed as often as wanted. All ranks add in the order
-of the ranks, so all have the same bits. In two shots bfloat16 is rounded after each addition, with
-tickets once; with two ranks that is the same.
+of the ranks, so all have the same bits. In two shots bfloat16 is rounded after each addition, in one
+kernel once; with two ranks that is the same.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from .tensor_parallel import CONNECT_SECONDS, RankGroup, naming_lost_rank
 
 __all__ = ["METHODS", "SharedGroup", "SymmetricGroup"]
 
-METHODS = "tickets", "two_shot", "nccl"
+METHODS = "one_kernel", "two_shot", "nccl"
 # Up to how many bytes the first two are the quickest, by rule, so that every start adds alike.
 # Measured by the benchmark's section `tensor_parallel`.
-TICKET_BYTES = 2**20
+ONE_KERNEL_BYTES = 2**20
 TWO_SHOT_BYTES = 8 * 2**20
 DTYPES = (torch.bfloat16, torch.float32)  # that both add
 PROGRAM_WORDS = (
@@ -137,11 +137,11 @@ class SymmetricGroup:
             self.end = weakref.finalize(self, ABANDONED.append, self.device)
             self.end.atexit = False  # the end of the process does it
             self.buffer = self.allocate(TWO_SHOT_BYTES, dtype=torch.uint8)
-            shape = 2, self.size, TICKET_BYTES // 4
+            shape = 2, self.size, ONE_KERNEL_BYTES // 4
             self.words = self.allocate(*shape, dtype=torch.int32, fill=EMPTY.value)
             addresses = self.find_addresses(self.words)
             self.word_addresses = torch.tensor(addresses, device=self.device)
-            num_programs = TICKET_BYTES // 4 // PROGRAM_WORDS
+            num_programs = ONE_KERNEL_BYTES // 4 // PROGRAM_WORDS
             self.turns = torch.zeros(
                 num_programs, dtype=torch.int32, device=self.device
             )
@@ -168,7 +168,7 @@ class SymmetricGroup:
         """Which of `METHODS` adds up messages of that size."""
         if x.dtype not in DTYPES or x.nbytes % 16 or x.nbytes > TWO_SHOT_BYTES:
             return "nccl"
-        return "tickets" if x.nbytes <= TICKET_BYTES else "two_shot"
+        return "one_kernel" if x.nbytes <= ONE_KERNEL_BYTES else "two_shot"
 
     def all_reduce_by(self, method: str, x: Tensor) -> Tensor:
         """`all_reduce` by one of `METHODS`."""
@@ -176,7 +176,7 @@ class SymmetricGroup:
             total = x.clone(memory_format=torch.contiguous_format)
             dist.all_reduce(total)
             return total
-        if method == "tickets":
+        if method == "one_kernel":
             return self.exchange(x.contiguous())
         shared = self.buffer[: x.nbytes].view(x.dtype).view(x.shape)
         shared.copy_(x)
@@ -184,7 +184,7 @@ class SymmetricGroup:
         return shared.clone()
 
     def exchange(self, x: Tensor) -> Tensor:
-        """`all_reduce` with tickets; `x` has at most `TICKET_BYTES`."""
+        """`all_reduce` in one kernel; `x` has at most `ONE_KERNEL_BYTES`."""
         from .ticket_sums import exchange_kernel
 
         total, num_words = torch.empty_like(x), x.nbytes // 4

@@ -1,13 +1,20 @@
-"""Sums over GPUs without a barrier: every number travels with a ticket.
+"""Sums over GPUs without a barrier: a number that has come says so itself.
 
 A sum over ranks has two parts, sending numbers and knowing when those of the others have come. A
-barrier answers the second with messages of its own, which travel after the numbers. Here a number
-and the ticket of its sum are one word of 64 bits, written in one piece into the memory of every
-other rank. Who waits looks at the words themselves: the number is there as soon as its ticket is.
+barrier answers the second with messages of its own, which travel after the numbers. Here who waits
+looks at the places where the numbers will be, in one of two ways:
 
-Two buffers take turns. A rank that sends for the sum after the next one has seen what the others
-sent for the next one, and they sent that after they had read this one. So it writes over what
-everybody has read. Tickets come from the memory of the GPU, where a recorded graph counts on.
+- In the fused step of `fused_shards.py` a kernel sends what it has computed, and a later one adds
+  up. A number and the ticket of its sum are one word of 64 bits, written in one piece, so the
+  number is there as soon as its ticket is. Tickets come from the memory of the GPU, where a
+  recorded graph counts on.
+- Where one kernel sends and adds up (`exchange`), it makes the places empty again as soon as it has
+  read them. So a number needs no ticket, and half as many bytes travel: it is there as soon as its
+  place is not empty.
+
+In both, two buffers take turns. A rank that sends for the sum after the next one has seen what the
+others sent for the next one, and they sent that after they had read this one, and made it empty.
+So it writes over what everybody has read.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators

@@ -53,6 +53,7 @@ TABLE = (
     "engine",
     "scheduler",
     "block_pool",
+    "early_start",
     "paged_attention",
     "sampling_kernels",
     "cuda_graph",
@@ -63,6 +64,7 @@ TABLE = (
     "tensor_parallel",
     "ticket_sums",
     "symmetric_memory",
+    "summed_layers",
     "fused_vectors",
     "fused_shards",
     "serving",
@@ -108,6 +110,7 @@ COURSE = (
     "engine",
     "scheduler",
     "block_pool",
+    "early_start",
     "paged_attention",
     "cuda_graph",
     "fused_decode",
@@ -388,6 +391,7 @@ class TestModules:
         with_kernels = {"paged_attention", "sampling_kernels"}
         with_kernels |= {"fused_attention", "fused_decode", "fused_shards"}
         with_kernels |= {"fused_vectors", "ticket_sums"}
+        with_kernels |= {"early_start", "summed_layers"}
         with_kernels |= {"benchmark_floor"}
         if path.stem in with_kernels:
             allowed = allowed | {"triton"}

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,7 @@ def test_the_script_of_the_recording_writes_what_the_page_reads(
         "DECODES": {"3x40": [40] * 3, "1x200": [200]},
         "PREFILLS": {"9": ([9], [9]), "6 after 8": ([6], [14])},
         "SPLIT": ("1x200",),
+        "LONG": "1x200",
     }.items():
         monkeypatch.setattr(script, name, small)
     card = {"device": "none", "multiprocessors": 8, "matmul_tflops": 1.0}
@@ -169,6 +171,7 @@ def test_the_script_of_the_recording_writes_what_the_page_reads(
     assert (
         made.keys() == kept.keys() and made["host_us"].keys() <= kept["host_us"].keys()
     )
+    assert made["stages"].keys() == kept["stages"].keys()
     for part in ("recording", "splits"):
         keys = {row.get("kernel"): row.keys() for row in kept[part]}
         assert {row.get("kernel"): row.keys() for row in made[part]} == keys
@@ -199,10 +202,12 @@ class TestRecording:
                 assert row["floor_us"] == pytest.approx(floor, abs=0.01)
 
     def test_the_copies_are_what_figure_1_says(self, record: dict[str, Any]) -> None:
-        """Three to six times as fast, says the title of figure 4."""
+        """Up to six times as fast, says the title of figure 4; in one row less than three."""
         rows = [row for row in record["recording"] if row["kernel"] == "decode"]
-        ratios = [row["torch_sdpa_us"] / row["us"] for row in rows]
-        assert (round(min(ratios)), round(max(ratios))) == (3, 6)
+        ratios = {row["shape"]: row["torch_sdpa_us"] / row["us"] for row in rows}
+        mixed = ratios.pop("1x8000 and 31x300")
+        assert (round(min(ratios.values())), round(max(ratios.values()))) == (3, 6)
+        assert mixed < 2
 
     def test_words(self, record: dict[str, Any], prose: str) -> None:
         rows = {row["shape"]: row for row in record["recording"]}
@@ -210,25 +215,37 @@ class TestRecording:
         floor = {name: row.get("floor_us") for name, row in rows.items()}
         taken = {(row["shape"], row["splits"]): row["us"] for row in record["splits"]}
         long = [taken["1x32768", n] for n in (1, 16, 32, 64)]
+        mixed = {n: taken["1x8000 and 31x300", n] for n in (1, 64)}
+        stages = record["stages"]
 
         def share(shape: str, time: float | None = None) -> str:
             return f"{floor[shape] / (time or us[shape]):.0%}".replace("%", " %")
 
         for words in (
             f"Unequal requests are read at {share('256x200..1600')} of the speed",
-            f"64 of one length at {share('64x800')}",
+            f"The 64 of one length reach {share('64x800')}",
+            f"{64 * 8} programs, of which {3 * record['multiprocessors']} run at once, "
+            f"and the last {64 * 8 - 3 * record['multiprocessors']} have",
             f"The 256 of one length come to {share('256x800')} here and to "
             f"{share('256x800', taken['256x800', 1])} in the next table",
             f"is read at {share('1x32768')}: {us['1x32768']:.0f} µs, of which the "
             f"floor is {floor['1x32768']:.0f}",
+            f"as many bytes takes {stages['reading_us']:.0f} µs",
+            f"without its merge takes {stages['without_merge_us']:.0f} µs",
             f"with 128 tokens it takes {us['1x128']:.0f} µs",
+            f"31 short answers wait {mixed[1]:.0f} µs for the long one, and with 64 "
+            f"splits all are there after {mixed[64]:.0f} µs",
+            f"allow only {rows['1x8000 and 31x300']['splits']}, with which they take "
+            f"{us['1x8000 and 31x300']:.0f} µs",
+            f"take {taken['256x800', 64]:.0f} µs with 64 splits, and "
+            f"{taken['256x800', 1]:.0f} without",
             f"takes {us['256 tokens']:.0f} µs for 256 tokens",
             "It is six for 256 requests of unequal lengths",
             "well over a hundred operations",
             f"An H200 has {record['multiprocessors']} multiprocessors",
-            "a factor of more than thirteen",
-            "twice as many gain almost nothing more",
-            "makes them slower by a sixth",
+            "a factor of more than fourteen",
+            "twice as many gain nothing more",
+            "two of the ten belong to any kernel, and three to the merge. The five between",
             f"is {rows['8192']['flash_us'] / us['8192']:.2f} times as fast as PyTorch's",
             f"a little slower, at {rows['4x512']['flash_us'] / us['4x512']:.2f}",
             "less than half of what the card can multiply",
@@ -238,10 +255,10 @@ class TestRecording:
             assert words in prose, words
         assert round(rows["256x200..1600"]["torch_sdpa_us"] / us["256x200..1600"]) == 6
         assert 150 < 1000 * record["matmul_tflops"] / record["read_gb_s"] < 200
-        assert 13 < long[0] / long[2] < long[0] / long[3] < 14
-        assert (
-            8 * 16 < record["multiprocessors"] < 8 * 32 and 1 < long[2] / long[3] < 1.02
-        )
-        assert 1.15 < taken["64x800", 2] / taken["64x800", 1] < 1.18
+        assert 14 < long[0] / long[2] < 15 and long[3] > long[2]
+        assert 8 * 16 < record["multiprocessors"] < 8 * 32
+        parts = floor["1x32768"], stages["reading_us"], stages["without_merge_us"]
+        steps = [b - a for a, b in pairwise([*parts, stages["us"]])]
+        assert [round(step) for step in steps] == [2, 5, 3]
         assert 10 <= us["1x32768"] - floor["1x32768"] < 11
         assert rows["8192"]["tflops"] < record["matmul_tflops"] / 2

@@ -232,12 +232,15 @@ def test_page_16_says_what_its_recording_holds() -> None:
     one, two = find("8B", 1, 1), find("8B", 1, 2, has_sums=True)
     many = find("8B", 64, 2, has_sums=True) / find("8B", 64, 1)
     small = find("0.6B", 1, 2, has_sums=True) / find("0.6B", 1, 1)
-    assert two / one <= 0.65 and many > 1 / 1.6
+    assert two / one <= 0.65 and many <= 1 / 1.6
     sums = {
         one["shape"]: one["sums_ms"]
         for one in measured["ratios"]
         if one["requests"] == 1
     }
+    [waiting] = [x["sums_ms"] for x in measured["ratios"] if x["requests"] == 64]
+    wanted = {"bytes": 8192, "method": "group", "place": "graph"}
+    [own] = [x["us"] for x in measured["sums"] if wanted.items() <= x.items()]
     prose = read_prose("16_tensor_parallel")
     for words in (
         f"it makes it {small:.1f} times as long",
@@ -246,6 +249,8 @@ def test_page_16_says_what_its_recording_holds() -> None:
         f"with one sequence, and it takes {two / one:.2f}",
         f"Without its sums the step of {two:.2f} ms would be {sums['8B']:.2f} ms shorter",
         f"which is a ratio of {1 / 1.6}, and it is {many:.2f}",
+        f"What the sums do cost, {waiting:.2f} ms, is in part waiting",
+        f"less than 73 times the {own:.1f} µs of the first table",
         f"such a step would take {find('8B', 64, 2):.2f} ms",
         f"and half of the {find('8B', 64, 1):.2f} ms would be {find('8B', 64, 1) / 2:.2f}",
         f"they are {sums['0.6B']:.2f} of the {find('0.6B', 1, 2, has_sums=True):.2f} ms",

@@ -214,14 +214,14 @@ def gather(x: torch.Tensor) -> list[torch.Tensor]:
 
 def add_and_repeat(group: Any) -> None:
     """Each way is right, the same on all ranks, and keeps its order in a graph."""
-    from folo_lib.symmetric_memory import METHODS, TICKET_BYTES
+    from folo_lib.symmetric_memory import METHODS, ONE_KERNEL_BYTES
 
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
         for shape in ((3, 8), (1, 4096), (100, 4104), (300, 4096)):
             torch.manual_seed(group.rank)
             x = torch.randn(shape, device=group.device).to(dtype)
             exact = torch.stack(gather(x)).double().sum(0).to(dtype)
-            methods = METHODS[x.nbytes > TICKET_BYTES :]
+            methods = METHODS[x.nbytes > ONE_KERNEL_BYTES :]
             for method in methods if dtype != torch.float16 else [group.choose(x)]:
                 total = group.all_reduce_by(method, x)
                 assert total.equal(exact), (method, dtype, shape)
@@ -354,7 +354,7 @@ def decode_many(group: Any) -> None:
         assert tables.last_token_ids[row_index].equal(token_ids)
     # As near to exact sums and norms as sums and norms that are apart.
     place = torch.arange(150, device="cuda") % 64
-    for num_tokens in (20, 150):  # the second are too many for tickets
+    for num_tokens in (20, 150):  # the second are too many for one kernel
         x = torch.randint(1000, (num_tokens,), device="cuda")
         dist.broadcast(x, 0)
         step = make_prompts_of_one(runner, num_tokens)

@@ -1,4 +1,4 @@
-"""Sums with tickets, between two processes that share memory as GPUs of one host do.
+"""Sums without a barrier, between two processes that share memory as GPUs of one host do.
 
 Each runs Triton's interpreter, so a kernel that waits for the other rank does wait here.
 """

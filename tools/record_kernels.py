@@ -242,7 +242,8 @@ def record_stages(caches: Tensor) -> dict[str, Any]:
     """One long sequence: a kernel that only reads as many bytes, and decode without a merge."""
     [length] = DECODES[LONG]
     steps = make_steps([1], [length])
-    count = 2 * length * KV_HEADS * HEAD_DIM * DTYPE.itemsize // (4 * SIZE)
+    num_bytes = 2 * length * KV_HEADS * HEAD_DIM * DTYPE.itemsize
+    count = max(1, num_bytes // (4 * SIZE))
     pieces = caches.view(-1).view(torch.int32).split(count * SIZE)[: len(steps)]
     sums = torch.zeros(count, dtype=torch.int32, device=DEVICE)
     found = {"shape": LONG}
