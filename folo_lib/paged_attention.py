@@ -290,9 +290,9 @@ def merge_kernel(
     query_len = tl.load(query_start_loc + sequence + 1) - token
     seq_len = tl.load(seq_lens + sequence).to(tl.int32)
     chunk = find_chunk(seq_len, num_splits, MIN_CHUNK, BT)
+    wait_for_previous(PDL)  # who returned earlier would let the next kernel overtake
     if (query_len != 1) | (chunk >= seq_len):
         return
-    wait_for_previous(PDL)
     splits, dims = tl.arange(0, MAX_SPLITS), tl.arange(0, DIMS)
     used = splits < tl.cdiv(seq_len, chunk)
     row = sequence * tl.num_programs(0) + head
@@ -341,7 +341,7 @@ MAX_SPLITS = 64
 # %% ../notebooks/13_paged_attention.ipynb #choose-num-splits
 @cache
 def count_multiprocessors(device: torch.device) -> int:
-    """How many programs run at once, at one per multiprocessor; 8 without a GPU."""
+    """How many multiprocessors a GPU has; 8 without one."""
     if device.type != "cuda":
         return 8
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -374,3 +374,19 @@ def test_the_speed_up_is_of_paired_runs(benchmark: ModuleType) -> None:
     slow = {"tpot": {"values": [4.0, 9.0, 4.0]}}
     fast = {"tpot": {"values": [2.0, 3.0, 4.0]}}
     assert benchmark.times_faster(slow, fast, "tpot") == "2.00 (1.00 to 3.00)"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_nothing_that_is_counted_is_missing(page: Path) -> None:
+    """Sections, planted bugs, figures and exercises: one page had lost a heading unnoticed."""
+    cells = json.loads(page.read_text("utf-8"))["cells"]
+    prose = [c["source"] for c in cells if c["cell_type"] == "markdown"]
+    text = "\n".join("".join(source) for source in prose)
+    for pattern in (
+        r"^## (\d+)\. ",
+        r"^\*\*Bug (\d+)",
+        r"^\*\*Figure (\d+)\.",
+        r"^\*\*(\d+)\. ",
+    ):
+        numbers = [int(number) for number in re.findall(pattern, text, re.M)]
+        assert numbers == list(range(1, len(numbers) + 1)), pattern

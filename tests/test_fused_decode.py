@@ -342,15 +342,14 @@ def test_a_layer_of_any_step(heads: int, kv_heads: int) -> None:
 def test_a_padding_row_stores_nothing() -> None:
     model = make_model(4, 2, hidden_size=96, intermediate_size=64)
     attention = model.model.layers[0].self_attn
-    caches = tuple(torch.zeros(2, BLOCK_SIZE, 2, 128, device=DEVICE) for _ in range(2))
+    longer = torch.zeros(2, 3, BLOCK_SIZE, 2, 128, device=DEVICE)
+    keys, values = longer[:, 1:]  # slot -1 of these is there
     qkv = torch.randn(3, 8 * 128, device=DEVICE)
     cos, sin = model.model.rotary_emb(torch.arange(3, device=DEVICE))
     slots = torch.tensor([-1, 5, -1], device=DEVICE)
-    module.prepare(attention, qkv, cos, sin, (caches[0], caches[1]), slots)
-    written = [
-        cache.flatten(0, 1).abs().sum((1, 2)).nonzero().tolist() for cache in caches
-    ]
-    assert written == [[[5]], [[5]]]
+    module.prepare(attention, qkv, cos, sin, (keys, values), slots)
+    written = longer.flatten(1, 2).abs().sum((2, 3)).nonzero().tolist()
+    assert written == [[0, BLOCK_SIZE + 5], [1, BLOCK_SIZE + 5]]
 
 
 @triton.jit

@@ -230,9 +230,13 @@ class TestRecording:
             f"{share('256x800', taken['256x800', 1])} in the next table",
             f"is read at {share('1x32768')}: {us['1x32768']:.0f} µs, of which the "
             f"floor is {floor['1x32768']:.0f}",
-            f"as many bytes takes {stages['reading_us']:.0f} µs",
-            f"without its merge takes {stages['without_merge_us']:.0f} µs",
-            f"with 128 tokens it takes {us['1x128']:.0f} µs",
+            f"With 128 tokens a step takes {us['1x128']:.0f} µs, and so "
+            f"{us['8x512']:.0f} µs for 8 × 512 tokens are not as bad as their "
+            f"{share('8x512')} look",
+            f"Our rule takes {rows['1x32768']['splits']}",
+            f"these {256} one split each, a single conversation "
+            f"{rows['1x32768']['splits']}, and 32 conversations "
+            f"{rows['1x8000 and 31x300']['splits']}",
             f"31 short answers wait {mixed[1]:.0f} µs for the long one, and with 64 "
             f"splits all are there after {mixed[64]:.0f} µs",
             f"allow only {rows['1x8000 and 31x300']['splits']}, with which they take "
@@ -244,8 +248,9 @@ class TestRecording:
             "well over a hundred operations",
             f"An H200 has {record['multiprocessors']} multiprocessors",
             "a factor of more than fourteen",
-            "twice as many gain nothing more",
-            "two of the ten belong to any kernel, and three to the merge. The five between",
+            "and 64 are too many: they take longer again",
+            "Two of the ten belong to any kernel of that size",
+            "Three belong to the merge. The five between",
             f"is {rows['8192']['flash_us'] / us['8192']:.2f} times as fast as PyTorch's",
             f"a little slower, at {rows['4x512']['flash_us'] / us['4x512']:.2f}",
             "less than half of what the card can multiply",

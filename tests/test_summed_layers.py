@@ -193,7 +193,9 @@ def run_rank(
         barrier.abort()
 
 
-@pytest.mark.parametrize("work", [run_layers, run_runners])
+@pytest.mark.parametrize(
+    "work", [run_layers, pytest.param(run_runners, marks=pytest.mark.more)]
+)
 def test_two_ranks_and_the_whole_model(work: Callable[[HostGroup], None]) -> None:
     context = multiprocessing.get_context("spawn")
     shared = [torch.zeros(2**21, dtype=torch.int32).share_memory_() for _ in range(2)]
