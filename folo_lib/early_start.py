@@ -1,8 +1,10 @@
 """Kernels that start before the one ahead of them has ended: programmatic dependent launch (PDL).
 
 A kernel that is launched with `launch_pdl=True` is brought to its start while the one ahead of it
-still runs, once all programs of that one have let it. Two calls keep order. Where `PDL` is false,
-as in Triton's interpreter, they do nothing.
+still runs, once all programs of that one have let it. Two calls keep order. At least one program
+of such a kernel must wait: the kernel after it starts when it has ended, and if nobody waited,
+that may be before the one ahead has. Where `PDL` is false, as in Triton's interpreter, they do
+nothing.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs

@@ -245,6 +245,8 @@ def attention_kernel(
     length = tl.maximum(tl.cdiv(tiles, num_splits), min_tiles) * TILE
     begin, strides = split * length, (block_stride, slot_stride)
     if (begin >= tl.maximum(old, 1)) | (old < 0):  # nothing to do, or padding
+        if old < 0:  # where all is padding, somebody must wait: see early_start.py
+            wait_for_previous(PDL)
         return
     end = tl.minimum(begin + length, old)
     table += sequence * max_blocks

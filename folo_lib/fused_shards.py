@@ -305,8 +305,9 @@ class ShardedDraw(TritonDraw):
         assert isinstance(embedding, VocabParallelEmbedding)
         self.rank, self.num_ranks = self.group.rank, self.group.size
         self.first_id, weight = embedding.start, embedding.weight
-        num_tokens = min(len(weight), model.config.vocab_size - self.first_id)
-        super().__init__(num_seqs, num_tokens, weight.device)
+        super().__init__(num_seqs, len(weight), weight.device)  # as many slices on all
+        own = model.config.vocab_size - self.first_id
+        self.num_tokens = max(0, min(len(weight), own))
         for part in self.scratch.maxima, self.scratch.scores, self.scratch.ids:
             part.zero_()
 

@@ -290,7 +290,7 @@ def merge_kernel(
     query_len = tl.load(query_start_loc + sequence + 1) - token
     seq_len = tl.load(seq_lens + sequence).to(tl.int32)
     chunk = find_chunk(seq_len, num_splits, MIN_CHUNK, BT)
-    wait_for_previous(PDL)  # who returned earlier would let the next kernel overtake
+    wait_for_previous(PDL)  # all programs, also where there is nothing to merge
     if (query_len != 1) | (chunk >= seq_len):
         return
     splits, dims = tl.arange(0, MAX_SPLITS), tl.arange(0, DIMS)

@@ -413,6 +413,7 @@ class TritonDraw:
         device: of all tensors.
 
     Attributes:
+        num_tokens: of a row's logits, that belong to a token; of a shard perhaps not all do.
         first_id: whose the first logit is.
         rank, num_ranks: whose logits these are, of how many; see `ShardedDraw`.
     """
@@ -425,6 +426,7 @@ class TritonDraw:
         self, num_seqs: int, vocab_size: int, device: torch.device | str
     ) -> None:
         self.vocab_size, self.device = vocab_size, torch.device(device)
+        self.num_tokens = vocab_size
         widths = [MAX_SLICES.value] * 4 + [NUM_BINS.value, 2, 1, MAX_LISTED.value]
         floats, int32, int64 = [torch.float32] * 3, torch.int32, torch.int64
         dtypes = [*floats, torch.float32, int64, int64, int32, int64]
@@ -458,7 +460,7 @@ class TritonDraw:
         """
         num_rows, id_bits = len(logits), self.vocab_size.bit_length()
         num_slices = self.choose_num_slices(num_rows)
-        shard = self.vocab_size, self.first_id, self.rank, self.num_ranks
+        shard = self.num_tokens, self.first_id, self.rank, self.num_ranks
         written = token_ids, last_token_ids
         tables = positions, rows, floats, ints
         step = Step(logits, logits.stride(0), *shard, *tables, *written)

@@ -139,6 +139,7 @@ class SummedLayers(FusedLayers):
             part, num_ranks = self.group.all_reduce(part), 1
         normed, stream = torch.empty_like(part), torch.empty_like(part)
         tensors = part, residual, norm.weight, normed, stream
+        block = triton.next_power_of_2(self.row_words)
         launch: Any = add_norm_kernel
         launch[(len(part),)](
             *(one.view(torch.int32) for one in tensors),
@@ -150,9 +151,9 @@ class SummedLayers(FusedLayers):
             W=self.row_words,
             RANK=self.group.rank,
             RANKS=num_ranks,
-            BLOCK=triton.next_power_of_2(self.row_words),
+            BLOCK=block,
             FLOAT=part.dtype == torch.float32,
-            num_warps=8,
+            num_warps=min(8, max(1, block // 64)),  # no thread shares its words
         )
         return normed, stream
 

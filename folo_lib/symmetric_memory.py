@@ -14,8 +14,8 @@ the begin until the blocks of its number have begun on all ranks, by when everyt
 launched before has ended there, and at the end until they have read. So after the kernel a rank
 may overwrite its buffer: no peer reads it any more. One buffer serves all sums that follow one
 another on one stream, and a graph can be replayed as often as wanted. All ranks add in the order
-of the ranks, so all have the same bits. In two shots bfloat16 is rounded after each addition, in one
-kernel once; with two ranks that is the same.
+of the ranks, so all have the same bits. In two shots bfloat16 is rounded after each addition, in
+one kernel once; with two ranks that is the same.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ PROGRAM_WORDS = (
 
 
 class SharedGroup(RankGroup, Protocol):
-    """Ranks that can read and write each other's memory; `SymmetricGroup` has them."""
+    """Ranks that can read and write each other's memory; `SymmetricGroup` has them.
+
+    Their `all_reduce` leaves its argument as it is.
+    """
 
     def allocate(self, *shape: int, dtype: torch.dtype, fill: int = 0) -> Tensor:
         """A tensor full of that number, which all ranks can read; all call it together."""
@@ -63,8 +66,8 @@ CONNECTED: weakref.WeakValueDictionary[int, SymmetricGroup] = (
 """The groups of this process; a compiled layer knows its own by a number."""
 
 
-ABANDONED: list[torch.device] = []
-"""Of groups that nobody holds any more, and that are still PyTorch's default one.
+ABANDONED: list[Any] = []
+"""PyTorch's groups of those of ours that nobody holds any more.
 
 NCCL ends only after all graphs that have its kernels. Where Python collects an engine, it tells of
 the group before it frees the graphs, so a group that ended then would wait for them for ever. The
@@ -86,7 +89,8 @@ class SymmetricGroup:
     """Ranks on GPUs of one host; see `RankGroup`.
 
     Short sums go through symmetric memory, others and gathers through NCCL. A process has one
-    such group at a time, as it is PyTorch's default one.
+    such group at a time, as it is PyTorch's default one. It stays that until the next one connects,
+    or until somebody closes it or calls `leave`.
 
     Attributes:
         buffer: that all ranks can read.
@@ -112,14 +116,14 @@ class SymmetricGroup:
         """
         if dist.is_initialized():
             gc.collect()  # perhaps it is that of an engine which nobody holds any more
-            if ABANDONED:
+            if any(one is dist.group.WORLD for one in ABANDONED):
                 leave(self.device)
         if dist.is_initialized():
             raise ValueError(
                 "this process has a torch.distributed group already: end that first, or the "
                 "engine that has it; a process has one engine of several GPUs at a time."
             )
-        ABANDONED.clear()  # that one is gone
+        ABANDONED.clear()
         c10d: Any = dist
         from .ticket_sums import EMPTY
 
@@ -134,7 +138,7 @@ class SymmetricGroup:
             )
             world: Any = dist.group.WORLD
             self.world, self.name = world, str(world.group_name)
-            self.end = weakref.finalize(self, ABANDONED.append, self.device)
+            self.end = weakref.finalize(self, ABANDONED.append, world)
             self.end.atexit = False  # the end of the process does it
             self.buffer = self.allocate(TWO_SHOT_BYTES, dtype=torch.uint8)
             shape = 2, self.size, ONE_KERNEL_BYTES // 4

@@ -379,18 +379,22 @@ def test_logits_are_gathered_where_a_draw_needs_them(
     assert step.tokens["a"].token_id == 191  # of the sampler, from all logits
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_shards_draw_as_one(size: int) -> None:
-    """Numbers of rows that differ from call to call, equals on two ranks, and no winner."""
+@pytest.mark.parametrize(
+    ("size", "vocab_size"), [(2, 190), (4, 190), (2, 2049), (4, 197)]
+)
+def test_shards_draw_as_one(size: int, vocab_size: int) -> None:
+    """Numbers of rows that differ from call to call, equals on two ranks, and no winner.
+
+    The last rank has rows of nobody, and once fewer tiles than the others have.
+    """
     from test_sampling_kernels import Batch, make_logits
 
-    vocab_size = 190  # of 4 ranks the last has two rows of nobody
     wishes = [{"temperature": 0.0}, {}, {"temperature": 0.3}, {"min_p": 0.2}] * 2
     model = make_model(
         heads=16, kv_heads=4, intermediate_size=4096, vocab_size=vocab_size
     )
-    whole = make_logits(8, vocab_size)
-    whole[0, [20, 150]] = 9.0
+    whole = make_logits(8, vocab_size) - 20  # what nobody has written is 0
+    whole[0, [20, 150]] = -1.0
     whole[6, 188] = float("nan")
     steps = [whole[:1], whole, whole[:3].flip(0).contiguous()]
     expected = [Batch(wishes[: len(one)], one).draw(False) for one in steps]

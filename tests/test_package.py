@@ -110,7 +110,6 @@ COURSE = (
     "engine",
     "scheduler",
     "block_pool",
-    "early_start",
     "paged_attention",
     "cuda_graph",
     "fused_decode",

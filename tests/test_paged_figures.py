@@ -226,8 +226,9 @@ class TestRecording:
             f"The 64 of one length reach {share('64x800')}",
             f"{64 * 8} programs, of which {3 * record['multiprocessors']} run at once, "
             f"and the last {64 * 8 - 3 * record['multiprocessors']} have",
-            f"The 256 of one length come to {share('256x800')} here and to "
-            f"{share('256x800', taken['256x800', 1])} in the next table",
+            f"The 256 of one length come to {share('256x800')} here",
+            f"they take {taken['256x800', 1]:.0f} µs instead of {us['256x800']:.0f}, and "
+            f"that is {share('256x800', taken['256x800', 1])}",
             f"is read at {share('1x32768')}: {us['1x32768']:.0f} µs, of which the "
             f"floor is {floor['1x32768']:.0f}",
             f"With 128 tokens a step takes {us['1x128']:.0f} µs, and so "
@@ -248,7 +249,7 @@ class TestRecording:
             "well over a hundred operations",
             f"An H200 has {record['multiprocessors']} multiprocessors",
             "a factor of more than fourteen",
-            "and 64 are too many: they take longer again",
+            "64 are too many: they take longer again",
             "Two of the ten belong to any kernel of that size",
             "Three belong to the merge. The five between",
             f"is {rows['8192']['flash_us'] / us['8192']:.2f} times as fast as PyTorch's",

@@ -257,7 +257,6 @@ def test_page_16_says_what_its_recording_holds() -> None:
         f"Without its sums the step of {two:.2f} ms would be {sums['8B']:.2f} ms shorter",
         f"which is a ratio of {1 / 1.6}, and it is {many:.2f}",
         f"So the sums, {waiting:.2f} ms, are a third of the answer",
-        f"A part of those {waiting:.2f} ms is not",
         f"less than 73 times the {own:.1f} µs of the first table",
         f"such a step would take {find('8B', 64, 2):.2f} ms",
         f"and half of the {find('8B', 64, 1):.2f} ms would be {find('8B', 64, 1) / 2:.2f}",

@@ -24,7 +24,7 @@ class Distributed:
 
     def __init__(self) -> None:
         self.log: list[str] = []
-        self.group = SimpleNamespace(WORLD=SimpleNamespace(group_name="0"))
+        self.group = SimpleNamespace(WORLD=None)
 
     def is_initialized(self) -> bool:
         return self.log[-1:] == ["begin"]
@@ -32,6 +32,7 @@ class Distributed:
     def init_process_group(self, *_: Any, **__: Any) -> None:
         assert not self.is_initialized()
         self.log.append("begin")
+        self.group.WORLD = SimpleNamespace(group_name=str(len(self.log)))
 
     def destroy_process_group(self) -> None:
         assert self.is_initialized()
@@ -103,6 +104,16 @@ def test_a_group_after_one_that_somebody_else_has_ended(
         connect()
     assert distributed.log == ["begin", "end", "begin"]
     group.close()
+
+
+def test_the_group_of_somebody_else_stays(distributed: Distributed) -> None:
+    connect()
+    gc.collect()
+    module.leave(CPU)
+    distributed.init_process_group()
+    with pytest.raises(ValueError, match="end that first"):
+        connect()
+    assert distributed.log == ["begin", "end", "begin"]
 
 
 def test_a_group_whose_card_is_busy_cannot_be_ended(
