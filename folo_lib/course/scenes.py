@@ -732,7 +732,7 @@ def block_pool(m: ModuleType) -> None:
 def paged_attention(m: ModuleType) -> None:
     cpu = torch.device("cpu")
     m.count_multiprocessors(cpu)
-    for given in ((1, 2), (1, 8), (64, 8), (3, 1)):
+    for given in ((1, 2, 9000), (1, 8, 200), (64, 8, 700), (3, 1, 700)):
         m.choose_num_splits(*given, cpu)
     for num_programs in (8, 24, 25, 64, 65, 500):
         for dtype in (torch.float32, torch.bfloat16):
