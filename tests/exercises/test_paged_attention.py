@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 
 from folo_lib.course.exercises.paged_attention import (
-    check_count_operations_per_byte,
+    check_find_last_end,
     check_find_tiles,
     check_merge_answers,
 )
@@ -18,16 +18,21 @@ from folo_lib.course.exercises.paged_attention import (
 @pytest.mark.parametrize(
     "attempt",
     [
-        lambda heads, kv_heads, head_dim, itemsize: 2 * heads / itemsize,
-        lambda heads, kv_heads, head_dim, itemsize: heads / kv_heads / itemsize,
-        lambda heads, kv_heads, head_dim, itemsize: 2 * kv_heads / heads / itemsize,
-        lambda heads, kv_heads, head_dim, itemsize: 2 * heads // kv_heads // itemsize,
+        lambda durations, num_places: sum(durations) / num_places,
+        lambda durations, num_places: -(-len(durations) // num_places) * max(durations),
+        lambda durations, num_places: max(
+            sum(durations[i::num_places]) for i in range(num_places)
+        ),
+        lambda durations, num_places: max(
+            max(durations), sum(durations) / min(num_places, len(durations))
+        ),
     ],
+    ids=["mean", "rounds", "in turn", "bound"],
 )
-def test_count_operations_per_byte(attempt: Callable[..., Any]) -> None:
-    verdict = check_count_operations_per_byte(attempt)
+def test_find_last_end(attempt: Callable[..., Any]) -> None:
+    verdict = check_find_last_end(attempt)
     assert not verdict
-    assert "for one token the cache holds" in verdict.message
+    assert "in the place that is free first" in verdict.message
 
 
 def merge(

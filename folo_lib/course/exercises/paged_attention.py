@@ -1,4 +1,4 @@
-"""Checks of page 13's exercises: operations per byte, merged answers, the tiles of a window."""
+"""Checks of page 13's exercises: the last program, merged answers, the tiles of a window."""
 
 from __future__ import annotations
 
@@ -13,34 +13,35 @@ from torch import Tensor
 from folo_lib.course.exercises import exercise, require
 
 __all__ = [
-    "check_count_operations_per_byte",
+    "check_find_last_end",
     "check_find_tiles",
     "check_merge_answers",
 ]
 
 
 @exercise
-def check_count_operations_per_byte(
-    solution: Callable[[int, int, int, int], float],
-) -> None:
-    """By counting every key, value and operation of one token."""
-    for heads, kv_heads, head_dim, itemsize in [
-        (1, 1, 64, 2),
-        (16, 8, 128, 2),
-        (64, 8, 128, 2),
-        (4, 4, 80, 4),
-        (12, 3, 96, 1),
+def check_find_last_end(solution: Callable[[list[float], int], float]) -> None:
+    """Beside a clock that goes from one end to the next."""
+    rng = random.Random(13)
+    drawn = [[rng.randint(1, 9) / 2 for _ in range(n)] for n in (5, 12, 40)]
+    for durations, num_places, name in [
+        ([2.0], 4, "[2.0]"),
+        ([1.0] * 396, 396, "[1.0] * 396"),
+        ([1.0] * 512, 396, "[1.0] * 512"),
+        ([8.0] + [1.0] * 8, 2, "[8.0] + [1.0] * 8"),
+        ([1.0] * 8 + [8.0], 2, "[1.0] * 8 + [8.0]"),
+        ([1.0, 4.0, 1.0, 1.0], 2, "[1.0, 4.0, 1.0, 1.0]"),
+        *((one, n, str(one)) for one, n in zip(drawn, (2, 3, 7), strict=True)),
     ]:
-        call = f"({heads}, {kv_heads}, {head_dim}, {itemsize})"
-        numbers = 2 * kv_heads * head_dim  # a key and a value of every key head
-        operations = 2 * heads * 2 * head_dim  # multiply and add, with both
-        wanted = operations / (numbers * itemsize)
-        got = solution(heads, kv_heads, head_dim, itemsize)
+        ends = [0.0] * num_places
+        for duration in durations:
+            first = ends.index(min(ends))
+            ends[first] += duration
+        got = solution(list(durations), num_places)
         require(
-            isinstance(got, float | int) and math.isclose(got, wanted),
-            f"{call} gives {got!r}, not {wanted:g}: for one token the cache holds "
-            f"{numbers} numbers, {numbers * itemsize} bytes, and {heads} query heads do "
-            f"{operations} operations with them.",
+            isinstance(got, float | int) and math.isclose(got, max(ends)),
+            f"({name}, {num_places}) gives {got!r}, not {max(ends):g}: a program begins "
+            "in the place that is free first.",
         )
 
 
