@@ -805,10 +805,16 @@ class FusedGraphs(StepGraphs):
 
     def run_draw(self, size: GraphSize, is_random: bool, filters: bool = False) -> None:
         """From `logits` to `token_ids`; what a graph records."""
+        self.draw_from(self.logits, self.draw_kernels, size, filters)
+
+    def draw_from(
+        self, logits: Tensor, kernels: TritonDraw, size: GraphSize, filters: bool
+    ) -> None:
+        """Launches these kernels on those logits."""
         row_index, seq_lens, *_ = self.inputs.split(size)
-        rows, num_seqs = self.runner.rows, size.num_seqs
-        self.draw_kernels(
-            self.logits[:num_seqs],
+        rows = self.runner.rows
+        kernels(
+            logits[: size.num_seqs],
             seq_lens,
             row_index,
             rows.sampling.floats,

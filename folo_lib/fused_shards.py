@@ -363,18 +363,7 @@ class ShardedGraphs(FusedGraphs):
         if filters:
             self.gather(size)
             return super().run_draw(size, is_random, filters)
-        row_index, seq_lens, *_ = self.inputs.split(size)
-        rows = self.runner.rows
-        self.sharded_draw(
-            self.own_logits[: size.num_seqs],
-            seq_lens,
-            row_index,
-            rows.sampling.floats,
-            rows.sampling.ints,
-            self.token_ids,
-            rows.last_token_ids,
-            filters,
-        )
+        self.draw_from(self.own_logits, self.sharded_draw, size, filters)
 
 
 class ShardedRunner(FusedRunner):

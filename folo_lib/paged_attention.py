@@ -184,7 +184,7 @@ def attend_tile(
 # %% ../notebooks/13_paged_attention.ipynb #find-chunk
 @triton.jit
 def find_chunk(seq_len, num_splits, MIN_CHUNK: tl.constexpr, BT: tl.constexpr):
-    """Tokens per split, in whole tiles; a short sequence uses fewer splits."""
+    """Tokens per split, in whole tiles; a short sequence uses fewer than allowed."""
     chunk = tl.maximum(tl.cdiv(seq_len, num_splits), MIN_CHUNK)
     return tl.cdiv(chunk, BT) * BT
 
@@ -350,10 +350,10 @@ def count_multiprocessors(device: torch.device) -> int:
 def choose_num_splits(
     num_seqs: int, num_kv_heads: int, longest: int, device: torch.device
 ) -> int:
-    """Into how many programs a sequence of at most `longest` tokens may be split.
+    """How many splits each sequence is allowed, if it has `longest` tokens at most.
 
-    One alone is split into nearly as many as run at once, three on a multiprocessor. Of
-    several the short ones need few of theirs, so that together they may have more.
+    One alone gets nearly as many as run at once, three on a multiprocessor. Of several
+    the short ones use few of theirs, so that together they are allowed more.
     """
     count = count_multiprocessors(device)
     alone, together = 11 * count // 4, 6 * count // num_seqs

@@ -5,6 +5,7 @@ import __future__
 
 import ast
 import importlib
+import linecache
 import random
 import re
 import signal
@@ -56,8 +57,11 @@ def solutions(page: Path) -> dict[str, Any]:
     """What the Python blocks of the page's solutions define, executed in one namespace."""
     text = (ROOT / "docs" / "solutions" / f"{page.stem}.md").read_text("utf-8")
     names: dict[str, Any] = {"__name__": f"solutions_{page.stem}"}
-    for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
-        exec(compile(block, f"{page.stem}.md", "exec"), names)
+    for i, block in enumerate(re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)):
+        name = f"{page.stem}-{i}.md"
+        # Triton reads the source of a kernel, and finds it there.
+        linecache.cache[name] = len(block), None, block.splitlines(True), name
+        exec(compile(block, name, "exec"), names)
     return names
 
 

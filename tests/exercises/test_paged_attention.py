@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from folo_lib.course.exercises.paged_attention import (
+    check_attend_in_window,
     check_find_last_end,
-    check_find_tiles,
     check_merge_answers,
 )
 
@@ -100,44 +101,58 @@ def test_merge_answers_otherwise(attempt: Callable[..., Any], fragment: str) -> 
     assert fragment in verdict.message
 
 
-def tiles(
-    first: int,
-    last: int,
+def attend(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    table: Tensor,
+    seq_len: int,
     window: int,
-    tile: int,
-    at_zero: bool = True,
-    itself: int = 1,
-    oldest_of: str = "first",
-    rounded_up: bool = True,
-    behind: int = 1,
-) -> tuple[range, range]:
-    """The solution; each wrong attempt below changes one argument."""
-    floor = 0 if at_zero else -(10**9)
-    start = (first if oldest_of == "first" else last) - window + itself
-    read = range(max(floor, start) // tile, last // tile + 1)
-    begin = max(0, last - window + 1) + (tile - 1 if rounded_up else 0)
-    whole = range(begin // tile, (first + behind) // tile)
-    return read, whole
+    wider: int = 0,
+    tile: int = 1,
+    shape: tuple[int, ...] = (4, 64),
+) -> Tensor:
+    """The solution in PyTorch; each wrong attempt below changes one argument.
+
+    Args:
+        wider: by how many keys too many it sees.
+        tile: more than one: what lies before the window in its first tile is read, and
+            gets the weight zero.
+    """
+    first = max(0, seq_len - window - wider)
+    begin = first // tile * tile
+    key, value = (
+        cache[table].flatten(0, 1)[begin:seq_len].repeat_interleave(2, 1)
+        for cache in (key_cache, value_cache)
+    )
+    scores = torch.einsum("hd,thd->ht", query, key) / 8
+    scores[:, : first - begin] = -torch.inf
+    answer = torch.einsum("ht,thd->hd", scores.softmax(-1), value)
+    return answer.view(shape)
 
 
 @pytest.mark.parametrize(
     ("change", "fragment"),
     [
-        ({"at_zero": False}, "reads the tiles"),
-        ({"itself": 0}, "reads the tiles"),
-        ({"oldest_of": "last"}, "reads the tiles"),
-        ({"rounded_up": False}, "needs no mask"),
-        ({"behind": 0}, "needs no mask"),
+        ({"wider": 1}, "seen are the positions"),
+        ({"wider": -1}, "the answer"),
+        ({"tile": 4}, "load_tile must know which tokens are to be read"),
+        ({"shape": (1, 4, 64)}, "it gives [1, 4, 64]"),
     ],
 )
-def test_find_tiles(change: dict[str, Any], fragment: str) -> None:
-    assert check_find_tiles(tiles)
-    verdict = check_find_tiles(lambda *args: tiles(*args, **change))
+def test_attend_in_window(change: dict[str, Any], fragment: str) -> None:
+    assert check_attend_in_window(attend)
+    verdict = check_attend_in_window(lambda *args: attend(*args, **change))
     assert not verdict
     assert fragment in verdict.message
 
 
-def test_find_tiles_wants_ranges() -> None:
-    verdict = check_find_tiles(lambda *args: [list(x) for x in tiles(*args)])
-    assert not verdict
-    assert "wanted are two ranges" in verdict.message
+def test_attend_in_window_with_a_tile_that_is_hidden() -> None:
+    """As in a loop that begins at 0: the first maximum is -inf."""
+
+    def nothing_in_the_first_tile(*args: Any) -> Tensor:
+        answer = attend(*args)
+        return answer * torch.nan if args[-2] - args[-1] >= 8 else answer
+
+    verdict = check_attend_in_window(nothing_in_the_first_tile)
+    assert "In its first tile attend_tile wants a key for every row" in verdict.message

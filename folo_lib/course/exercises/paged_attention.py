@@ -1,4 +1,4 @@
-"""Checks of page 13's exercises: the last program, merged answers, the tiles of a window."""
+"""Checks of page 13's exercises: the last program, merged answers, a window in Triton."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from folo_lib.course.exercises import exercise, require
 
 __all__ = [
+    "check_attend_in_window",
     "check_find_last_end",
-    "check_find_tiles",
     "check_merge_answers",
 ]
 
@@ -111,60 +111,69 @@ def check_merge_answers(
     _judge(solution(answers, logs), expected, "queries without any key", hint)
 
 
-def _by_hand(first: int, last: int, window: int, tile: int) -> tuple[range, range]:
-    """By looking at every pair of a query and a key."""
-    some, every = [], []
-    for i in range(last // tile + 2):
-        seen = [
-            0 <= query - key < window
-            for query in range(first, last + 1)
-            for key in range(i * tile, (i + 1) * tile)
-        ]
-        some += [i] * any(seen)
-        every += [i] * all(seen)
-    read = range(some[0], some[-1] + 1)
-    return read, range(every[0], every[-1] + 1) if every else range(0)
+WINDOW_SHAPE = 4, 2, 64, 4
+"""Query heads, key heads, numbers of each, and slots of a block, as in the bundled model."""
+
+
+def _make_window(
+    seq_len: int, window: int, outside: float | None
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """A query, caches and a table in random order, and the answer in float64.
+
+    Args:
+        outside: what lies in slots that are not seen; None: ordinary numbers.
+    """
+    heads, kv_heads, head_dim, block_size = WINDOW_SHAPE
+    generator = torch.Generator().manual_seed(1000 * seq_len + window)
+    num_blocks = -(-seq_len // block_size)
+    table = torch.randperm(num_blocks, generator=generator)
+    query, kv = (
+        torch.randn(*shape, head_dim, generator=generator)
+        for shape in ((heads,), (2, num_blocks * block_size, kv_heads))
+    )
+    first = max(0, seq_len - window)
+    group = heads // kv_heads
+    key, value = kv[:, first:seq_len].double().repeat_interleave(group, 2)
+    scores = torch.einsum("hd,thd->ht", query.double(), key) * head_dim**-0.5
+    answer = torch.einsum("ht,thd->hd", scores.softmax(-1), value)
+    if outside is not None:
+        kv[:, :first] = kv[:, seq_len:] = outside
+    caches = torch.empty(2, num_blocks, block_size, kv_heads, head_dim)
+    caches[:, table] = kv.view(2, num_blocks, block_size, kv_heads, head_dim)
+    return (query, *caches, table), answer
 
 
 @exercise
-def check_find_tiles(
-    solution: Callable[[int, int, int, int], tuple[range, range]],
-) -> None:
-    """Against a table of who sees what, query by query and key by key."""
-    rng = random.Random(0)
-    cases = [
-        (0, 7, 100, 4),
-        (8, 15, 100, 4),
-        (8, 8, 1, 4),
-        (20, 23, 4, 4),
-        (20, 23, 12, 4),
-        (19, 22, 9, 4),
-        (3, 3, 2, 8),
-    ]
-    for _ in range(300):
-        first = rng.randint(0, 60)
-        last = first + rng.randint(0, 12)
-        cases.append((first, last, rng.randint(1, 40), rng.randint(1, 9)))
-    for first, last, window, tile in cases:
-        call = f"({first}, {last}, {window}, {tile})"
-        got = solution(first, last, window, tile)
-        require(
-            isinstance(got, tuple)
-            and len(got) == 2
-            and all(isinstance(x, range) for x in got),
-            f"{call} gives {got!r}; wanted are two ranges.",
-        )
-        read, whole = _by_hand(first, last, window, tile)
-        oldest = max(0, first - window + 1)
-        require(
-            list(got[0]) == list(read),
-            f"{call} reads the tiles {list(got[0])}, not {list(read)}: the first query "
-            f"sees the keys {oldest} to {first}, and the last one sees itself, {last}.",
-        )
-        left = max(0, last - window + 1)
-        require(
-            list(got[1]) == list(whole),
-            f"{call} needs no mask for the tiles {list(got[1])}; it should be "
-            f"{list(whole)}: all queries see only what the first sees, up to {first}, "
-            f"and what the last still sees, from {left} on.",
-        )
+def check_attend_in_window(solution: Callable[..., Tensor]) -> None:
+    """Beside softmax over the window, with `NaN` in all other slots in the end."""
+    lens = [(12, 12), (12, 100), (1, 1), (12, 5), (31, 1), (30, 9), (67, 16), (67, 34)]
+    for outside in (None, math.nan):
+        for seq_len, window in lens:
+            args, wanted = _make_window(seq_len, window, outside)
+            got = solution(*args, seq_len, window)
+            require(
+                isinstance(got, Tensor) and got.shape == wanted.shape,
+                f"it gives {list(getattr(got, 'shape', [])) or got!r}; wanted is a "
+                f"tensor {list(wanted.shape)}.",
+            )
+            case = f"seq_len={seq_len}, window={window}"
+            first = max(0, seq_len - window)
+            if outside is None:
+                require(
+                    not got.isnan().any(),
+                    f"the answer has NaN for {case}. In its first tile attend_tile "
+                    "wants a key for every row: where all are hidden, the maximum is "
+                    f"-inf, and -inf minus -inf is NaN. The first that is seen is {first}.",
+                )
+            else:
+                require(
+                    not got.isnan().any(),
+                    f"the answer has NaN for {case}, where slots outside the window "
+                    "hold NaN. A weight of zero does not help: load_tile must know "
+                    "which tokens are to be read.",
+                )
+            require(
+                torch.allclose(got.double(), wanted, rtol=1e-4, atol=1e-5),
+                f"the answer is wrong for {case}: seen are the positions {first} to "
+                f"{seq_len - 1}.",
+            )
