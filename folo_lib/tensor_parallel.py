@@ -131,7 +131,7 @@ class LostRankError(RuntimeError):
 CONNECT_SECONDS = 10
 """How long a rank waits for others that are known to be there."""
 SUM_SECONDS = 300
-"""How long a rank waits in a sum for one that has stopped and not ended."""
+"""How long a rank waits in a sum or a gather for one that has stopped and not ended."""
 
 
 @contextmanager
@@ -174,8 +174,11 @@ class GlooGroup:
     def all_gather(self, x: Tensor) -> Tensor:
         """See `RankGroup`."""
         parts = [torch.empty_like(x) for _ in range(self.size)]
+        c10d: Any = dist.distributed_c10d
+        options = c10d.AllgatherOptions()
+        options.timeout = timedelta(seconds=SUM_SECONDS)
         with naming_lost_rank():
-            self.backend.allgather([parts], [x.contiguous()]).wait()
+            self.backend.allgather([parts], [x.contiguous()], options).wait()
         return torch.cat(parts, -1)
 
     def close(self) -> None:

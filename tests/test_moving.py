@@ -103,3 +103,18 @@ def test_requests_wait_run_and_are_done() -> None:
     assert looks[0]["A runs"] == PREFILL
     assert looks[1]["A runs"] == DECODE
     assert figure.states[1].caption == "Step 2 runs 1 token: A 1. Waiting: B."
+
+
+def test_another_state_may_be_pictured() -> None:
+    figure = MovingFigure(
+        [
+            State([Piece("a", 0, 0, text="A"), Piece("b", 1, 0, text="B")], "first"),
+            State([Piece("a", 0, 2, text="A")], "second"),
+        ],
+        (3, 3),
+        pictured=-1,
+    )
+    page = figure.to_html()
+    assert '<p class="says" aria-live="polite">second</p>' in page
+    assert 'data-k="0" transform="translate(0 88)">' in page
+    assert 'data-k="1" transform="translate(44 0)" opacity="0"' in page

@@ -5,8 +5,9 @@
     MovingFigure([State([Piece("a", 0, 0, text="A")], "A waits."), ...], size=(12, 4))
 
 HTML with inline SVG and a small script of our own; nothing is fetched. Where scripts or SVG are
-taken out, as on GitHub and in notebooks that are not trusted, the first state stays as a still
-picture. Boxes keep their key from state to state, and so they glide to their new places.
+taken out, as on GitHub and in notebooks that are not trusted, one state stays as a still picture,
+the first unless another says more. Boxes keep their key from state to state, and so they glide to
+their new places.
 """
 
 from __future__ import annotations
@@ -62,13 +63,14 @@ class State(NamedTuple):
 
 
 class MovingFigure:
-    """Shown by a notebook as HTML that moves, with its first state as a picture.
+    """Shown by a notebook as HTML that moves, with one of its states as a picture.
 
     Args:
         states: in their order, at least one.
         size: width and height, in units of boxes.
         still: drawn in every state, below the pieces.
         seconds: from one state to the next when it plays by itself.
+        pictured: index of the state that is shown where nothing moves.
 
     Raises:
         ValueError: if there is no state, or two pieces of a state have the same key.
@@ -80,6 +82,7 @@ class MovingFigure:
         size: Point,
         still: Sequence[Piece] = (),
         seconds: float = 1.5,
+        pictured: int = 0,
     ) -> None:
         if not states:
             raise ValueError("a moving figure needs at least one state.")
@@ -89,6 +92,7 @@ class MovingFigure:
                 raise ValueError(f"in {state.caption!r} these keys come twice: {twice}")
         self.states, self.size = list(states), size
         self.still, self.seconds = list(still), seconds
+        self.pictured = self.states[pictured]
 
     def __repr__(self) -> str:
         return f"a figure of {len(self.states)} states, which moves in JupyterLab"
@@ -101,11 +105,11 @@ class MovingFigure:
         }
 
     def to_png(self) -> bytes:
-        """The first state."""
+        """The state that is shown where nothing moves."""
         width, height = self.size
         figure, ax = plt.subplots(figsize=(8, 8 * height / width))
         fontsize = min(9, 165 / width)  # in a wide figure the boxes are small
-        for piece in [*self.still, *self.states[0].pieces]:
+        for piece in [*self.still, *self.pictured.pieces]:
             x, y, text = piece.x, piece.y, piece.text
             if piece.look is None:
                 middle = x + piece.width / 2, y + piece.height / 2
@@ -121,29 +125,32 @@ class MovingFigure:
         return target.getvalue()
 
     def to_html(self) -> str:
-        """All states, of which the first is drawn and the others wait for the script."""
+        """All states, of which one is drawn and the others wait for the script."""
         width, height = (round(PIXELS * side) for side in self.size)
         keys: dict[tuple[Any, ...], int] = {}
-        drawn: list[tuple[Piece, bool]] = []
+        drawn: dict[int, Piece] = {}
         moments: list[dict[str, Any]] = []
+        shown: set[int] = set()
         for state in self.states:
             places: dict[int, Point] = {}
             for piece in state.pieces:
                 # A piece that changes its looks or text is another: one fades, one appears.
                 parts = piece.key, piece.text, piece.width, piece.height, piece.look
-                if parts not in keys:
-                    keys[parts] = len(keys)
-                    drawn.append((piece, state is self.states[0]))
+                number = keys.setdefault(parts, len(keys))
+                if number not in drawn or state is self.pictured:
+                    drawn[number] = piece
                 place = round(PIXELS * piece.x, 1), round(PIXELS * piece.y, 1)
-                places[keys[parts]] = place
+                places[number] = place
             moments.append({"says": state.caption, "at": places})
+            if state is self.pictured:
+                shown = set(places)
         body = [draw_piece(piece, "", True) for piece in self.still]
         body += [
-            draw_piece(piece, f'data-k="{i}" ', is_first)
-            for i, (piece, is_first) in enumerate(drawn)
+            draw_piece(piece, f'data-k="{i}" ', i in shown)
+            for i, piece in drawn.items()
         ]
         name = hashlib.sha256(repr((body, moments)).encode()).hexdigest()[:10]
-        first = html.escape(self.states[0].caption)
+        first = html.escape(self.pictured.caption)
         return PAGE.format(
             name=name,
             width=width,

@@ -68,7 +68,7 @@ def move_splits(num_tiles: int, num_splits: int) -> MovingFigure:
     answer = Piece("answer", width / 2 - 1.75, 3.2, 3.4, 0.7, "merged answer", US)
     says = "The answers are merged, each with its own weight."
     states.append(State([*tiles(share, False), *programs(share, 2.1), answer], says))
-    return MovingFigure(states, (width, 4.0))
+    return MovingFigure(states, (width, 4.0), pictured=-1)
 
 
 def draw_tiles(ax: Axes, query_len: int, cached: int, rows: int, tile: int) -> None:

@@ -1,0 +1,171 @@
+"""Figures of page 16: who holds which heads, a short sum between two GPUs, and what it brings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from folo_lib.course.figures import (
+    DEVICE,
+    KEYS,
+    QUERIES,
+    US,
+    Look,
+    draw_box,
+)
+from folo_lib.course.moving import MovingFigure, Piece, State
+
+__all__ = ["draw_heads", "draw_steps", "move_sum"]
+
+EMPTY = Look("#FFFFFF", "", "s", ":")
+FULL = Look("#F0E442", "", "o", "-")
+COPY = Look(KEYS.colour, "xx", "o", "-")  # a head that another rank holds too
+
+
+def draw_heads(
+    ax: Axes, queries: Sequence[Sequence[int]], keys: Sequence[Sequence[int]]
+) -> None:
+    """The heads that each rank holds; key/value heads that are there twice are hatched.
+
+    Args:
+        ax: where to draw, one row.
+        queries, keys: numbers of the query heads and of the key/value heads of each rank.
+    """
+    everybody = [head for own in keys for head in own]
+    width = sum(map(len, queries)) / len(queries)
+    for rank, (own, seen) in enumerate(zip(queries, keys, strict=True)):
+        left = rank * (width + 0.25)
+        for i, head in enumerate(own):
+            draw_box(ax, (left + i, 0), (1, 0.9), f"q {head}", 8, **QUERIES.bar)
+        share = width / len(seen)
+        for i, head in enumerate(seen):
+            look = COPY if everybody.count(head) > 1 else KEYS
+            corner = left + i * share, 1
+            draw_box(ax, corner, (share, 0.9), f"k/v {head}", 8, **look.bar)
+        ax.text(left + width / 2, -0.15, f"rank {rank}", ha="center", fontsize=8)
+    count = f"{len(queries)} rank{'s' * (len(queries) > 1)}"
+    ax.text(-0.15, 1, count, ha="right", va="center", fontsize=9)
+    total = sum(map(len, queries))
+    ax.set(xlim=(-0.8, total + 0.25 * total), ylim=(2, -0.75))
+    ax.axis("off")
+
+
+def move_sum() -> MovingFigure:
+    """Two sums of one number between two GPUs, of which one is early."""
+    lefts = 0.0, 6.4
+    rows = {"term": 1.0, "A": 2.1, "B": 3.0, "sum": 4.1}
+
+    def find(row: str, gpu: int) -> tuple[float, float]:
+        return lefts[gpu] + 2.0, rows[row]
+
+    def show(
+        says: str,
+        numbers: Mapping[str, tuple[str, int]],
+        terms: tuple[str, str],
+        sums: tuple[str, str] = ("", ""),
+    ) -> State:
+        """A moment.
+
+        Args:
+            says: what happens.
+            numbers: those that lie in a place or are about to be sent, and where.
+            terms, sums: of both GPUs, as far as they have them.
+        """
+        pieces = []
+        for gpu, left in enumerate(lefts):
+            pieces.append(Piece(f"gpu {gpu}", left, 0, 5.2, 0.7, f"GPU {gpu}", DEVICE))
+            labels = {"term": "term", "A": "places A", "B": "places B", "sum": "sum"}
+            for row, text in labels.items():
+                where = left, rows[row]
+                pieces.append(Piece(f"{row} of {gpu}", *where, 1.8, 0.7, text))
+            for name in "AB":
+                text = "" if (name, gpu) in numbers.values() else "empty"
+                place = Piece(f"{name}{gpu}", *find(name, gpu), 2.4, 0.7, text, EMPTY)
+                pieces.append(place)
+            text = terms[gpu] or "at work"
+            pieces.append(Piece(f"term {gpu}", *find("term", gpu), 2.4, 0.7, text))
+            if sums[gpu]:
+                where = find("sum", gpu)
+                pieces.append(Piece(f"sum {gpu}", *where, 2.4, 0.7, sums[gpu], US))
+        for text, (row, gpu) in numbers.items():
+            pieces.append(Piece(f"sent {text}", *find(row, gpu), 2.4, 0.7, text, FULL))
+        return State(pieces, says)
+
+    first, second = "3 + 4 = 7", "5 + 6 = 11"
+    states = [
+        show(
+            "All places are empty. GPU 0 has its term, and GPU 1 is still at work.",
+            {"3": ("term", 0)},
+            ("3", ""),
+        ),
+        show(
+            "GPU 0 writes its 3 into place A of GPU 1. Its own place A is empty: it waits.",
+            {"3": ("A", 1)},
+            ("3", ""),
+        ),
+        show(
+            "Now GPU 1 has its term, and writes the 4 into place A of GPU 0.",
+            {"3": ("A", 1), "4": ("A", 0)},
+            ("3", "4"),
+        ),
+        show(
+            "GPU 0 finds the 4, adds, and marks its place as empty. GPU 1 is held up.",
+            {"3": ("A", 1)},
+            ("3", "4"),
+            (first, ""),
+        ),
+        show(
+            "GPU 0 is at the second sum already, and writes its 5 into place B of GPU 1. "
+            "The 3, which GPU 1 has not read yet, is safe in place A.",
+            {"3": ("A", 1), "5": ("B", 1)},
+            ("5", "4"),
+            (first, ""),
+        ),
+        show(
+            "GPU 1 finds the 3, adds in the same order, and marks its place as empty.",
+            {"5": ("B", 1)},
+            ("5", "4"),
+            (first, first),
+        ),
+        show(
+            "GPU 1 writes its 6 into place B of GPU 0. Until now GPU 0 could not end the "
+            "second sum, and so it could not begin a third in place A.",
+            {"5": ("B", 1), "6": ("B", 0)},
+            ("5", "6"),
+            (first, first),
+        ),
+        show(
+            "Both add, and mark their places as empty. The third sum takes place A again.",
+            {},
+            ("5", "6"),
+            (second, second),
+        ),
+    ]
+    return MovingFigure(states, (11.6, 4.9), seconds=3, pictured=4)
+
+
+def draw_steps(ax: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    """Steps on two cards, in percent of the same step on one.
+
+    Args:
+        ax: where to draw.
+        rows: with `name`, and in milliseconds `one`, `two`, and `sums`, a part of `two`.
+    """
+    for place, row in enumerate(rows):
+        scale = 100 / row["one"]
+        bare = (row["two"] - row["sums"]) * scale
+        ax.barh(place, bare, height=0.55, **US.bar)
+        sums = FULL.bar | {"hatch": "//"}
+        ax.barh(place, row["sums"] * scale, left=bare, height=0.55, **sums)
+        text = f"{row['two']:.2f} ms, on one card {row['one']:.2f}"
+        end = max(100, row["two"] * scale)
+        ax.text(end + 3, place, text, va="center", fontsize=8)
+    ax.axvline(50, color="black", linestyle=":")
+    ax.axvline(100, color="black", linestyle="--")
+    ax.text(48, -0.62, "half", ha="right", fontsize=8)
+    ax.text(102.5, -0.62, "as on one card", fontsize=8)
+    ax.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    ax.set(ylim=(len(rows) - 0.5, -0.95))
+    ax.grid(axis="y", visible=False)
