@@ -609,7 +609,7 @@ def paged_attention(
 
 # %% ../notebooks/13_paged_attention.ipynb #triton-backend
 class TritonBackend(AttentionBackend):
-    """One launch for all sequences, of any lengths, over the cache as it lies."""
+    """All sequences at once, of any lengths, over the cache as it lies."""
 
     supports_cuda_graph = True
     needs_compute_capability = (8, 0)

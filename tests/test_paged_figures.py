@@ -17,9 +17,11 @@ import pytest
 import torch
 from matplotlib.colors import to_rgba
 
-from folo_lib.course.figures import KEYS
+from folo_lib.course.figures import DECODE, KEYS
 from folo_lib.course.paged_figures import (
     MASKED,
+    draw_gather,
+    draw_rounds,
     draw_speeds,
     draw_tiles,
     move_splits,
@@ -124,6 +126,27 @@ def test_tiles_are_dark_pale_or_white(query_len: int, cached: int) -> None:
     plt.close(fig)
 
 
+def test_a_tile_comes_from_the_blocks_of_its_tokens() -> None:
+    fig, ax = plt.subplots()
+    draw_gather(ax, list("abcdef"), [2, 0, 1], num_blocks=4, tile=4)
+    lines = [(line.get_xdata()[0], line.get_xdata()[1]) for line in ax.lines]
+    starts = [block * 2.6 + slot + 0.5 for block in (2, 0, 1) for slot in (0, 1)]
+    assert [start for start, _ in lines] == pytest.approx(starts)
+    assert sum(text.get_text() == "a" for text in ax.texts) == 2
+    assert {"tile 0", "tile 1", "block 3"} <= {text.get_text() for text in ax.texts}
+    plt.close(fig)
+
+
+def test_rounds_add_up_to_all_programs() -> None:
+    fig, ax = plt.subplots()
+    draw_rounds(ax, {"few": 7, "many": 23}, places=10)
+    dark = [box for box in ax.patches if box.get_facecolor() == to_rgba(DECODE.colour)]
+    assert [box.get_width() for box in dark] == [7, 10, 10, 3]
+    written = [text.get_text() for text in ax.texts]
+    assert written[-3:] == ["round 1", "round 2", "round 3"]
+    plt.close(fig)
+
+
 def test_speeds_are_shares_of_the_speed_of_memory() -> None:
     row = {"shape": "2x30..40", "floor_us": 8.0, "us": 10.0, "torch_sdpa_us": 40.0}
     fig, ax = plt.subplots()
@@ -202,7 +225,7 @@ class TestRecording:
                 assert row["floor_us"] == pytest.approx(floor, abs=0.01)
 
     def test_the_copies_are_what_figure_1_says(self, record: dict[str, Any]) -> None:
-        """Up to six times as fast, says the title of figure 4; in one row less than three."""
+        """Up to six times as fast, says the title of figure 5; in one row less than three."""
         rows = [row for row in record["recording"] if row["kernel"] == "decode"]
         ratios = {row["shape"]: row["torch_sdpa_us"] / row["us"] for row in rows}
         mixed = ratios.pop("1x8000 and 31x300")
@@ -236,9 +259,10 @@ class TestRecording:
             f"{share('8x512')} look",
             f"Our rule allows {rows['1x32768']['splits']}, most",
             f"with four splits, {eight[4]:.0f} µs, than with eight, {eight[8]:.0f} µs",
-            f"such a remainder is smaller in comparison, and it is {eight[16]:.0f} µs. "
-            f"Our rule allows {rows['8x8192']['splits']}, with which they take "
-            f"{us['8x8192']:.0f} µs",
+            f"With the {rows['8x8192']['splits']} of our rule the second round is nearly "
+            f"full, and it takes {us['8x8192']:.0f} µs; with 16",
+            f"is only one of three, {eight[16]:.0f} µs",
+            f"beyond {8 * record['multiprocessors']:,} programs the tiles are the small",
             f"these {256} one split each, a single conversation "
             f"{rows['1x32768']['splits']}, and 32 conversations "
             f"{rows['1x8000 and 31x300']['splits']}",
@@ -260,7 +284,7 @@ class TestRecording:
             f"is {rows['8192']['flash_us'] / us['8192']:.2f} times as fast as PyTorch's",
             f"a little slower, at {rows['4x512']['flash_us'] / us['4x512']:.2f}",
             "less than half of what the card can multiply",
-            f"spends {us['8x512']:.0f} µs in the attention of a layer, and Python "
+            f"And a decode step of 8 requests with 512 tokens spends {us['8x512']:.0f} µs in the attention of a layer, and Python "
             f"needed {record['host_us']['decode, as a function']:.0f} µs to launch it",
         ):
             assert words in prose, words

@@ -10,7 +10,7 @@ import pytest
 from folo_lib.course.parallel_figures import (
     COPY,
     FULL,
-    draw_heads,
+    draw_rank_heads,
     draw_steps,
     move_sum,
 )
@@ -18,7 +18,7 @@ from folo_lib.course.parallel_figures import (
 
 def test_heads_that_are_there_twice_are_hatched() -> None:
     fig, ax = plt.subplots()
-    draw_heads(ax, [[0], [1], [2], [3]], [[0], [0], [1], [2]])
+    draw_rank_heads(ax, [[0], [1], [2], [3]], [[0], [0], [1], [2]])
     written = [text.get_text() for text in ax.texts]
     assert written.count("k/v 0") == 2 and "4 ranks" in written
     hatches = [box.get_hatch() for box in ax.patches if box.get_y() == 1]

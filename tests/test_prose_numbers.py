@@ -127,7 +127,7 @@ CLAIMS = (
         "16_tensor_parallel",
         "ranks 0 and 1 both hold",
         "16-23",
-        "k_proj: [[0], [0], [1], [1]]",
+        "key/value heads [[0], [0], [1], [1]]",
         "16-22",
     ),
     (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -19,10 +19,76 @@ from folo_lib.course.figures import (
 )
 from folo_lib.course.moving import MovingFigure, Piece, State
 
-__all__ = ["draw_speeds", "draw_tiles", "move_splits"]
+__all__ = ["draw_gather", "draw_rounds", "draw_speeds", "draw_tiles", "move_splits"]
 
 MASKED = "#D8EEFA"  # keys that not every query sees
 READ = Look("#E0E0E0", "..", "s", ":")  # a tile that has been read
+
+
+def draw_gather(
+    ax: Axes, words: Sequence[str], blocks: Sequence[int], num_blocks: int, tile: int
+) -> None:
+    """Tiles of a sequence, and the slots of the cache that their tokens come from.
+
+    Args:
+        ax: where to draw.
+        words: of the sequence, one for each token; whole blocks of them.
+        blocks: of the sequence, in its order.
+        num_blocks: of the cache.
+        tile: tokens of a tile.
+    """
+    size, gap = len(words) // len(blocks), 0.6
+    for block in range(num_blocks):
+        left = block * (size + gap)
+        own = blocks.index(block) if block in blocks else None
+        for slot in range(size):
+            look = {"edgecolor": "0.8"} if own is None else CACHE.bar
+            draw_box(ax, (left + slot, 0), (1, 1.6), **look)
+        ax.text(left + size / 2, -0.2, f"block {block}", ha="center", fontsize=8)
+    for i, word in enumerate(words):
+        block, slot = blocks[i // size], i % size
+        x, y = block * (size + gap) + slot + 0.5, 0.8
+        left = 8 + i + (i // tile) * 2.5
+        draw_box(ax, (left, 3.6), (1, 1.6), **KEYS.bar)
+        for place in ((x, y), (left + 0.5, 4.4)):
+            ground = {
+                "facecolor": "white",
+                "edgecolor": "none",
+                "pad": 0.5,
+                "alpha": 0.8,
+            }
+            style: dict[str, Any] = {"rotation": 90, "fontsize": 7, "bbox": ground}
+            ax.text(*place, word.strip(), ha="center", va="center", **style)
+        ax.plot([x, left + 0.5], [1.6, 3.6], color="0.5", lw=0.8, linestyle="-")
+    for first in range(0, len(words), tile):
+        left, count = 8 + first + (first // tile) * 2.5, min(tile, len(words) - first)
+        name = f"tile {first // tile}"
+        ax.text(left + count / 2, 5.7, name, ha="center", va="center", fontsize=8)
+    ax.set(xlim=(-0.2, num_blocks * (size + gap)), ylim=(6, -0.9))
+    ax.axis("off")
+
+
+def draw_rounds(ax: Axes, programs: Mapping[str, int], places: int) -> None:
+    """Programs in rounds of as many as run at once; what is left of a round is empty.
+
+    Args:
+        ax: where to draw.
+        programs: how many, by a name.
+        places: how many run at once.
+    """
+    gap = places * 0.06
+    for row, (name, count) in enumerate(programs.items()):
+        for first in range(0, count, places):
+            left, full = first // places * (places + gap), min(places, count - first)
+            draw_box(ax, (left, row), (places, 0.7))
+            draw_box(ax, (left, row), (full, 0.7), f"{full}", 9, **DECODE.bar)
+        ax.text(-gap, row + 0.35, name, ha="right", va="center", fontsize=9)
+    rounds = -(-max(programs.values()) // places)
+    for i in range(rounds):
+        middle = i * (places + gap) + places / 2
+        ax.text(middle, -0.2, f"round {i + 1}", ha="center", fontsize=9)
+    ax.set(xlim=(-places, rounds * (places + gap)), ylim=(len(programs), -0.5))
+    ax.axis("off")
 
 
 def move_splits(num_tiles: int, num_splits: int) -> MovingFigure:

@@ -17,14 +17,14 @@ from folo_lib.course.figures import (
 )
 from folo_lib.course.moving import MovingFigure, Piece, State
 
-__all__ = ["draw_heads", "draw_steps", "move_sum"]
+__all__ = ["draw_rank_heads", "draw_steps", "move_sum"]
 
 EMPTY = Look("#FFFFFF", "", "s", ":")
 FULL = Look("#F0E442", "", "o", "-")
 COPY = Look(KEYS.colour, "xx", "o", "-")  # a head that another rank holds too
 
 
-def draw_heads(
+def draw_rank_heads(
     ax: Axes, queries: Sequence[Sequence[int]], keys: Sequence[Sequence[int]]
 ) -> None:
     """The heads that each rank holds; key/value heads that are there twice are hatched.

@@ -11,29 +11,73 @@ from torch import Tensor
 
 from folo_lib.course.exercises.paged_attention import (
     check_attend_in_window,
-    check_find_last_end,
     check_merge_answers,
+    check_softmax_rows,
 )
+
+
+def softmax(
+    x: Tensor,
+    other: float = -torch.inf,
+    shifted: bool = True,
+    stride: int | None = None,
+) -> Tensor:
+    """The solution in PyTorch; each wrong attempt below changes one argument.
+
+    Args:
+        other: what stands in beyond the end of a row.
+        shifted: whether the largest number is subtracted.
+        stride: from row to row; None: that of `x`.
+    """
+    num_rows, length = x.shape
+    stride = x.stride(0) if stride is None else stride
+    rows = x.as_strided((num_rows, length), (stride, 1))
+    row = torch.full((num_rows, 128), other)
+    row[:, :length] = rows
+    weights = (row - row.amax(1, keepdim=True) if shifted else row).exp()
+    return (weights / weights.sum(1, keepdim=True))[:, :length]
 
 
 @pytest.mark.parametrize(
-    "attempt",
+    ("change", "fragment"),
     [
-        lambda durations, num_places: sum(durations) / num_places,
-        lambda durations, num_places: -(-len(durations) // num_places) * max(durations),
-        lambda durations, num_places: max(
-            sum(durations[i::num_places]) for i in range(num_places)
+        ({"other": 0.0}, "the answer is wrong for rows of"),
+        ({"shifted": False}, "subtract the largest of the row first"),
+        ({"stride": 1}, "the answer is wrong for rows of 16"),
+    ],
+)
+def test_softmax_rows(change: dict[str, Any], fragment: str) -> None:
+    assert check_softmax_rows(softmax)
+    verdict = check_softmax_rows(lambda x: softmax(x, **change))
+    assert not verdict
+    assert fragment in verdict.message
+
+
+@pytest.mark.parametrize(
+    ("attempt", "fragment"),
+    [
+        (
+            lambda x: x.sub_(x.amax(1, keepdim=True)).softmax(-1),
+            "writes into its input",
         ),
-        lambda durations, num_places: max(
-            max(durations), sum(durations) / min(num_places, len(durations))
+        (lambda x: x.softmax(-1)[0], "wanted is a tensor [3, 16]"),
+        (
+            lambda x: x.contiguous().view(-1)[: x.numel()].softmax(-1).view_as(x),
+            "wrong",
         ),
     ],
-    ids=["mean", "rounds", "in turn", "bound"],
 )
-def test_find_last_end(attempt: Callable[..., Any]) -> None:
-    verdict = check_find_last_end(attempt)
-    assert not verdict
-    assert "in the place that is free first" in verdict.message
+def test_softmax_rows_otherwise(attempt: Callable[..., Any], fragment: str) -> None:
+    assert fragment in check_softmax_rows(attempt).message
+
+
+def test_softmax_rows_that_are_taken_for_dense() -> None:
+    """Right for all cases but those whose rows lie apart."""
+
+    def dense(x: Tensor) -> Tensor:
+        return softmax(x, stride=x.shape[1])
+
+    assert "Row i begins i * x.stride(0)" in check_softmax_rows(dense).message
 
 
 def merge(

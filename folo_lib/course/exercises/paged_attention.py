@@ -1,9 +1,8 @@
-"""Checks of page 13's exercises: the last program, merged answers, a window in Triton."""
+"""Checks of page 13's exercises: a softmax in Triton, merged answers, a window in Triton."""
 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable
 from typing import Any
 
@@ -14,35 +13,44 @@ from folo_lib.course.exercises import exercise, require
 
 __all__ = [
     "check_attend_in_window",
-    "check_find_last_end",
     "check_merge_answers",
+    "check_softmax_rows",
 ]
 
 
 @exercise
-def check_find_last_end(solution: Callable[[list[float], int], float]) -> None:
-    """Beside a clock that goes from one end to the next."""
-    rng = random.Random(13)
-    drawn = [[rng.randint(1, 9) / 2 for _ in range(n)] for n in (5, 12, 40)]
-    for durations, num_places, name in [
-        ([2.0], 4, "[2.0]"),
-        ([1.0] * 396, 396, "[1.0] * 396"),
-        ([1.0] * 512, 396, "[1.0] * 512"),
-        ([8.0] + [1.0] * 8, 2, "[8.0] + [1.0] * 8"),
-        ([1.0] * 8 + [8.0], 2, "[1.0] * 8 + [8.0]"),
-        ([1.0, 4.0, 1.0, 1.0], 2, "[1.0, 4.0, 1.0, 1.0]"),
-        *((one, n, str(one)) for one, n in zip(drawn, (2, 3, 7), strict=True)),
+def check_softmax_rows(solution: Callable[[Tensor], Tensor]) -> None:
+    """Beside PyTorch: rows of many lengths, large numbers, and rows that lie apart."""
+    generator = torch.Generator().manual_seed(13)
+
+    def draw(num_rows: int, length: int) -> Tensor:
+        return torch.randn(num_rows, length, generator=generator)
+
+    beyond = (
+        "What lies beyond the end of a row has to count as -inf: exp2 of 0 is 1, and that "
+        "would be in the sum."
+    )
+    large = "exp of a large number is inf: subtract the largest of the row first."
+    strided = "Row i begins i * x.stride(0) numbers after the first one."
+    for x, name, hint in [
+        (draw(3, 16), "rows of 16 numbers", "One program takes one row."),
+        (draw(2, 1), "rows of one number", beyond),
+        (draw(5, 100), "rows of 100 numbers", beyond),
+        (draw(4, 37) - 20, "rows of 37 numbers around -20", beyond),
+        (300 * draw(3, 128), "numbers around 300", large),
+        (draw(6, 90)[:, 10:60], "rows of 50 that lie 90 apart", strided),
+        (draw(8, 64)[::2], "every second row of eight", strided),
     ]:
-        ends = [0.0] * num_places
-        for duration in durations:
-            first = ends.index(min(ends))
-            ends[first] += duration
-        got = solution(list(durations), num_places)
+        kept = x.clone()
+        got = solution(x)
         require(
-            isinstance(got, float | int) and math.isclose(got, max(ends)),
-            f"({name}, {num_places}) gives {got!r}, not {max(ends):g}: a program begins "
-            "in the place that is free first.",
+            isinstance(got, Tensor) and got.shape == x.shape,
+            f"it gives {list(getattr(got, 'shape', [])) or got!r}; wanted is a tensor "
+            f"{list(x.shape)}.",
         )
+        require(torch.equal(x, kept), "it writes into its input.")
+        right = torch.allclose(got, x.softmax(-1), rtol=1e-4, atol=1e-6)
+        require(right, f"the answer is wrong for {name}. {hint}")
 
 
 def _attend(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
