@@ -812,17 +812,9 @@ class FusedGraphs(StepGraphs):
     ) -> None:
         """Launches these kernels on those logits."""
         row_index, seq_lens, *_ = self.inputs.split(size)
-        rows = self.runner.rows
-        kernels(
-            logits[: size.num_seqs],
-            seq_lens,
-            row_index,
-            rows.sampling.floats,
-            rows.sampling.ints,
-            self.token_ids,
-            rows.last_token_ids,
-            filters,
-        )
+        sampling, last = self.runner.rows.sampling, self.runner.rows.last_token_ids
+        where = row_index, sampling.floats, sampling.ints, self.token_ids, last
+        kernels(logits[: size.num_seqs], seq_lens, *where, filters)
 
     def find_draw(self, size: GraphSize, wishes: set[str]) -> Callable[[], None] | None:
         """The recorded draw for what requests ask for, if there is one."""
@@ -844,8 +836,7 @@ class FusedRunner(GraphRunner):
         if not self.is_static:
             return
         if (obstacle := find_obstacle(model)) is not None:
-            message = "decode='fused' is 'graph' for this model: it has %s."
-            logger.info(message, obstacle)
+            logger.info("decode='fused' is 'graph' here: the model has %s.", obstacle)
             return
         wrap = choose_wrap(model.model.embed_tokens.weight, self.compiles)
         self.forward, self.graphs_class = FusedLayers(model, wrap), FusedGraphs

@@ -649,7 +649,7 @@ class ParallelExecutor(GPUExecutor):
 
     Plans go out, and nothing comes back: every rank has all logits after the gather,
     and draws the same token from them, since the noise of page 07 is a function of
-    seed and position. So rank 0 can answer for all.
+    seed, position and token. So rank 0 can answer for all.
 
     Args:
         model: a folder or hub id.

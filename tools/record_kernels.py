@@ -241,7 +241,7 @@ def record_splits(caches: Tensor) -> list[dict[str, Any]]:
 
 
 def record_stages(caches: Tensor) -> dict[str, Any]:
-    """One long sequence: a kernel that only reads as many bytes, and decode without a merge."""
+    """One long sequence: only reading as many bytes, and decode without what it has beside."""
     [length] = DECODES[LONG]
     steps = make_steps([1], [length])
     num_bytes = 2 * length * KV_HEADS * HEAD_DIM * DTYPE.itemsize
@@ -253,6 +253,9 @@ def record_stages(caches: Tensor) -> dict[str, Any]:
     merge, module.merge_kernel = module.merge_kernel, NoKernel()
     found["without_merge_us"] = time_kernel(module.decode, caches, steps)
     module.merge_kernel = merge
+    early, module.has_pdl = module.has_pdl, lambda _: False
+    found["no_early_start_us"] = time_kernel(module.decode, caches, steps)
+    module.has_pdl = early
     return found | {"us": time_kernel(module.decode, caches, steps)}
 
 

@@ -19,7 +19,14 @@ from folo_lib.course.figures import (
 )
 from folo_lib.course.moving import MovingFigure, Piece, State
 
-__all__ = ["draw_gather", "draw_rounds", "draw_speeds", "draw_tiles", "move_splits"]
+__all__ = [
+    "draw_gather",
+    "draw_grid",
+    "draw_rounds",
+    "draw_speeds",
+    "draw_tiles",
+    "move_splits",
+]
 
 MASKED = "#D8EEFA"  # keys that not every query sees
 READ = Look("#E0E0E0", "..", "s", ":")  # a tile that has been read
@@ -68,73 +75,105 @@ def draw_gather(
     ax.axis("off")
 
 
-def draw_rounds(ax: Axes, programs: Mapping[str, int], places: int) -> None:
-    """Programs in rounds of as many as run at once; what is left of a round is empty.
+def draw_grid(ax: Axes, lengths: Sequence[int], num_heads: int, chunk: int) -> None:
+    """The programs of a decode step; each is a box at its head, sequence and split.
 
     Args:
         ax: where to draw.
-        programs: how many, by a name.
-        places: how many run at once.
+        lengths: tokens of each sequence.
+        num_heads: key heads.
+        chunk: tokens of a share, for all of them.
     """
-    gap = places * 0.06
-    for row, (name, count) in enumerate(programs.items()):
-        for first in range(0, count, places):
-            left, full = first // places * (places + gap), min(places, count - first)
-            draw_box(ax, (left, row), (places, 0.7))
-            draw_box(ax, (left, row), (full, 0.7), f"{full}", 9, **DECODE.bar)
-        ax.text(-gap, row + 0.35, name, ha="right", va="center", fontsize=9)
-    rounds = -(-max(programs.values()) // places)
-    for i in range(rounds):
-        middle = i * (places + gap) + places / 2
-        ax.text(middle, -0.2, f"round {i + 1}", ha="center", fontsize=9)
-    ax.set(xlim=(-places, rounds * (places + gap)), ylim=(len(programs), -0.5))
+    most = -(-max(lengths) // chunk)
+    for i, length in enumerate(lengths):
+        used = -(-length // chunk)
+        for split in range(most):
+            own = min(chunk, length - split * chunk)
+            for head in range(num_heads):
+                corner, size = (split * 3.2, i * (num_heads + 0.8) + head), (3, 0.85)
+                if split >= used:
+                    draw_box(ax, corner, size, "ends at once", 8, edgecolor="0.7")
+                    continue
+                look = US if used == 1 else DECODE
+                draw_box(ax, corner, size, f"head {head}: {own} tokens", 8, **look.bar)
+        middle = i * (num_heads + 0.8) + num_heads / 2
+        name = f"sequence {i}\n{length} tokens"
+        ax.text(-0.2, middle, name, ha="right", va="center", fontsize=8)
+    for split in range(most):
+        ax.text(split * 3.2 + 1.5, -0.2, f"split {split}", ha="center", fontsize=9)
+    ax.set(xlim=(-1.9, most * 3.2), ylim=(len(lengths) * (num_heads + 0.8), -0.8))
     ax.axis("off")
 
 
-def move_splits(num_tiles: int, num_splits: int) -> MovingFigure:
+def draw_rounds(ax: Axes, rounds: Mapping[str, Sequence[int]], places: int) -> None:
+    """How many programs run while the bytes of a step are read.
+
+    Args:
+        ax: where to draw.
+        rounds: of how many programs each, by a name.
+        places: how many run at once.
+    """
+    for row, (name, counts) in enumerate(rounds.items()):
+        bottom, left = 1.25 * row + 1, 0.0
+        draw_box(ax, (0, bottom), (100, -1), edgecolor="0.7")
+        for count in counts:
+            width, height = 100 * count / sum(counts), count / places
+            look = DECODE.bar
+            draw_box(ax, (left, bottom), (width, -height), f"{count}", 8, **look)
+            left += width
+        ax.text(-1, bottom - 0.5, name, ha="right", va="center", fontsize=9)
+    ax.set(xlim=(0, 100), ylim=(1.25 * len(rounds) - 0.2, -0.1), yticks=[])
+    ax.spines[:].set_visible(False)
+    ax.grid(False)
+
+
+def move_splits(tiles: Sequence[str], shares: Sequence[float]) -> MovingFigure:
     """Programs that read their shares of a context at the same time, and a merge.
 
     Args:
-        num_tiles: of the context; split evenly.
-        num_splits: programs; `num_tiles` is a multiple.
+        tiles: what is written on each tile of the context.
+        shares: weight of each split; their number divides that of the tiles.
     """
-    share = num_tiles // num_splits
-    width = 1.6 * num_tiles
+    share = len(tiles) // len(shares)
+    width = 1.9 * len(tiles)
 
-    def tiles(read: int, reading: bool) -> list[Piece]:
+    def show(says: str, read: int, reading: bool = False, end: int = 0) -> State:
+        """A moment: `read` tiles of each share are done, and one more is `reading`."""
         pieces = []
-        for i in range(num_tiles):
+        for i, text in enumerate(tiles):
             split, place = divmod(i, share)
-            text = f"tile {i}"
+            x, y, look = 1.9 * i, 0.0, READ if place < read else CACHE
             if reading and place == read:  # handed to its program
-                x = 1.6 * (split * share + (share - 1) / 2)
-                pieces.append(Piece(text, x, 1.0, 1.5, 0.7, text, KEYS))
-            else:
-                look = READ if place < read else CACHE
-                pieces.append(Piece(text, 1.6 * i, 0, 1.5, 0.7, text, look))
-        return pieces
+                x, y, look = 1.9 * (split * share + (share - 1) / 2), 1.0, KEYS
+            pieces.append(Piece(f"tile {i}", x, y, 1.8, 0.7, text, look))
+        for i, weight in enumerate(shares):
+            x = 1.9 * share * i + (1.9 * share - 3.4) / 2
+            text = f"split {i}: {read} of {share}"
+            pieces.append(Piece(f"split {i}", x, 1.9, 3.3, 0.7, text, DECODE))
+            if end:
+                pieces.append(
+                    Piece(f"weight {i}", x, 2.7, 3.3, 0.6, f"weight {weight:.0%}")
+                )
+        if end > 1:
+            text = "the answer: their average, by these weights"
+            x = (width - 7.4) / 2
+            pieces.append(Piece("answer", x, 3.5, 7.3, 0.7, text, US))
+        return State(pieces, says)
 
-    def programs(read: int, y: float = 1.9) -> list[Piece]:
-        pieces = []
-        for split in range(num_splits):
-            x = 1.6 * split * share + (1.6 * share - 3) / 2
-            text = f"split {split}: {read} of {share}"
-            pieces.append(Piece(f"split {split}", x, y, 2.9, 0.7, text, DECODE))
-        return pieces
-
-    says = f"{num_tiles} tiles of keys and values lie in the cache."
-    states = [State([*tiles(0, False), *programs(0)], says)]
+    says = (
+        f"The keys and values of the sentence lie in the cache, in {len(tiles)} tiles."
+    )
+    states = [show(says, 0)]
     for read in range(share):
         says = f"Every program has its tile number {read + 1}, all at the same time."
-        states.append(State([*tiles(read, True), *programs(read)], says))
-        says = "Maximum, sum and output are brought up to date."
-        states.append(State([*tiles(read + 1, False), *programs(read + 1)], says))
-    says = "Each split has an answer, and the logarithm of the weight behind it."
-    states.append(State([*tiles(share, False), *programs(share, 2.1)], says))
-    answer = Piece("answer", width / 2 - 1.75, 3.2, 3.4, 0.7, "merged answer", US)
-    says = "The answers are merged, each with its own weight."
-    states.append(State([*tiles(share, False), *programs(share, 2.1), answer], says))
-    return MovingFigure(states, (width, 4.0), pictured=-1)
+        states.append(show(says, read, reading=True))
+        says = "Maximum, sum and output of each program are brought up to date."
+        states.append(show(says, read + 1))
+    says = "Each split has an answer, and the weight behind it."
+    states.append(show(says, share, end=1))
+    says = "The answers are merged, and each counts by its weight."
+    states.append(show(says, share, end=2))
+    return MovingFigure(states, (width, 4.3), pictured=-1)
 
 
 def draw_tiles(ax: Axes, query_len: int, cached: int, rows: int, tile: int) -> None:

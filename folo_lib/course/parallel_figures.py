@@ -143,7 +143,7 @@ def move_sum() -> MovingFigure:
             (second, second),
         ),
     ]
-    return MovingFigure(states, (11.6, 4.9), seconds=3, pictured=4)
+    return MovingFigure(states, (11.7, 4.9), seconds=3, pictured=4)
 
 
 def draw_steps(ax: Axes, rows: Sequence[dict[str, Any]]) -> None:

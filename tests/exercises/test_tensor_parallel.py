@@ -11,7 +11,7 @@ from torch import Tensor
 
 from folo_lib.course.exercises.tensor_parallel import (
     check_count_sent_bytes,
-    check_cut_rows,
+    check_cut_fused,
     check_gather_top,
 )
 
@@ -31,21 +31,46 @@ def test_wrong_bytes(wrong: Callable[..., int], message: str) -> None:
     assert message in verdict.message
 
 
-def cut_rounded_up(num_rows: int, size: int) -> list[tuple[int, int]]:
-    width = -(-num_rows // size)
-    cuts = [(i * width, (i + 1) * width) for i in range(size)]
-    return [(min(a, num_rows), min(b, num_rows)) for a, b in cuts]
+def cut(
+    weight: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rank: int,
+    size: int,
+    copies: bool = True,
+    by_kind: bool = True,
+    neighbours: bool = True,
+) -> Tensor:
+    """The solution; each wrong attempt below changes one argument."""
+    if not by_kind:
+        return weight.chunk(size)[rank]
+    parts = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
+    q, k, v = weight.split(parts)
+    count = max(int(copies), num_kv_heads // size)
+    first = rank * num_kv_heads // size
+    if not neighbours:
+        first = rank * count % num_kv_heads
+    heads = slice(first * head_dim, (first + count) * head_dim)
+    return torch.cat([q.chunk(size)[rank], k[heads], v[heads]])
 
 
-def cut_last_more(num_rows: int, size: int) -> list[tuple[int, int]]:
-    return [(i * num_rows // size, (i + 1) * num_rows // size) for i in range(size)]
-
-
-@pytest.mark.parametrize("wrong", [cut_rounded_up, cut_last_more])
-def test_wrong_cuts(wrong: Any) -> None:
-    verdict = check_cut_rows(wrong)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"by_kind": False}, "rank 0 of 2, with 4 query heads and 2 key/value heads"),
+        ({"copies": False}, "for the heads q0, k0, v0"),
+        (
+            {"neighbours": False},
+            "rank 1 of 4, with 4 query heads and 2 key/value heads",
+        ),
+    ],
+)
+def test_wrong_cuts(change: dict[str, bool], message: str) -> None:
+    assert check_cut_fused(cut)
+    verdict = check_cut_fused(lambda *args: cut(*args, **change))
     assert not verdict
-    assert "10 rows on 4 ranks" in verdict.message
+    assert message in verdict.message
 
 
 def gather_all(scores: Tensor, start: int, group: Any) -> Tensor:

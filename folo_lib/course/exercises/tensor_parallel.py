@@ -10,7 +10,7 @@ from torch import Tensor
 from folo_lib.course.exercises import exercise, require
 from folo_lib.course.ranks import ThreadGroup, run_ranks
 
-__all__ = ["check_count_sent_bytes", "check_cut_rows", "check_gather_top"]
+__all__ = ["check_count_sent_bytes", "check_cut_fused", "check_gather_top"]
 
 
 @exercise
@@ -31,21 +31,48 @@ def check_count_sent_bytes(count: Callable[[int, int, int, int], int]) -> None:
 
 
 @exercise
-def check_cut_rows(cut_rows: Callable[[int, int], list[tuple[int, int]]]) -> None:
-    """Of `cut_rows`: even and uneven cuts, and fewer rows than ranks."""
-    cases = {
-        (10, 4): [(0, 3), (3, 6), (6, 8), (8, 10)],
-        (8, 2): [(0, 4), (4, 8)],
-        (7, 1): [(0, 7)],
-        (2, 4): [(0, 1), (1, 2), (2, 2), (2, 2)],
-        (2048, 3): [(0, 683), (683, 1366), (1366, 2048)],
-    }
-    for (num_rows, size), wanted in cases.items():
-        got = [tuple(one) for one in cut_rows(num_rows, size)]
-        require(
-            got == wanted,
-            f"{num_rows} rows on {size} ranks are cut into {got}, and {wanted} is wanted.",
-        )
+def check_cut_fused(cut_fused: Callable[..., Tensor]) -> None:
+    """Of `cut_fused`: each row of the matrix says which head it belongs to."""
+    for num_heads, num_kv_heads, head_dim, size in [
+        (4, 2, 3, 1),
+        (4, 2, 3, 2),
+        (8, 8, 2, 4),
+        (4, 2, 3, 4),
+        (16, 2, 2, 8),
+        (6, 3, 1, 3),
+    ]:
+        counts = {"q": num_heads, "k": num_kv_heads, "v": num_kv_heads}
+        rows = [
+            f"{kind}{head}"
+            for kind, count in counts.items()
+            for head in range(count)
+            for _ in range(head_dim)
+        ]
+        weight = torch.arange(float(2 * len(rows))).view(-1, 2)
+        model = f"{num_heads} query heads and {num_kv_heads} key/value heads"
+        for rank in range(size):
+            own = range(rank * num_heads // size, (rank + 1) * num_heads // size)
+            group = num_heads // num_kv_heads
+            seen = sorted({head // group for head in own})
+            wanted = [f"q{head}" for head in own]
+            wanted += [f"{kind}{head}" for kind in "kv" for head in seen]
+            got = cut_fused(weight, num_heads, num_kv_heads, head_dim, rank, size)
+            case = f"rank {rank} of {size}, with {model}"
+            require(
+                isinstance(got, Tensor)
+                and got.ndim == 2
+                and got.shape == (len(wanted) * head_dim, 2),
+                f"{case}: the shape is {list(getattr(got, 'shape', []))}, and "
+                f"{[len(wanted) * head_dim, 2]} is wanted, for the heads "
+                f"{', '.join(wanted)}.",
+            )
+            found = [rows[int(number) // 2] for number in got[:, 0]]
+            order = [i for name in wanted for i, row in enumerate(rows) if row == name]
+            require(
+                torch.equal(got, weight[order]),
+                f"{case}: the rows belong to {', '.join(dict.fromkeys(found))}, and "
+                f"{', '.join(wanted)} are wanted, each with its {head_dim} rows.",
+            )
 
 
 @exercise
