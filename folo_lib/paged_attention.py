@@ -17,11 +17,13 @@ __all__ = [
     "find_places",
     "load_tile",
     "attend_tile",
+    "find_share",
     "find_chunk",
     "decode_kernel",
     "merge_kernel",
     "TileSizes",
     "count_multiprocessors",
+    "count_places",
     "choose_num_splits",
     "choose_decode_sizes",
     "decode",
@@ -183,9 +185,22 @@ def attend_tile(
 
 # %% ../notebooks/13_paged_attention.ipynb #find-chunk
 @triton.jit
-def find_chunk(seq_len, num_splits, MIN_CHUNK: tl.constexpr, BT: tl.constexpr):
-    """Tokens per split, in whole tiles; a short sequence uses fewer than allowed."""
-    chunk = tl.maximum(tl.cdiv(seq_len, num_splits), MIN_CHUNK)
+def find_share(seq_lens, num_seqs, num_places):
+    """Tokens of a program, if all are spread over `num_places` for each key head."""
+    total = 0
+    for first in tl.range(0, num_seqs, 128):
+        seqs = first + tl.arange(0, 128)
+        lengths = tl.load(seq_lens + seqs, mask=seqs < num_seqs, other=0)
+        total += tl.sum(lengths.to(tl.int32), 0)
+    return tl.maximum(tl.cdiv(total, num_places), 1)
+
+
+@triton.jit
+def find_chunk(seq_len, share, num_splits, MIN_CHUNK: tl.constexpr, BT: tl.constexpr):
+    """Tokens per split, in whole tiles, with about one split for each share."""
+    used = (seq_len + share // 2) // share  # to the nearest
+    used = tl.minimum(tl.minimum(used, num_splits), tl.cdiv(seq_len, MIN_CHUNK))
+    chunk = tl.cdiv(seq_len, tl.maximum(used, 1))
     return tl.cdiv(chunk, BT) * BT
 
 
@@ -216,6 +231,7 @@ def decode_kernel(
     slot_stride,
     head_stride,
     num_splits,
+    num_places,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,  # H / H_kv, and rows of the tile
     D: tl.constexpr,
@@ -231,7 +247,8 @@ def decode_kernel(
     token = tl.load(query_start_loc + sequence).to(tl.int64)
     query_len = tl.load(query_start_loc + sequence + 1) - token
     seq_len = tl.load(seq_lens + sequence).to(tl.int32)
-    chunk = find_chunk(seq_len, num_splits, MIN_CHUNK, BT)
+    share = find_share(seq_lens, tl.num_programs(1), num_places)
+    chunk = find_chunk(seq_len, share, num_splits, MIN_CHUNK, BT)
     begin = split * chunk
     if (query_len != 1) | (begin >= seq_len):
         return
@@ -277,6 +294,7 @@ def merge_kernel(
     seq_lens,
     output,
     num_splits,
+    num_places,
     D: tl.constexpr,
     DIMS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,  # a power of two, at least num_splits
@@ -289,7 +307,8 @@ def merge_kernel(
     token = tl.load(query_start_loc + sequence).to(tl.int64)
     query_len = tl.load(query_start_loc + sequence + 1) - token
     seq_len = tl.load(seq_lens + sequence).to(tl.int32)
-    chunk = find_chunk(seq_len, num_splits, MIN_CHUNK, BT)
+    share = find_share(seq_lens, tl.num_programs(1), num_places)
+    chunk = find_chunk(seq_len, share, num_splits, MIN_CHUNK, BT)
     wait_for_previous(PDL)  # all programs, also where there is nothing to merge
     if (query_len != 1) | (chunk >= seq_len):
         return
@@ -347,17 +366,21 @@ def count_multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def count_places(num_kv_heads: int, device: torch.device) -> int:
+    """Programs of each key head that share the tokens of all sequences."""
+    return max(1, 2 * count_multiprocessors(device) // num_kv_heads)
+
+
 def choose_num_splits(
     num_seqs: int, num_kv_heads: int, longest: int, device: torch.device
 ) -> int:
     """How many splits each sequence is allowed, if it has `longest` tokens at most.
 
-    One alone gets nearly as many as run at once, three on a multiprocessor. Of several
-    the short ones use few of theirs, so that together they are allowed more.
+    The number of programs is limited, since each has to be started: the more, the
+    longer others may have to wait for one sequence.
     """
-    count = count_multiprocessors(device)
-    alone, together = 11 * count // 4, 6 * count // num_seqs
-    wanted = min(alone, together) // num_kv_heads
+    limit = min(30, longest // 512) * count_multiprocessors(device)
+    wanted = limit // (num_seqs * num_kv_heads)
     useful = -(-longest // DECODE.min_chunk)
     return max(1, min(MAX_SPLITS, wanted, useful))
 
@@ -365,10 +388,13 @@ def choose_num_splits(
 def choose_decode_sizes(
     num_programs: int, dtype: torch.dtype, device: torch.device
 ) -> TileSizes:
-    """Large tiles, unless far more programs wait than run at once.
+    """Large tiles, unless far more programs than run at once have something to do.
 
     Then small ones leave less to wait for at the end. Of float32, twice as much lies in
     the registers of a thread, so its tiles are small too.
+
+    Args:
+        num_programs: without any splits.
     """
     are_few = num_programs <= 8 * count_multiprocessors(device)
     return DECODE if are_few and dtype != torch.float32 else SMALL_DECODE
@@ -394,8 +420,8 @@ def decode(
     parts = query.new_empty(*shape, head_dim, dtype=torch.float32)
     part_logs = query.new_empty(shape, dtype=torch.float32)
     dims = {"D": head_dim, "DIMS": max(16, triton.next_power_of_2(head_dim))}
-    num_programs = num_seqs * num_kv_heads * num_splits
-    sizes = choose_decode_sizes(num_programs, query.dtype, device)
+    sizes = choose_decode_sizes(num_seqs * num_kv_heads, query.dtype, device)
+    num_places = count_places(num_kv_heads, device)
     chunks = {"BT": sizes.tile, "MIN_CHUNK": sizes.min_chunk, "PDL": has_pdl(device)}
     decode_kernel[(num_kv_heads, num_seqs, num_splits)](
         query,
@@ -412,6 +438,7 @@ def decode(
         block_table.stride(0),
         *key_cache.stride()[:3],
         num_splits,
+        num_places,
         GROUP=group,
         ROWS=max(sizes.rows, triton.next_power_of_2(group)),
         BLOCK_SIZE=key_cache.shape[1],
@@ -421,7 +448,7 @@ def decode(
         **chunks,
     )
     if num_splits > 1:
-        where = query_start_loc, seq_lens, output, num_splits
+        where = query_start_loc, seq_lens, output, num_splits, num_places
         merge_kernel[(num_heads, num_seqs)](
             parts,
             part_logs,

@@ -26,6 +26,9 @@ from folo_lib.qwen3 import get_attention_backend
 
 pytest.importorskip("triton", reason="Triton runs on Linux")
 
+import triton
+import triton.language as tl
+
 from folo_lib import paged_attention as module
 from folo_lib.paged_attention import (
     TileSizes,
@@ -61,8 +64,14 @@ def small_tiles(
 
 @pytest.fixture
 def splits(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> int:
-    monkeypatch.setattr(module, "choose_num_splits", lambda *_: request.param)
+    force_splits(monkeypatch, request.param)
     return request.param
+
+
+def force_splits(monkeypatch: pytest.MonkeyPatch, num_splits: int) -> None:
+    """Each sequence uses as many as it can, up to that number."""
+    monkeypatch.setattr(module, "choose_num_splits", lambda *_: num_splits)
+    monkeypatch.setattr(module, "count_places", lambda *_: 10**6)
 
 
 class Step:
@@ -219,7 +228,7 @@ class TestShapes:
 
     @pytest.fixture(autouse=True)
     def three_splits(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module, "choose_num_splits", lambda *_: 3)
+        force_splits(monkeypatch, 3)
 
     @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 17])
     def test_heads_that_share(self, group: int) -> None:
@@ -251,7 +260,7 @@ class TestDecode:
         for name in ("DECODE", "SMALL_DECODE"):
             tiles = TileSizes(TILE, 4, 2, min_chunk=48)
             monkeypatch.setattr(module, name, tiles)
-        monkeypatch.setattr(module, "choose_num_splits", lambda *_: 4)
+        force_splits(monkeypatch, 4)
         made_here: list[Tensor] = []
         new_empty = Tensor.new_empty
 
@@ -437,6 +446,51 @@ class TestNaN:
         assert wrong.nonzero().tolist() == [[0, 1], [2, 0]]
 
 
+@triton.jit
+def ask_kernel(seq_lens, chunks, num_seqs, num_places, num_splits):  # type: ignore
+    i = tl.program_id(0)
+    share = module.find_share(seq_lens, num_seqs, num_places)
+    chunk = module.find_chunk(tl.load(seq_lens + i), share, num_splits, 32, 16)
+    tl.store(chunks + i, chunk)
+
+
+def find_used(lengths: list[int], num_places: int, num_splits: int) -> list[int]:
+    """By the kernels' own functions, how many splits each sequence uses."""
+    seq_lens = torch.tensor(lengths, dtype=torch.int32)
+    chunks = torch.empty_like(seq_lens)
+    ask_kernel[(len(lengths),)](seq_lens, chunks, len(lengths), num_places, num_splits)
+    return [
+        -(-length // chunk) if chunk else 0
+        for length, chunk in zip(lengths, chunks.tolist(), strict=True)
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks the interpreter")
+class TestShares:
+    """Of lengths in tiles of 16 tokens, with at least 32 to a split."""
+
+    @pytest.mark.parametrize("num_seqs", [1, 2, 127, 128, 129, 300])
+    def test_a_step_of_equal_ones_has_about_as_many_programs_as_places(
+        self, num_seqs: int
+    ) -> None:
+        for num_places in (1, 5, 64):
+            used = find_used([6400] * num_seqs, num_places, 64)
+            assert len(set(used)) == 1
+            ideal = num_places / num_seqs
+            assert max(1, 0.9 * ideal - 0.5) <= used[0] <= max(1, ideal + 0.5)
+
+    def test_only_the_long_one_is_split(self) -> None:
+        assert find_used([4000, *[200] * 20], 20, 64) == [10, *[1] * 20]
+
+    def test_no_more_than_are_allowed_and_none_below_the_least_size(self) -> None:
+        assert find_used([4000, *[200] * 20], 20, 3) == [3, *[1] * 20]
+        assert find_used([1, 31, 32, 33, 65], 10**6, 64) == [1, 1, 1, 2, 3]
+
+    def test_padding_counts_for_nothing(self) -> None:
+        assert find_used([3200, 0, 0, 0], 4, 64) == [4, 0, 0, 0]
+        assert find_used([0, 0], 4, 64) == [0, 0]
+
+
 class TestLaunch:
     def test_only_what_the_step_needs(self, monkeypatch: pytest.MonkeyPatch) -> None:
         ran = []
@@ -451,23 +505,23 @@ class TestLaunch:
             Step(query_lens, [9, 9]).run()
             assert ran == names
 
-    def test_splits_fill_the_card_and_follow_from_host_numbers_alone(self) -> None:
+    def test_splits_follow_from_host_numbers_alone(self) -> None:
         count = module.count_multiprocessors(DEVICE)
-        for num_seqs in (1, 2, 3, 7, 64, 256, 4096):
-            for kv_heads in (1, 2, 8):
-                found = choose_num_splits(num_seqs, kv_heads, 10**6, DEVICE)
-                assert 1 <= found <= module.MAX_SPLITS
-                limits = 3 * count // kv_heads, 6 * count // (num_seqs * kv_heads)
-                assert found == 1 or found <= min(limits)
-                nearly = 5 * count // (2 * kv_heads), limits[1]
-                assert found >= min(*nearly, module.MAX_SPLITS)
+        for longest, limit in ((10**6, 30), (8192, 16), (2048, 4), (100, 0)):
+            useful = -(-longest // module.DECODE.min_chunk)
+            for num_seqs in (1, 2, 3, 7, 64, 256, 4096):
+                for kv_heads in (1, 2, 8):
+                    found = choose_num_splits(num_seqs, kv_heads, longest, DEVICE)
+                    programs = num_seqs * kv_heads
+                    most = min(useful, module.MAX_SPLITS)
+                    assert found == 1 or found * programs <= limit * count
+                    assert found == most or (found + 1) * programs > limit * count
 
-    def test_no_sequence_is_split_that_cannot_be_long_enough(self) -> None:
-        most = choose_num_splits(1, 1, 10**6, DEVICE)
-        chunk = module.DECODE.min_chunk
-        for longest, expected in ((1, 1), (chunk, 1), (chunk + 1, 2), (3 * chunk, 3)):
-            found = choose_num_splits(1, 1, longest, DEVICE)
-            assert found == min(most, expected)
+    def test_places_are_two_for_each_multiprocessor(self) -> None:
+        count = module.count_multiprocessors(DEVICE)
+        for kv_heads in (1, 2, 8, 10**6):
+            found = module.count_places(kv_heads, DEVICE)
+            assert found == max(1, 2 * count // kv_heads)
 
     def test_the_prefill_takes_the_largest_tiles_that_a_card_has_room_for(
         self, monkeypatch: pytest.MonkeyPatch

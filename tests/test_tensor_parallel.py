@@ -247,6 +247,23 @@ def test_gather_puts_ranks_side_by_side_in_every_row(tmp_path: Path) -> None:
         assert gathered.tolist() == [[0, 1, 10, 11], [2, 3, 12, 13], [4, 5, 14, 15]]
 
 
+def test_sums_and_gathers_wait_for_a_rank_that_is_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("folo_lib.tensor_parallel.CONNECT_SECONDS", 1)
+
+    def work(group: GlooGroup) -> tuple[Tensor, Tensor]:
+        found = []
+        for add in group.all_reduce, group.all_gather:
+            if group.rank:
+                time.sleep(1.3)
+            found.append(add(torch.ones(1)))
+        return found[0], found[1]
+
+    for total, gathered in run_gloo(2, tmp_path, work):
+        assert (total.tolist(), gathered.tolist()) == ([2], [1, 1])
+
+
 # --- The engine, ranks in processes ---------------------------------------------------
 
 

@@ -40,10 +40,12 @@ from folo_lib.kv_cache import (  # noqa: E402
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 16, 8, 128, 16  # as Qwen3-0.6B
 NUM_BLOCKS = 2**16  # 4.3 GB of keys and values
+LONGEST = 40_960  # tokens that the block table has room for, as in an engine for Qwen3
 UNEQUAL = torch.randint(200, 1601, (256,), generator=torch.Generator().manual_seed(0))
 DECODES = {
     "256x800": [800] * 256,
     "64x800": [800] * 64,
+    "32x600": [600] * 32,
     "1x32768": [32768],
     "1x8000 and 31x300": [8000] + [300] * 31,
     "1x128": [128],
@@ -56,7 +58,7 @@ PREFILLS = {  # tokens that run, and all tokens
     "2048 after 6144": ([2048], [8192]),
     "4x512": ([512] * 4, [512] * 4),
 }
-SPLIT = ("1x32768", "8x8192", "1x8000 and 31x300", "256x800")
+SPLIT = ("1x32768", "8x8192", "1x8000 and 31x300", "32x600", "256x800")
 STORED, LONG = 256, "1x32768"
 
 Step = tuple[Tensor, AttentionMetadata]
@@ -103,7 +105,8 @@ def make_steps(
             for row, new, end in zip(rows, query_lens, seq_lens, strict=True)
             for slot in compute_slot_mapping(row, end - new, end, BLOCK_SIZE)
         ]
-        table = [row + [0] * (max(needed) - len(row)) for row in rows]
+        width = max([*needed, LONGEST // BLOCK_SIZE])
+        table = [row + [0] * (width - len(row)) for row in rows]
         metadata = AttentionMetadata(
             block_size=BLOCK_SIZE,
             slot_mapping=torch.tensor(slots, device=DEVICE),
@@ -189,6 +192,17 @@ def time_host(caches: Tensor, rounds: int = 200) -> dict[str, float]:
     return found
 
 
+def count_splits(lens: Sequence[int]) -> int:
+    """How many the longest sequence uses; see `find_chunk`, which does this on the device."""
+    longest = max(lens)
+    share = max(1, triton.cdiv(sum(lens), module.count_places(KV_HEADS, DEVICE)))
+    allowed = module.choose_num_splits(len(lens), KV_HEADS, LONGEST, DEVICE)
+    useful = triton.cdiv(longest, module.DECODE.min_chunk)
+    used = max(1, min((longest + share // 2) // share, allowed, useful))
+    tiles = triton.cdiv(triton.cdiv(longest, used), module.DECODE.tile)
+    return triton.cdiv(longest, tiles * module.DECODE.tile)
+
+
 def record_rows(caches: Tensor, speed: float) -> list[dict[str, Any]]:
     """Each kernel beside its floor, at `speed` GB/s, and beside PyTorch."""
     token_bytes = 2 * KV_HEADS * HEAD_DIM * DTYPE.itemsize
@@ -199,9 +213,7 @@ def record_rows(caches: Tensor, speed: float) -> list[dict[str, Any]]:
             {
                 "kernel": "decode",
                 "shape": shape,
-                "splits": module.choose_num_splits(
-                    len(lens), KV_HEADS, max(lens), DEVICE
-                ),
+                "splits": count_splits(lens),
                 "bytes": sum(lens) * token_bytes,
                 "operations": 4 * HEADS * HEAD_DIM * sum(lens),
                 "us": time_kernel(module.decode, caches, steps),
@@ -228,15 +240,16 @@ def record_rows(caches: Tensor, speed: float) -> list[dict[str, Any]]:
 
 
 def record_splits(caches: Tensor) -> list[dict[str, Any]]:
-    """Decode with numbers of splits that it would not choose."""
-    chosen, rows = module.choose_num_splits, []
+    """Decode with numbers of splits that it need not choose."""
+    chosen, rows = (module.choose_num_splits, module.count_places), []
+    module.count_places = lambda *_: 2**30  # so that all that are allowed are used
     for shape in SPLIT:
         steps = make_steps([1] * len(DECODES[shape]), DECODES[shape])
         for splits in (1, 2, 4, 8, 16, 32, 64):
             module.choose_num_splits = lambda *_, splits=splits: splits
             us = time_kernel(module.decode, caches, steps, 3)
             rows.append({"shape": shape, "splits": splits, "us": us})
-    module.choose_num_splits = chosen
+    module.choose_num_splits, module.count_places = chosen
     return rows
 
 

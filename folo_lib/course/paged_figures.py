@@ -75,17 +75,20 @@ def draw_gather(
     ax.axis("off")
 
 
-def draw_grid(ax: Axes, lengths: Sequence[int], num_heads: int, chunk: int) -> None:
+def draw_grid(
+    ax: Axes, lengths: Sequence[int], num_heads: int, chunks: Sequence[int]
+) -> None:
     """The programs of a decode step; each is a box at its head, sequence and split.
 
     Args:
         ax: where to draw.
         lengths: tokens of each sequence.
         num_heads: key heads.
-        chunk: tokens of a share, for all of them.
+        chunks: tokens of a split of each sequence.
     """
-    most = -(-max(lengths) // chunk)
-    for i, length in enumerate(lengths):
+    splits = [-(-n // chunk) for n, chunk in zip(lengths, chunks, strict=True)]
+    most = max(splits)
+    for i, (length, chunk) in enumerate(zip(lengths, chunks, strict=True)):
         used = -(-length // chunk)
         for split in range(most):
             own = min(chunk, length - split * chunk)
@@ -105,12 +108,15 @@ def draw_grid(ax: Axes, lengths: Sequence[int], num_heads: int, chunk: int) -> N
     ax.axis("off")
 
 
-def draw_rounds(ax: Axes, rounds: Mapping[str, Sequence[int]], places: int) -> None:
+def draw_rounds(
+    ax: Axes, rounds: Mapping[str, Sequence[int]], ends: Sequence[str], places: int
+) -> None:
     """How many programs run while the bytes of a step are read.
 
     Args:
         ax: where to draw.
         rounds: of how many programs each, by a name.
+        ends: what is written where all is read, for each name.
         places: how many run at once.
     """
     for row, (name, counts) in enumerate(rounds.items()):
@@ -122,16 +128,22 @@ def draw_rounds(ax: Axes, rounds: Mapping[str, Sequence[int]], places: int) -> N
             draw_box(ax, (left, bottom), (width, -height), f"{count}", 8, **look)
             left += width
         ax.text(-1, bottom - 0.5, name, ha="right", va="center", fontsize=9)
+        ax.text(101, bottom - 0.5, ends[row], va="center", fontsize=9)
     ax.set(xlim=(0, 100), ylim=(1.25 * len(rounds) - 0.2, -0.1), yticks=[])
     ax.spines[:].set_visible(False)
     ax.grid(False)
 
 
-def move_splits(tiles: Sequence[str], shares: Sequence[float]) -> MovingFigure:
+def move_splits(
+    tiles: Sequence[str],
+    running: Sequence[Sequence[tuple[float, float]]],
+    shares: Sequence[float],
+) -> MovingFigure:
     """Programs that read their shares of a context at the same time, and a merge.
 
     Args:
         tiles: what is written on each tile of the context.
+        running: of each split, its maximum and its sum after each of its tiles.
         shares: weight of each split; their number divides that of the tiles.
     """
     share = len(tiles) // len(shares)
@@ -148,12 +160,14 @@ def move_splits(tiles: Sequence[str], shares: Sequence[float]) -> MovingFigure:
             pieces.append(Piece(f"tile {i}", x, y, 1.8, 0.7, text, look))
         for i, weight in enumerate(shares):
             x = 1.9 * share * i + (1.9 * share - 3.4) / 2
-            text = f"split {i}: {read} of {share}"
-            pieces.append(Piece(f"split {i}", x, 1.9, 3.3, 0.7, text, DECODE))
+            pieces.append(Piece(f"split {i}", x, 1.9, 3.3, 0.7, f"split {i}", DECODE))
+            text = "nothing read yet"
+            if read:
+                highest, total = running[i][read - 1]
+                text = f"max {highest:.2f}, sum {total:.2f}"
             if end:
-                pieces.append(
-                    Piece(f"weight {i}", x, 2.7, 3.3, 0.6, f"weight {weight:.0%}")
-                )
+                text = f"its weight: {weight:.0%}"
+            pieces.append(Piece(f"state {i}", x, 2.6, 3.3, 0.6, text))
         if end > 1:
             text = "the answer: their average, by these weights"
             x = (width - 7.4) / 2
@@ -169,11 +183,49 @@ def move_splits(tiles: Sequence[str], shares: Sequence[float]) -> MovingFigure:
         states.append(show(says, read, reading=True))
         says = "Maximum, sum and output of each program are brought up to date."
         states.append(show(says, read + 1))
-    says = "Each split has an answer, and the weight behind it."
+    says = (
+        "Each split has an answer. Its maximum and its sum give the weight behind it."
+    )
     states.append(show(says, share, end=1))
     says = "The answers are merged, and each counts by its weight."
     states.append(show(says, share, end=2))
-    return MovingFigure(states, (width, 4.3), pictured=-1)
+    return MovingFigure(states, (width, 4.3), pictured=-1, seconds=2)
+
+
+def draw_gpu(ax: Axes, num_programs: int, num_processors: int) -> None:
+    """A GPU as a kernel sees it: its memory, and programs on multiprocessors.
+
+    Args:
+        ax: where to draw.
+        num_programs: on each multiprocessor.
+        num_processors: of the GPU; one is drawn large.
+    """
+    draw_box(
+        ax,
+        (0, 0),
+        (3, 6),
+        "memory\n\nqueries,\nblock tables,\nthe cache",
+        9,
+        **CACHE.bar,
+    )
+    draw_box(ax, (5.2, 0), (9.6, 6), facecolor="none")
+    ax.text(10, -0.15, f"multiprocessor 0 of {num_processors}", ha="center", fontsize=9)
+    for i in range(num_programs):
+        top = 0.4 + i * 5.4 / num_programs
+        height = 5.4 / num_programs - 0.35
+        shared = "shared memory:\nthe next tile"
+        draw_box(ax, (5.5, top), (4.4, height), shared, 8, **KEYS.bar)
+        used = "registers: the tile in use,\nmaximum, sum, output"
+        draw_box(ax, (10.1, top), (4.4, height), used, 8, **DECODE.bar)
+        middle = top + height / 2
+        for start, end in ((3, 5.5), (9.9, 10.1)):
+            arrow = {"arrowstyle": "->", "color": "0.3", "shrinkA": 0, "shrinkB": 0}
+            ax.annotate("", (end, middle), (start, middle), arrowprops=arrow)
+        ax.text(14.9, middle, f"program {i}", ha="left", va="center", fontsize=8)
+    rest = f"and {num_processors - 1} more multiprocessors, which read the same memory"
+    ax.text(10, 6.5, rest, ha="center", va="center", fontsize=9)
+    ax.set(xlim=(-0.1, 17), ylim=(6.9, -0.7))
+    ax.axis("off")
 
 
 def draw_tiles(ax: Axes, query_len: int, cached: int, rows: int, tile: int) -> None:
@@ -228,6 +280,7 @@ def draw_speeds(ax: Axes, rows: Sequence[dict[str, Any]]) -> None:
     names = [r["shape"].replace("x", " × ").replace("..", " to ") for r in rows]
     ax.set_yticks(range(len(rows)), names)
     ax.axvline(100, color="black", linestyle="--")
-    ax.set_xlim(0, 103)
+    ax.text(99, -0.72, "the speed of memory", ha="right", va="center", fontsize=8)
+    ax.set(xlim=(0, 103), ylim=(-1, len(rows) - 0.4))
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
