@@ -647,9 +647,9 @@ class RankProcesses:
 class ParallelExecutor(GPUExecutor):
     """Several workers: rank 0 in this process, each other one in its own.
 
-    Plans go out, and nothing comes back: every rank has all logits after the gather,
-    and draws the same token from them, since the noise of page 07 is a function of
-    seed, position and token. So rank 0 can answer for all.
+    Plans go out, and nothing comes back: all ranks draw the same token, from the same
+    scores and with the same noise, which is a function of seed, position and token
+    (page 07). So rank 0 can answer for all.
 
     Args:
         model: a folder or hub id.

@@ -12,6 +12,8 @@ from folo_lib.course.parallel_figures import (
     FULL,
     draw_rank_heads,
     draw_steps,
+    find_steps,
+    find_sums,
     move_sum,
 )
 
@@ -50,12 +52,40 @@ def test_no_place_is_overwritten_and_both_get_the_same_sums() -> None:
 
 def test_steps_are_shares_of_one_card() -> None:
     fig, ax = plt.subplots()
-    rows = [{"name": "a", "one": 4.0, "two": 2.4, "sums": 0.4}]
-    draw_steps(ax, [*rows, rows[0] | {"two": 8.0}])
-    widths = [box.get_width() for box in ax.patches]
-    assert widths == pytest.approx([50, 10, 190, 10])
-    assert [box.get_x() for box in ax.patches] == pytest.approx([0, 50, 0, 190])
+    row = {"name": "a", "count": 1, "one": 4.0, "two": 2.4, "sums": 0.3}
+    draw_steps(ax, [row, row | {"two": 8.0}])
+    assert [box.get_width() for box in ax.patches] == pytest.approx(
+        [50, 2.5, 7.5, 50, 142.5, 7.5]
+    )
     label, other, *_ = ax.texts
-    assert label.get_text() == "2.40 ms, on one card 4.00"
+    assert label.get_text() == "0.60: 2.40 of 4.00 ms"
     assert label.get_position()[0] > 100 and other.get_position()[0] > 200
     plt.close(fig)
+
+
+def test_what_is_found_in_a_recording() -> None:
+    step = {"shape": "8B", "requests": 1}
+    measured = {
+        "sums": [
+            {"method": "a", "place": "graph", "bytes": 8, "us": 2.0},
+            {"method": "a", "place": "called", "bytes": 8, "us": 9.0},
+            {"method": "b", "place": "graph", "bytes": 8, "us": 5.0},
+        ],
+        "steps": [
+            step | {"devices": 2, "has_sums": False, "ms": 2.0},
+            step | {"devices": 2, "has_sums": True, "ms": 2.5},
+            step | {"devices": 1, "has_sums": False, "ms": 4.0},
+            step | {"shape": "32B", "devices": 2, "has_sums": True, "ms": 9.0},
+        ],
+        "ratios": [step | {"sums_ms": 0.5}, step | {"shape": "32B", "sums_ms": 1.0}],
+    }
+    assert find_sums(measured, "a") == {8: 2.0}
+    small, large = find_steps(measured)
+    assert small == {
+        "name": "Qwen3-8B",
+        "count": 1,
+        "one": 4.0,
+        "two": 2.5,
+        "sums": 0.5,
+    }
+    assert large["one"] is None and large["two"] == 9.0

@@ -241,7 +241,6 @@ def test_page_16_says_what_its_recording_holds() -> None:
     }
     [waiting] = [x["sums_ms"] for x in measured["ratios"] if x["requests"] == 64]
     gap = find("8B", 64, 2, has_sums=True) - find("8B", 64, 1) / 2
-    assert waiting / gap == pytest.approx(1 / 3, abs=0.02)
     text = (NOTEBOOKS / "data/cuda_graph_h200.json").read_text("utf-8")
     tpot = json.loads(text)["decode"]["cuda_graph"]["main"]["tpot_ms"]
     page_14 = statistics.median(tpot)
@@ -254,14 +253,13 @@ def test_page_16_says_what_its_recording_holds() -> None:
         f"On one card those take {page_14:.2f} ms (page 14)",
         f"runs on two cards in {find('32B', 1, 2, has_sums=True):.2f} ms",
         f"takes {find('32B', 1, 2, has_sums=True):.2f} ms and not the 8.33 of the formula",
-        f"with one sequence, and it takes {two / one:.2f}",
-        f"it takes {two / one:.2f}: {two:.2f} ms, where the formula has 2.08",
-        f"Without its sums the step would be {sums['8B']:.2f} ms shorter",
-        f"which is a ratio of {1 / 1.6}, and it is {many:.2f}",
-        f"So the sums, {waiting:.2f} ms, are a third of the answer",
+        f"a step of Qwen3-8B takes {two / one:.2f} of its time on one card: {two:.2f} "
+        "ms, where the formula has 2.08",
+        f"The sums add {sums['8B']:.2f} ms",
+        f"With 64 sequences it is {many:.2f}, which is {1 / many:.2f} times the tokens",
+        f"The {find('8B', 64, 2, has_sums=True):.2f} ms are {find('8B', 64, 1) / 2:.2f}, "
+        f"the half, and {waiting:.2f} for the sums, and {gap - waiting:.2f} of rest",
         f"less than 73 times the {own:.1f} µs of the first table",
-        f"such a step would take {find('8B', 64, 2):.2f} ms",
-        f"and half of the {find('8B', 64, 1):.2f} ms would be {find('8B', 64, 1) / 2:.2f}",
         f"they are {sums['0.6B']:.2f} of the {find('0.6B', 1, 2, has_sums=True):.2f} ms",
     ):
         assert words in prose

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from folo_lib.course.figures import (
     DEVICE,
     KEYS,
+    PALE_BLUE,
     QUERIES,
     US,
     Look,
@@ -17,10 +18,11 @@ from folo_lib.course.figures import (
 )
 from folo_lib.course.moving import MovingFigure, Piece, State
 
-__all__ = ["draw_rank_heads", "draw_steps", "move_sum"]
+__all__ = ["draw_rank_heads", "draw_steps", "find_steps", "find_sums", "move_sum"]
 
 EMPTY = Look("#FFFFFF", "", "s", ":")
 FULL = Look("#F0E442", "", "o", "-")
+SUMS = Look(FULL.colour, "//", "^", "--")
 COPY = Look(KEYS.colour, "xx", "o", "-")  # a head that another rank holds too
 
 
@@ -76,7 +78,7 @@ def move_sum() -> MovingFigure:
         pieces = []
         for gpu, left in enumerate(lefts):
             pieces.append(Piece(f"gpu {gpu}", left, 0, 5.2, 0.7, f"GPU {gpu}", DEVICE))
-            labels = {"term": "term", "A": "places A", "B": "places B", "sum": "sum"}
+            labels = {"term": "term", "A": "place A", "B": "place B", "sum": "sum"}
             for row, text in labels.items():
                 where = left, rows[row]
                 pieces.append(Piece(f"{row} of {gpu}", *where, 1.8, 0.7, text))
@@ -146,26 +148,62 @@ def move_sum() -> MovingFigure:
     return MovingFigure(states, (11.7, 4.9), seconds=3, pictured=4)
 
 
-def draw_steps(ax: Axes, rows: Sequence[dict[str, Any]]) -> None:
-    """Steps on two cards, in percent of the same step on one.
+def find_sums(measured: dict[str, Any], method: str) -> dict[int, float]:
+    """Microseconds of a sum in a graph, by its bytes.
+
+    Args:
+        measured: a recording of the benchmark's section `tensor_parallel`.
+        method: how it was made.
+    """
+    wanted = {"method": method, "place": "graph"}
+    found = [row for row in measured["sums"] if wanted.items() <= row.items()]
+    return {row["bytes"]: row["us"] for row in found}
+
+
+def find_steps(measured: dict[str, Any]) -> list[dict[str, Any]]:
+    """Milliseconds of each step on one card, or None, and on two, and what its sums add.
+
+    Args:
+        measured: see `find_sums`.
+    """
+    found = []
+    for ratio in measured["ratios"]:
+        wanted = {key: ratio[key] for key in ("shape", "requests")}
+        rows = [row for row in measured["steps"] if wanted.items() <= row.items()]
+        one = [row["ms"] for row in rows if row["devices"] == 1]
+        found.append(
+            {
+                "name": f"Qwen3-{ratio['shape']}",
+                "count": ratio["requests"],
+                "one": one[0] if one else None,
+                "two": next(row["ms"] for row in rows if row["has_sums"]),
+                "sums": ratio["sums_ms"],
+            }
+        )
+    return found
+
+
+def draw_steps(ax: Axes, steps: Sequence[dict[str, Any]]) -> None:
+    """Steps on two cards, in percent of the same step on one, and what they are made of.
 
     Args:
         ax: where to draw.
-        rows: with `name`, and in milliseconds `one`, `two`, and `sums`, a part of `two`.
+        steps: of `find_steps`, each measured on one card too.
     """
-    for place, row in enumerate(rows):
-        scale = 100 / row["one"]
-        bare = (row["two"] - row["sums"]) * scale
-        ax.barh(place, bare, height=0.55, **US.bar)
-        sums = FULL.bar | {"hatch": "//"}
-        ax.barh(place, row["sums"] * scale, left=bare, height=0.55, **sums)
-        text = f"{row['two']:.2f} ms, on one card {row['one']:.2f}"
-        end = max(100, row["two"] * scale)
-        ax.text(end + 3, place, text, va="center", fontsize=8)
-    ax.axvline(50, color="black", linestyle=":")
+    rest = Look(PALE_BLUE, "..", "s", ":")
+    for place, row in enumerate(steps):
+        scale, left = 100 / row["one"], 0.0
+        sums = row["sums"] * scale
+        parts = (50, US), (row["two"] * scale - 50 - sums, rest), (sums, SUMS)
+        for width, look in parts:
+            ax.barh(place, width, left=left, height=0.55, **look.bar)
+            left += width
+        text = f"{row['two'] / row['one']:.2f}: {row['two']:.2f} of {row['one']:.2f} ms"
+        ax.text(max(100, left) + 3, place, text, va="center", fontsize=8)
     ax.axvline(100, color="black", linestyle="--")
-    ax.text(48, -0.62, "half", ha="right", fontsize=8)
-    ax.text(102.5, -0.62, "as on one card", fontsize=8)
-    ax.set_yticks(range(len(rows)), [row["name"] for row in rows])
-    ax.set(ylim=(len(rows) - 0.5, -0.95))
+    for x, text in ((25, "half"), (102.5, "as on one card")):
+        ax.text(x, -0.62, text, ha="center" if x < 100 else "left", fontsize=8)
+    names = [f"{row['name']} × {row['count']}" for row in steps]
+    ax.set_yticks(range(len(steps)), names)
+    ax.set(ylim=(len(steps) - 0.5, -0.95))
     ax.grid(axis="y", visible=False)
