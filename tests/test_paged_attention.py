@@ -481,6 +481,7 @@ class TestShares:
 
     def test_only_the_long_one_is_split(self) -> None:
         assert find_used([4000, *[200] * 20], 20, 64) == [10, *[1] * 20]
+        assert find_used([*[160] * 200, 4000], 60, 64) == [*[1] * 200, 7]
 
     def test_no_more_than_are_allowed_and_none_below_the_least_size(self) -> None:
         assert find_used([4000, *[200] * 20], 20, 3) == [3, *[1] * 20]
@@ -514,6 +515,7 @@ class TestLaunch:
                     found = choose_num_splits(num_seqs, kv_heads, longest, DEVICE)
                     programs = num_seqs * kv_heads
                     most = min(useful, module.MAX_SPLITS)
+                    assert found <= most  # never more than the longest could use
                     assert found == 1 or found * programs <= limit * count
                     assert found == most or (found + 1) * programs > limit * count
 

@@ -171,11 +171,12 @@ def test_a_tile_comes_from_the_blocks_of_its_tokens() -> None:
     plt.close(fig)
 
 
-def test_rounds_read_all_bytes() -> None:
+def test_rounds_have_programs_and_times() -> None:
     fig, ax = plt.subplots()
-    draw_rounds(ax, {"few": [7], "many": [10, 10, 5]}, ["3 µs", "4 µs"], places=10)
+    rounds = {"few": [(7, 4.0)], "many": [(10, 2.0), (10, 2.0), (5, 1.0)]}
+    draw_rounds(ax, rounds, ["3 µs", "4 µs"], places=10)
     dark = [box for box in ax.patches if box.get_facecolor() == to_rgba(DECODE.colour)]
-    assert [box.get_width() for box in dark] == [100, 40, 40, 20]
+    assert [box.get_width() for box in dark] == [4, 2, 2, 1]
     assert [-box.get_height() for box in dark] == [0.7, 1, 1, 0.5]
     plt.close(fig)
 
@@ -308,7 +309,7 @@ class TestRecording:
             "Where do the other eleven go?",
             "About two of the eleven belong to any kernel",
             "About two more belong to the merge, and without its early start it would be "
-            "nearly four. The seven between",
+            "about four. The seven between",
             f"16 splits are 128 programs, and they read 134 MB in {long[1]:.0f} µs: that "
             f"is {rows['1x32768']['bytes'] / long[1] / 1e6:.1f} TB/s, little more than half",
             f"is {rows['8192']['flash_us'] / us['8192']:.2f} times as fast as PyTorch's",

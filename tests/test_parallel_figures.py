@@ -53,13 +53,14 @@ def test_no_place_is_overwritten_and_both_get_the_same_sums() -> None:
 def test_steps_are_shares_of_one_card() -> None:
     fig, ax = plt.subplots()
     row = {"name": "a", "count": 1, "one": 4.0, "two": 2.4, "sums": 0.3}
-    draw_steps(ax, [row, row | {"two": 8.0}])
+    draw_steps(ax, [row, row | {"two": 8.0}], 7.0)
     assert [box.get_width() for box in ax.patches] == pytest.approx(
         [50, 2.5, 7.5, 50, 142.5, 7.5]
     )
     label, other, *_ = ax.texts
     assert label.get_text() == "0.60: 2.40 of 4.00 ms"
     assert label.get_position()[0] > 100 and other.get_position()[0] > 200
+    assert [line.get_xdata()[0] for line in ax.lines] == [100, 175]
     plt.close(fig)
 
 

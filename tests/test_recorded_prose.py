@@ -250,7 +250,9 @@ def test_page_16_says_what_its_recording_holds() -> None:
     for words in (
         f"it makes it {small:.1f} times as long",
         f"The factor of {small:.1f} for Qwen3-0.6B is not",
-        f"On one card those take {page_14:.2f} ms (page 14)",
+        f"On one card those take {page_14:.2f} ms (page 14), and two cards, if their "
+        f"sums were free, {find('0.6B', 1, 2):.2f}",
+        f"(On one card it takes {find('8B', 64, 1):.2f} ms where the formula has 3.78",
         f"runs on two cards in {find('32B', 1, 2, has_sums=True):.2f} ms",
         f"takes {find('32B', 1, 2, has_sums=True):.2f} ms and not the 8.33 of the formula",
         f"a step of Qwen3-8B takes {two / one:.2f} of its time on one card: {two:.2f} "

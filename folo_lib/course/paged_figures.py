@@ -109,27 +109,31 @@ def draw_grid(
 
 
 def draw_rounds(
-    ax: Axes, rounds: Mapping[str, Sequence[int]], ends: Sequence[str], places: int
+    ax: Axes,
+    rounds: Mapping[str, Sequence[tuple[int, float]]],
+    ends: Sequence[str],
+    places: int,
 ) -> None:
-    """How many programs run while the bytes of a step are read.
+    """How many programs run in each round, and how long.
 
     Args:
         ax: where to draw.
-        rounds: of how many programs each, by a name.
-        ends: what is written where all is read, for each name.
+        rounds: of how many programs each, and its time, by a name.
+        ends: what is written at the end of each name's last round.
         places: how many run at once.
     """
-    for row, (name, counts) in enumerate(rounds.items()):
+    longest = max(sum(time for _, time in times) for times in rounds.values())
+    for row, (name, times) in enumerate(rounds.items()):
         bottom, left = 1.25 * row + 1, 0.0
-        draw_box(ax, (0, bottom), (100, -1), edgecolor="0.7")
-        for count in counts:
-            width, height = 100 * count / sum(counts), count / places
-            look = DECODE.bar
-            draw_box(ax, (left, bottom), (width, -height), f"{count}", 8, **look)
-            left += width
-        ax.text(-1, bottom - 0.5, name, ha="right", va="center", fontsize=9)
-        ax.text(101, bottom - 0.5, ends[row], va="center", fontsize=9)
-    ax.set(xlim=(0, 100), ylim=(1.25 * len(rounds) - 0.2, -0.1), yticks=[])
+        for count, time in times:
+            draw_box(ax, (left, bottom), (time, -1), edgecolor="0.7")
+            size = time, -count / places
+            draw_box(ax, (left, bottom), size, f"{count}", 8, **DECODE.bar)
+            left += time
+        middle = bottom - 0.5
+        ax.text(-0.01 * longest, middle, name, ha="right", va="center", fontsize=9)
+        ax.text(left + 0.01 * longest, middle, ends[row], va="center", fontsize=9)
+    ax.set(xlim=(0, 1.3 * longest), ylim=(1.25 * len(rounds) - 0.2, -0.1), yticks=[])
     ax.spines[:].set_visible(False)
     ax.grid(False)
 
@@ -165,13 +169,14 @@ def move_splits(
             if read:
                 highest, total = running[i][read - 1]
                 text = f"max {highest:.2f}, sum {total:.2f}"
+            pieces.append(Piece(f"state {i}", x, 2.6, 3.3, 0.6, text))
             if end:
                 text = f"its weight: {weight:.0%}"
-            pieces.append(Piece(f"state {i}", x, 2.6, 3.3, 0.6, text))
+                pieces.append(Piece(f"weight {i}", x, 3.1, 3.3, 0.6, text))
         if end > 1:
             text = "the answer: their average, by these weights"
             x = (width - 7.4) / 2
-            pieces.append(Piece("answer", x, 3.5, 7.3, 0.7, text, US))
+            pieces.append(Piece("answer", x, 3.9, 7.3, 0.7, text, US))
         return State(pieces, says)
 
     says = (
@@ -189,7 +194,7 @@ def move_splits(
     states.append(show(says, share, end=1))
     says = "The answers are merged, and each counts by its weight."
     states.append(show(says, share, end=2))
-    return MovingFigure(states, (width, 4.3), pictured=-1, seconds=2)
+    return MovingFigure(states, (width, 4.7), pictured=-1, seconds=2)
 
 
 def draw_gpu(ax: Axes, num_programs: int, num_processors: int) -> None:
@@ -242,19 +247,19 @@ def draw_tiles(ax: Axes, query_len: int, cached: int, rows: int, tile: int) -> N
     for top in range(0, query_len, rows):
         height = min(rows, query_len - top)
         for left in range(0, seq_len, tile):
-            width = min(tile, seq_len - left)
             first, last = cached + top, cached + top + height - 1
             look: dict[str, Any] = {"edgecolor": "0.8"}
             if left + tile - 1 <= first:
                 look = KEYS.bar
             elif left <= last:
                 look = KEYS.bar | {"facecolor": MASKED}
-            draw_box(ax, (left, top), (width, height), **look)
+            draw_box(ax, (left, top), (tile, height), **look)
     ends = [cached + row + 1 for row in range(query_len)]  # of what each query sees
     edges = [x for end in ends for x in (end, end)]
     steps = [y for row in range(query_len) for y in (row, row + 1)]
     ax.plot(edges, steps, "k-", lw=1.5)
-    ax.set(xlim=(0, seq_len), ylim=(query_len, 0), xlabel="key", ylabel="query")
+    end = -(-seq_len // tile) * tile
+    ax.set(xlim=(0, end), ylim=(query_len, 0), xlabel="key", ylabel="query")
     ax.set_title(f"{query_len} tokens after {cached}", fontsize=9)
     ax.grid(False)
 

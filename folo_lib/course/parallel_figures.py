@@ -183,12 +183,13 @@ def find_steps(measured: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def draw_steps(ax: Axes, steps: Sequence[dict[str, Any]]) -> None:
+def draw_steps(ax: Axes, steps: Sequence[dict[str, Any]], other: float) -> None:
     """Steps on two cards, in percent of the same step on one, and what they are made of.
 
     Args:
         ax: where to draw.
         steps: of `find_steps`, each measured on one card too.
+        other: milliseconds of the last of them on one card in another way.
     """
     rest = Look(PALE_BLUE, "..", "s", ":")
     for place, row in enumerate(steps):
@@ -201,8 +202,16 @@ def draw_steps(ax: Axes, steps: Sequence[dict[str, Any]]) -> None:
         text = f"{row['two'] / row['one']:.2f}: {row['two']:.2f} of {row['one']:.2f} ms"
         ax.text(max(100, left) + 3, place, text, va="center", fontsize=8)
     ax.axvline(100, color="black", linestyle="--")
-    for x, text in ((25, "half"), (102.5, "as on one card")):
-        ax.text(x, -0.62, text, ha="center" if x < 100 else "left", fontsize=8)
+    for x, y, text in (
+        (25, -0.62, "half"),
+        (102.5, -0.62, "as on one card"),
+        (100 * other / steps[-1]["one"], len(steps) - 1.45, f"{other:.2f} ms"),
+        ((left - sums + 50) / 2, len(steps) - 1.45, "the rest"),
+        (left, len(steps) - 1.45, "sums"),
+    ):
+        ax.text(x, y, text, ha="left" if x == 102.5 else "center", fontsize=8)
+    x, y = 100 * other / steps[-1]["one"], len(steps) - 1
+    ax.plot([x, x], [y - 0.3, y + 0.3], color="black", linewidth=2, linestyle="-")
     names = [f"{row['name']} × {row['count']}" for row in steps]
     ax.set_yticks(range(len(steps)), names)
     ax.set(ylim=(len(steps) - 0.5, -0.95))
