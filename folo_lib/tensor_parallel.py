@@ -458,6 +458,7 @@ def make_worker(
     shard: ShardedForCausalLM, config: EngineConfig, memory: int
 ) -> GPUWorker:
     """The worker of a rank, with a cache of the size that all ranks have room for."""
+    # The shard was made with these, so they are not chosen again.
     settled: Any = dict.fromkeys(("dtype", "device", "attention_backend"), "auto")
     return GPUWorker(shard, replace(config, kv_cache_memory_bytes=memory, **settled))
 
@@ -671,6 +672,7 @@ class ParallelExecutor(GPUExecutor):
         folder = self.check(model, config)
         setup = RankSetup(
             folder=folder,
+            # Rank 0 schedules for all, and shows how far it is.
             config=replace(config, scheduler="continuous", use_tqdm=False),
             device=resolve_device(config.device).type,
             group=self.group_name,
@@ -710,6 +712,7 @@ class ParallelExecutor(GPUExecutor):
         with self.together():
             self.ranks.send(plan)
             step = super().launch(plan)
+        # On a CPU there is nothing left to wait for.
         return WatchedStep.of(step, self.check_ranks) if step.arrival else step
 
     def reset(self) -> None:
