@@ -376,8 +376,8 @@ def choose_num_splits(
 ) -> int:
     """How many splits each sequence is allowed, if it has `longest` tokens at most.
 
-    The number of programs is limited, since each has to be started: the more, the
-    longer others may have to wait for one sequence.
+    The number of programs is limited, since each has to be started. The limit is
+    higher where sequences can be so long that others wait for one of them.
     """
     limit = min(30, longest // 512) * count_multiprocessors(device)
     wanted = limit // (num_seqs * num_kv_heads)

@@ -107,7 +107,8 @@ class TestWithoutTriton:
 
 def test_every_tile_is_read_once_and_merged_at_the_end() -> None:
     running = [[(float(i), 1.0), (i + 0.5, 1.5)] for i in range(3)]
-    figure = move_splits(["a", "b", "c", "d", "e", "f"], running, [0.2, 0.5, 0.3])
+    names, shares = ["x", "y", "z"], [0.2, 0.5, 0.3]
+    figure = move_splits(["a", "b", "c", "d", "e", "f"], names, running, shares)
     lifted = []
     for state in figure.states:
         lifted += [p.key for p in state.pieces if p.look is KEYS]
@@ -122,6 +123,7 @@ def test_every_tile_is_read_once_and_merged_at_the_end() -> None:
     assert figure.pictured is figure.states[-1]
     after = [[p.text for p in state.pieces] for state in figure.states[2:5:2]]
     assert "max 2.00, sum 1.00" in after[0] and "max 2.50, sum 1.50" in after[1]
+    assert after[1].count("what was there: × 0.71") == 3  # 2 ** -0.5
 
 
 def test_a_gpu_has_as_many_programs_as_run_at_once() -> None:
@@ -163,9 +165,8 @@ def test_tiles_are_dark_pale_or_white(query_len: int, cached: int) -> None:
 def test_a_tile_comes_from_the_blocks_of_its_tokens() -> None:
     fig, ax = plt.subplots()
     draw_gather(ax, list("abcdef"), [2, 0, 1], num_blocks=4, tile=4)
-    lines = [(line.get_xdata()[0], line.get_xdata()[1]) for line in ax.lines]
-    starts = [block * 2.6 + slot + 0.5 for block in (2, 0, 1) for slot in (0, 1)]
-    assert [start for start, _ in lines] == pytest.approx(starts)
+    starts = [line.get_xdata()[0] for line in ax.lines]
+    assert starts == pytest.approx([block * 2.6 + 1 for block in (2, 0, 1)])
     assert sum(text.get_text() == "a" for text in ax.texts) == 2
     assert {"tile 0", "tile 1", "block 3"} <= {text.get_text() for text in ax.texts}
     plt.close(fig)

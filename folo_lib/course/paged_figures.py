@@ -52,26 +52,32 @@ def draw_gather(
             look = {"edgecolor": "0.8"} if own is None else CACHE.bar
             draw_box(ax, (left + slot, 0), (1, 1.6), **look)
         ax.text(left + size / 2, -0.2, f"block {block}", ha="center", fontsize=8)
+
+    def find_left(token: int) -> float:
+        return 8 + token + (token // tile) * 2.5
+
+    ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
+    style: dict[str, Any] = {"rotation": 90, "fontsize": 7, "bbox": ground}
     for i, word in enumerate(words):
         block, slot = blocks[i // size], i % size
-        x, y = block * (size + gap) + slot + 0.5, 0.8
-        left = 8 + i + (i // tile) * 2.5
-        draw_box(ax, (left, 3.6), (1, 1.6), **KEYS.bar)
-        for place in ((x, y), (left + 0.5, 4.4)):
-            ground = {
-                "facecolor": "white",
-                "edgecolor": "none",
-                "pad": 0.5,
-                "alpha": 0.8,
-            }
-            style: dict[str, Any] = {"rotation": 90, "fontsize": 7, "bbox": ground}
-            ax.text(*place, word.strip(), ha="center", va="center", **style)
-        ax.plot([x, left + 0.5], [1.6, 3.6], color="0.5", lw=0.8, linestyle="-")
+        draw_box(ax, (find_left(i), 4.2), (1, 1.6), **KEYS.bar)
+        places = (block * (size + gap) + slot + 0.5, 0.8), (find_left(i) + 0.5, 5)
+        for x, y in places:
+            ax.text(x, y, word.strip(), ha="center", va="center", **style)
+    for i, block in enumerate(blocks):
+        left = find_left(i * size)
+        draw_box(ax, (left, 3.1), (size, 0.9), f"{block}", 9)
+        ends = block * (size + gap) + size / 2, left + size / 2
+        ax.plot(ends, [1.6, 3.1], color="0.4", lw=1, linestyle="-")
+    ax.text(
+        find_left(0) - 0.4, 3.55, "block table", ha="right", va="center", fontsize=8
+    )
     for first in range(0, len(words), tile):
-        left, count = 8 + first + (first // tile) * 2.5, min(tile, len(words) - first)
+        count = min(tile, len(words) - first)
         name = f"tile {first // tile}"
-        ax.text(left + count / 2, 5.7, name, ha="center", va="center", fontsize=8)
-    ax.set(xlim=(-0.2, num_blocks * (size + gap)), ylim=(6, -0.9))
+        middle = find_left(first) + count / 2
+        ax.text(middle, 6.2, name, ha="center", va="center", fontsize=8)
+    ax.set(xlim=(-0.2, num_blocks * (size + gap)), ylim=(6.5, -0.9))
     ax.axis("off")
 
 
@@ -140,6 +146,7 @@ def draw_rounds(
 
 def move_splits(
     tiles: Sequence[str],
+    names: Sequence[str],
     running: Sequence[Sequence[tuple[float, float]]],
     shares: Sequence[float],
 ) -> MovingFigure:
@@ -147,6 +154,7 @@ def move_splits(
 
     Args:
         tiles: what is written on each tile of the context.
+        names: of the part of the context that each split reads.
         running: of each split, its maximum and its sum after each of its tiles.
         shares: weight of each split; their number divides that of the tiles.
     """
@@ -155,28 +163,34 @@ def move_splits(
 
     def show(says: str, read: int, reading: bool = False, end: int = 0) -> State:
         """A moment: `read` tiles of each share are done, and one more is `reading`."""
-        pieces = []
+        pieces, middle = [], 1.7 if end else 2.4  # where the programs are
         for i, text in enumerate(tiles):
             split, place = divmod(i, share)
-            x, y, look = 1.9 * i, 0.0, READ if place < read else CACHE
+            x, y, look = 1.9 * i, 0.5, READ if place < read else CACHE
             if reading and place == read:  # handed to its program
-                x, y, look = 1.9 * (split * share + (share - 1) / 2), 1.0, KEYS
+                x, y, look = 1.9 * (split * share + (share - 1) / 2), 1.5, KEYS
             pieces.append(Piece(f"tile {i}", x, y, 1.8, 0.7, text, look))
         for i, weight in enumerate(shares):
             x = 1.9 * share * i + (1.9 * share - 3.4) / 2
-            pieces.append(Piece(f"split {i}", x, 1.9, 3.3, 0.7, f"split {i}", DECODE))
+            pieces.append(Piece(f"name {i}", x, -0.1, 3.3, 0.5, names[i]))
+            text = f"split {i}"
+            pieces.append(Piece(text, x, middle, 3.3, 0.7, text, DECODE))
             text = "nothing read yet"
             if read:
                 highest, total = running[i][read - 1]
                 text = f"max {highest:.2f}, sum {total:.2f}"
-            pieces.append(Piece(f"state {i}", x, 2.6, 3.3, 0.6, text))
+            pieces.append(Piece(f"state {i}", x, middle + 0.75, 3.3, 0.5, text))
+            text = ""
             if end:
                 text = f"its weight: {weight:.0%}"
-                pieces.append(Piece(f"weight {i}", x, 3.1, 3.3, 0.6, text))
+            elif read > 1 and not reading:
+                shrink = 2 ** (running[i][read - 2][0] - running[i][read - 1][0])
+                text = f"what was there: × {shrink:.2f}"
+            pieces.append(Piece(f"more {i}", x, middle + 1.25, 3.3, 0.5, text))
         if end > 1:
             text = "the answer: their average, by these weights"
             x = (width - 7.4) / 2
-            pieces.append(Piece("answer", x, 3.9, 7.3, 0.7, text, US))
+            pieces.append(Piece("answer", x, 3.6, 7.3, 0.7, text, US))
         return State(pieces, says)
 
     says = (
@@ -194,7 +208,7 @@ def move_splits(
     states.append(show(says, share, end=1))
     says = "The answers are merged, and each counts by its weight."
     states.append(show(says, share, end=2))
-    return MovingFigure(states, (width, 4.7), pictured=-1, seconds=2)
+    return MovingFigure(states, (width, 4.4), pictured=-1, seconds=2)
 
 
 def draw_gpu(ax: Axes, num_programs: int, num_processors: int) -> None:

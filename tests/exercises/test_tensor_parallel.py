@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,23 +9,41 @@ import torch
 from torch import Tensor
 
 from folo_lib.course.exercises.tensor_parallel import (
-    check_count_sent_bytes,
+    check_choose_num_ranks,
     check_cut_fused,
     check_gather_top,
 )
 
 
+def choose(
+    num_bytes: float,
+    num_layers: int,
+    bandwidth: float,
+    sum_seconds: float,
+    num_sums: int = 1,
+    alone: float = 0.0,
+    order: tuple[int, ...] = (1, 2, 4, 8),
+) -> int:
+    """The solution; each wrong attempt below changes one argument."""
+
+    def step(ranks: int) -> float:
+        added = (2 * num_layers + num_sums) * sum_seconds
+        return num_bytes / ranks / bandwidth + (added if ranks > 1 else alone * added)
+
+    return min(order, key=step)
+
+
 @pytest.mark.parametrize(
-    ("wrong", "message"),
+    ("change", "message"),
     [
-        (lambda n, e, b, size: 4 * n * e * b * size, "with 6 layers"),
-        (lambda n, e, b, size: 2 * n * e * b * size, "with 6 layers"),
-        (lambda n, e, b, size: (2 * n + 1) * e * size, "64 sequences"),
-        (lambda n, e, b, size: (2 * n + 1) * e * b * 4, "and 2 bytes"),
+        ({"alone": 1.0}, "1 is wanted, not 8"),
+        ({"order": (1, 2)}, "8 is wanted, not 2"),
+        ({"num_sums": -72}, "1 is wanted, not 8"),
     ],
 )
-def test_wrong_bytes(wrong: Callable[..., int], message: str) -> None:
-    verdict = check_count_sent_bytes(wrong)
+def test_wrong_numbers_of_ranks(change: dict[str, Any], message: str) -> None:
+    assert check_choose_num_ranks(choose)
+    verdict = check_choose_num_ranks(lambda *args: choose(*args, **change))
     assert not verdict
     assert message in verdict.message
 

@@ -10,23 +10,37 @@ from torch import Tensor
 from folo_lib.course.exercises import exercise, require
 from folo_lib.course.ranks import ThreadGroup, run_ranks
 
-__all__ = ["check_count_sent_bytes", "check_cut_fused", "check_gather_top"]
+__all__ = ["check_choose_num_ranks", "check_cut_fused", "check_gather_top"]
 
 
 @exercise
-def check_count_sent_bytes(count: Callable[[int, int, int, int], int]) -> None:
-    """Of `count_sent_bytes`: the bundled model, and Qwen3-8B."""
-    cases = {
-        (6, 192, 1, 4): 13 * 192 * 4,
-        (36, 4096, 1, 2): 73 * 4096 * 2,
-        (36, 4096, 64, 2): 73 * 4096 * 64 * 2,
-    }
-    for case, wanted in cases.items():
-        got = count(*case)
+def check_choose_num_ranks(
+    choose: Callable[[float, int, float, float], int],
+) -> None:
+    """Beside the formula of section 10, which knows no sums on one rank."""
+    for num_bytes, num_layers, bandwidth, sum_seconds in [
+        (1.2e9, 28, 4e12, 5e-6),
+        (15.1e9, 36, 4e12, 2.5e-6),
+        (15.1e9, 36, 4e12, 13e-6),
+        (15.1e9, 36, 4e12, 40e-6),
+        (15.1e9, 36, 4e12, 60e-6),
+        (64e9, 64, 4e12, 40e-6),
+        (1.2e9, 28, 4e12, 0.0),
+        (8.0, 0, 1.0, 4.0),
+    ]:
+        times = {
+            ranks: num_bytes / ranks / bandwidth
+            + (ranks > 1) * (2 * num_layers + 1) * sum_seconds
+            for ranks in (1, 2, 4, 8)
+        }
+        _, best = min((time, ranks) for ranks, time in times.items())
+        got = choose(num_bytes, num_layers, bandwidth, sum_seconds)
+        said = ", ".join(f"{n}: {1e3 * t:.3g} ms" for n, t in times.items())
         require(
-            got == wanted,
-            "with {} layers, hidden size {}, {} sequences and {} bytes a ".format(*case)
-            + f"number it is {wanted:,} bytes, not {got:,}.",
+            got == best,
+            f"{num_bytes:g} bytes, {num_layers} layers, {bandwidth:g} bytes a second and "
+            f"sums of {1e6 * sum_seconds:g} µs: {best} is wanted, not {got!r}. A step "
+            f"takes {said}.",
         )
 
 
