@@ -202,20 +202,17 @@ def draw_steps(ax: Axes, steps: Sequence[dict[str, Any]], other: float) -> None:
         text = f"{row['two'] / row['one']:.2f}: {row['two']:.2f} of {row['one']:.2f} ms"
         ax.text(max(100, left) + 3, place, text, va="center", fontsize=8)
     ax.axvline(100, color="black", linestyle="--")
-    for x, y, text in (
-        (25, -0.62, "half"),
-        (102.5, -0.62, "as on one card"),
-        (
-            100 * other / steps[-1]["one"] - 20,
-            len(steps) - 1.45,
-            f"compiled, on one card: {other:.2f} ms",
-        ),
-        (100, len(steps) - 1.45, "the rest"),
-        (left + 3, len(steps) - 1.45, "sums"),
+    above, mark = len(steps) - 1.45, 100 * other / steps[-1]["one"]
+    for x, y, side, text in (
+        (25, -0.62, "center", "half"),
+        (102.5, -0.62, "left", "as on one card"),
+        (75, above, "center", "the rest"),
+        (mark + 2, above, "right", f"compiled, on one card: {other:.2f} ms"),
+        (left - sums + 2, above, "left", "sums"),
     ):
-        ax.text(x, y, text, ha="left" if x == 102.5 else "center", fontsize=8)
-    x, y = 100 * other / steps[-1]["one"], len(steps) - 1
-    ax.plot([x, x], [y - 0.3, y + 0.3], color="black", linewidth=2, linestyle="-")
+        ax.text(x, y, text, ha=side, fontsize=8)
+    y = len(steps) - 1
+    ax.plot([mark, mark], [y - 0.3, y + 0.3], color="black", linewidth=2, linestyle="-")
     names = [f"{row['name']} × {row['count']}" for row in steps]
     ax.set_yticks(range(len(steps)), names)
     ax.set(ylim=(len(steps) - 0.5, -0.95))
