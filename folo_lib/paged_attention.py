@@ -23,7 +23,7 @@ __all__ = [
     "merge_kernel",
     "TileSizes",
     "count_multiprocessors",
-    "count_places",
+    "count_workers",
     "choose_num_splits",
     "choose_decode_sizes",
     "decode",
@@ -185,14 +185,14 @@ def attend_tile(
 
 # %% ../notebooks/13_paged_attention.ipynb #find-chunk
 @triton.jit
-def find_share(seq_lens, num_seqs, num_places):
-    """Tokens of a program, if all are spread over `num_places` for each key head."""
+def find_share(seq_lens, num_seqs, num_workers):
+    """Tokens of a program, if all are spread over `num_workers` for each key head."""
     total = 0
     for first in tl.range(0, num_seqs, 128):
         seqs = first + tl.arange(0, 128)
         lengths = tl.load(seq_lens + seqs, mask=seqs < num_seqs, other=0)
         total += tl.sum(lengths.to(tl.int32), 0)
-    return tl.maximum(tl.cdiv(total, num_places), 1)
+    return tl.maximum(tl.cdiv(total, num_workers), 1)
 
 
 @triton.jit
@@ -231,7 +231,7 @@ def decode_kernel(
     slot_stride,
     head_stride,
     num_splits,
-    num_places,
+    num_workers,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,  # H / H_kv, and rows of the tile
     D: tl.constexpr,
@@ -247,7 +247,7 @@ def decode_kernel(
     token = tl.load(query_start_loc + sequence).to(tl.int64)
     query_len = tl.load(query_start_loc + sequence + 1) - token
     seq_len = tl.load(seq_lens + sequence).to(tl.int32)
-    share = find_share(seq_lens, tl.num_programs(1), num_places)
+    share = find_share(seq_lens, tl.num_programs(1), num_workers)
     chunk = find_chunk(seq_len, share, num_splits, MIN_CHUNK, BT)
     begin = split * chunk
     if (query_len != 1) | (begin >= seq_len):
@@ -294,7 +294,7 @@ def merge_kernel(
     seq_lens,
     output,
     num_splits,
-    num_places,
+    num_workers,
     D: tl.constexpr,
     DIMS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,  # a power of two, at least num_splits
@@ -307,7 +307,7 @@ def merge_kernel(
     token = tl.load(query_start_loc + sequence).to(tl.int64)
     query_len = tl.load(query_start_loc + sequence + 1) - token
     seq_len = tl.load(seq_lens + sequence).to(tl.int32)
-    share = find_share(seq_lens, tl.num_programs(1), num_places)
+    share = find_share(seq_lens, tl.num_programs(1), num_workers)
     chunk = find_chunk(seq_len, share, num_splits, MIN_CHUNK, BT)
     wait_for_previous(PDL)  # all programs, also where there is nothing to merge
     if (query_len != 1) | (chunk >= seq_len):
@@ -366,7 +366,7 @@ def count_multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def count_places(num_kv_heads: int, device: torch.device) -> int:
+def count_workers(num_kv_heads: int, device: torch.device) -> int:
     """Programs of each key head that share the tokens of all sequences."""
     return max(1, 2 * count_multiprocessors(device) // num_kv_heads)
 
@@ -421,7 +421,7 @@ def decode(
     part_logs = query.new_empty(shape, dtype=torch.float32)
     dims = {"D": head_dim, "DIMS": max(16, triton.next_power_of_2(head_dim))}
     sizes = choose_decode_sizes(num_seqs * num_kv_heads, query.dtype, device)
-    num_places = count_places(num_kv_heads, device)
+    num_workers = count_workers(num_kv_heads, device)
     chunks = {"BT": sizes.tile, "MIN_CHUNK": sizes.min_chunk, "PDL": has_pdl(device)}
     decode_kernel[(num_kv_heads, num_seqs, num_splits)](
         query,
@@ -438,7 +438,7 @@ def decode(
         block_table.stride(0),
         *key_cache.stride()[:3],
         num_splits,
-        num_places,
+        num_workers,
         GROUP=group,
         ROWS=max(sizes.rows, triton.next_power_of_2(group)),
         BLOCK_SIZE=key_cache.shape[1],
@@ -448,7 +448,7 @@ def decode(
         **chunks,
     )
     if num_splits > 1:
-        where = query_start_loc, seq_lens, output, num_splits, num_places
+        where = query_start_loc, seq_lens, output, num_splits, num_workers
         merge_kernel[(num_heads, num_seqs)](
             parts,
             part_logs,
@@ -489,6 +489,7 @@ def prefill_kernel(
     """One program per key head and tile of queries, of sequences that run several."""
     kv_head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the last tiles have most to read
+    # 1. Which queries are mine?
     sequence = -1  # the last one that has begun
     for first in tl.range(0, num_seqs, 128):
         seqs = first + tl.arange(0, 128)
@@ -512,12 +513,14 @@ def prefill_kernel(
     highest = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     result = tl.zeros([ROWS, DIMS], tl.float32)
+    # 2. Which keys may they see?
     table = block_table + tl.cast(sequence, tl.int64) * table_stride
     key_cache += kv_head.to(tl.int64) * head_stride
     value_cache += kv_head.to(tl.int64) * head_stride
     cached = seq_len - query_len
     positions = (cached + queries)[:, None]
     end = tl.minimum(cached + first_query + BQ, seq_len)
+    # 3. Where is a mask needed?
     seen_by_all = (cached + first_query + 1) // BT * BT
     for first in tl.range(0, seen_by_all, BT):  # whole tiles, without a mask
         tokens = first + tl.arange(0, BT)

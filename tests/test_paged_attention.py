@@ -71,7 +71,7 @@ def splits(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> i
 def force_splits(monkeypatch: pytest.MonkeyPatch, num_splits: int) -> None:
     """Each sequence uses as many as it can, up to that number."""
     monkeypatch.setattr(module, "choose_num_splits", lambda *_: num_splits)
-    monkeypatch.setattr(module, "count_places", lambda *_: 10**6)
+    monkeypatch.setattr(module, "count_workers", lambda *_: 10**6)
 
 
 class Step:
@@ -447,18 +447,18 @@ class TestNaN:
 
 
 @triton.jit
-def ask_kernel(seq_lens, chunks, num_seqs, num_places, num_splits):  # type: ignore
+def ask_kernel(seq_lens, chunks, num_seqs, num_workers, num_splits):  # type: ignore
     i = tl.program_id(0)
-    share = module.find_share(seq_lens, num_seqs, num_places)
+    share = module.find_share(seq_lens, num_seqs, num_workers)
     chunk = module.find_chunk(tl.load(seq_lens + i), share, num_splits, 32, 16)
     tl.store(chunks + i, chunk)
 
 
-def find_used(lengths: list[int], num_places: int, num_splits: int) -> list[int]:
+def find_used(lengths: list[int], num_workers: int, num_splits: int) -> list[int]:
     """By the kernels' own functions, how many splits each sequence uses."""
     seq_lens = torch.tensor(lengths, dtype=torch.int32)
     chunks = torch.empty_like(seq_lens)
-    ask_kernel[(len(lengths),)](seq_lens, chunks, len(lengths), num_places, num_splits)
+    ask_kernel[(len(lengths),)](seq_lens, chunks, len(lengths), num_workers, num_splits)
     return [
         -(-length // chunk) if chunk else 0
         for length, chunk in zip(lengths, chunks.tolist(), strict=True)
@@ -473,10 +473,10 @@ class TestShares:
     def test_a_step_of_equal_ones_has_about_as_many_programs_as_places(
         self, num_seqs: int
     ) -> None:
-        for num_places in (1, 5, 64):
-            used = find_used([6400] * num_seqs, num_places, 64)
+        for num_workers in (1, 5, 64):
+            used = find_used([6400] * num_seqs, num_workers, 64)
             assert len(set(used)) == 1
-            ideal = num_places / num_seqs
+            ideal = num_workers / num_seqs
             assert max(1, 0.9 * ideal - 0.5) <= used[0] <= max(1, ideal + 0.5)
 
     def test_only_the_long_one_is_split(self) -> None:
@@ -519,10 +519,10 @@ class TestLaunch:
                     assert found == 1 or found * programs <= limit * count
                     assert found == most or (found + 1) * programs > limit * count
 
-    def test_places_are_two_for_each_multiprocessor(self) -> None:
+    def test_workers_are_two_for_each_multiprocessor(self) -> None:
         count = module.count_multiprocessors(DEVICE)
         for kv_heads in (1, 2, 8, 10**6):
-            found = module.count_places(kv_heads, DEVICE)
+            found = module.count_workers(kv_heads, DEVICE)
             assert found == max(1, 2 * count // kv_heads)
 
     def test_the_prefill_takes_the_largest_tiles_that_a_card_has_room_for(

@@ -246,6 +246,7 @@ def test_page_16_says_what_its_recording_holds() -> None:
     page_14 = statistics.median(tpot)
     wanted = {"bytes": 8192, "method": "group", "place": "graph"}
     [own] = [x["us"] for x in measured["sums"] if wanted.items() <= x.items()]
+    reading = (16.382e9 - 2 * 151_936 * 4096) / 4e9  # ms, at 4 TB per second
     prose = read_prose("16_tensor_parallel")
     for words in (
         f"it makes it {small:.1f} times as long",
@@ -258,6 +259,8 @@ def test_page_16_says_what_its_recording_holds() -> None:
         f"a step of Qwen3-8B takes {two / one:.2f} of its time on one card: {two:.2f} "
         "ms, where the formula has 2.08",
         f"The sums add {sums['8B']:.2f} ms",
+        f"a step takes {one - reading:.2f} ms on one card and, without its sums, "
+        f"{find('8B', 1, 2) - reading / 2:.2f} on two",
         f"With 64 sequences it is {many:.2f}, which is {1 / many:.2f} times the tokens",
         f"The {find('8B', 64, 2, has_sums=True):.2f} ms are {find('8B', 64, 1) / 2:.2f}, "
         f"the half, and {waiting:.2f} for the sums, and {gap - waiting:.2f} of rest",

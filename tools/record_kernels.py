@@ -195,7 +195,7 @@ def time_host(caches: Tensor, rounds: int = 200) -> dict[str, float]:
 def count_splits(lens: Sequence[int]) -> int:
     """How many the longest sequence uses; see `find_chunk`, which does this on the device."""
     longest = max(lens)
-    share = max(1, triton.cdiv(sum(lens), module.count_places(KV_HEADS, DEVICE)))
+    share = max(1, triton.cdiv(sum(lens), module.count_workers(KV_HEADS, DEVICE)))
     allowed = module.choose_num_splits(len(lens), KV_HEADS, LONGEST, DEVICE)
     useful = triton.cdiv(longest, module.DECODE.min_chunk)
     used = max(1, min((longest + share // 2) // share, allowed, useful))
@@ -241,15 +241,15 @@ def record_rows(caches: Tensor, speed: float) -> list[dict[str, Any]]:
 
 def record_splits(caches: Tensor) -> list[dict[str, Any]]:
     """Decode with numbers of splits that it need not choose."""
-    chosen, rows = (module.choose_num_splits, module.count_places), []
-    module.count_places = lambda *_: 2**30  # so that all that are allowed are used
+    chosen, rows = (module.choose_num_splits, module.count_workers), []
+    module.count_workers = lambda *_: 2**30  # so that all that are allowed are used
     for shape in SPLIT:
         steps = make_steps([1] * len(DECODES[shape]), DECODES[shape])
         for splits in (1, 2, 4, 8, 16, 32, 64):
             module.choose_num_splits = lambda *_, splits=splits: splits
             us = time_kernel(module.decode, caches, steps, 3)
             rows.append({"shape": shape, "splits": splits, "us": us})
-    module.choose_num_splits, module.count_places = chosen
+    module.choose_num_splits, module.count_workers = chosen
     return rows
 
 

@@ -117,7 +117,7 @@ def draw_grid(
 def draw_rounds(
     ax: Axes,
     rounds: Mapping[str, Sequence[tuple[int, float]]],
-    ends: Sequence[str],
+    measured: Sequence[float],
     places: int,
 ) -> None:
     """How many programs run in each round, and how long.
@@ -125,7 +125,7 @@ def draw_rounds(
     Args:
         ax: where to draw.
         rounds: of how many programs each, and its time, by a name.
-        ends: what is written at the end of each name's last round.
+        measured: how long it took in truth, for each name.
         places: how many run at once.
     """
     longest = max(sum(time for _, time in times) for times in rounds.values())
@@ -138,7 +138,10 @@ def draw_rounds(
             left += time
         middle = bottom - 0.5
         ax.text(-0.01 * longest, middle, name, ha="right", va="center", fontsize=9)
-        ax.text(left + 0.01 * longest, middle, ends[row], va="center", fontsize=9)
+        took = measured[row]
+        ax.plot([took, took], [bottom, bottom - 1], color="black", lw=2, linestyle="-")
+        place = max(left, took) + 0.01 * longest
+        ax.text(place, middle, f"measured: {took:.0f} µs", va="center", fontsize=9)
     ax.set(xlim=(0, 1.3 * longest), ylim=(1.25 * len(rounds) - 0.2, -0.1), yticks=[])
     ax.spines[:].set_visible(False)
     ax.grid(False)

@@ -734,7 +734,7 @@ def paged_attention(m: ModuleType) -> None:
     m.count_multiprocessors(cpu)
     for given in ((1, 2, 9000), (1, 8, 200), (64, 8, 700), (3, 1, 700)):
         m.choose_num_splits(*given, cpu)
-        m.count_places(given[1], cpu)
+        m.count_workers(given[1], cpu)
     for num_programs in (8, 24, 25, 64, 65, 500):
         for dtype in (torch.float32, torch.bfloat16):
             m.choose_decode_sizes(num_programs, dtype, cpu)

@@ -19,26 +19,31 @@ def choose(
     num_bytes: float,
     num_layers: int,
     bandwidth: float,
-    sum_seconds: float,
+    sum_seconds: dict[int, float],
+    target: float,
     num_sums: int = 1,
     alone: float = 0.0,
-    order: tuple[int, ...] = (1, 2, 4, 8),
-) -> int:
+    fewest: bool = True,
+    divided: bool = True,
+) -> int | None:
     """The solution; each wrong attempt below changes one argument."""
-
-    def step(ranks: int) -> float:
-        added = (2 * num_layers + num_sums) * sum_seconds
-        return num_bytes / ranks / bandwidth + (added if ranks > 1 else alone * added)
-
-    return min(order, key=step)
+    times = {}
+    for ranks, seconds in ({1: alone} | sum_seconds).items():
+        read = num_bytes / bandwidth / (ranks if divided else 1)
+        times[ranks] = read + (2 * num_layers + num_sums) * seconds
+    enough = [ranks for ranks, time in times.items() if time <= target]
+    if not fewest:
+        return min(times, key=lambda ranks: times[ranks])
+    return min(enough, default=None)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"alone": 1.0}, "1 is wanted, not 8"),
-        ({"order": (1, 2)}, "8 is wanted, not 2"),
-        ({"num_sums": -72}, "1 is wanted, not 8"),
+        ({"alone": 13e-6}, "1 is wanted, not 2"),
+        ({"fewest": False}, "4 is wanted, not 8"),
+        ({"num_sums": -36}, "not 2"),
+        ({"divided": False}, "4 is wanted, not None"),
     ],
 )
 def test_wrong_numbers_of_ranks(change: dict[str, Any], message: str) -> None:
