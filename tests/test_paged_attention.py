@@ -506,7 +506,10 @@ class TestLaunch:
             Step(query_lens, [9, 9]).run()
             assert ran == names
 
-    def test_splits_follow_from_host_numbers_alone(self) -> None:
+    def test_splits_follow_from_host_numbers_alone(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "DECODE", TileSizes(TILE, 4, 2, min_chunk=256))
         count = module.count_multiprocessors(DEVICE)
         for longest, limit in ((10**6, 30), (8192, 16), (2048, 4), (100, 0)):
             useful = -(-longest // module.DECODE.min_chunk)

@@ -302,7 +302,7 @@ class TestRecording:
             f"and they take {us['1x8000 and 31x300']:.0f} µs",
             f"take {taken['256x800', 64]:.0f} µs with 64 splits, and "
             f"{taken['256x800', 1]:.0f} without",
-            f"does in {us['256 tokens']:.0f} µs",
+            f"our other kernel takes {us['256 tokens']:.0f} µs",
             "It is six for 256 requests of unequal lengths",
             "well over a hundred operations",
             f"An H200 has {record['multiprocessors']} multiprocessors",
