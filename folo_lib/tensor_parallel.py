@@ -458,7 +458,7 @@ def make_worker(
     shard: ShardedForCausalLM, config: EngineConfig, memory: int
 ) -> GPUWorker:
     """The worker of a rank, with a cache of the size that all ranks have room for."""
-    # The shard was made with these, so they are not chosen again.
+    # These were chosen when the shard was made, and "auto" takes what it has.
     settled: Any = dict.fromkeys(("dtype", "device", "attention_backend"), "auto")
     return GPUWorker(shard, replace(config, kv_cache_memory_bytes=memory, **settled))
 

@@ -259,8 +259,7 @@ def test_page_16_says_what_its_recording_holds() -> None:
         f"a step of Qwen3-8B takes {two / one:.2f} of its time on one card: {two:.2f} "
         "ms, where the formula has 2.08",
         f"The sums add {sums['8B']:.2f} ms",
-        f"a step takes {one - reading:.2f} ms on one card and, without its sums, "
-        f"{find('8B', 1, 2) - reading / 2:.2f} on two",
+        f"has 2.08, which are {reading / 2:.2f} of reading and 0.18 of sums",
         f"With 64 sequences it is {many:.2f}, which is {1 / many:.2f} times the tokens",
         f"The {find('8B', 64, 2, has_sums=True):.2f} ms are {find('8B', 64, 1) / 2:.2f}, "
         f"the half, and {waiting:.2f} for the sums, and {gap - waiting:.2f} of rest",

@@ -195,23 +195,23 @@ def draw_steps(ax: Axes, steps: Sequence[dict[str, Any]], other: float) -> None:
     for place, row in enumerate(steps):
         scale, left = 100 / row["one"], 0.0
         sums = row["sums"] * scale
-        parts = (50, US), (row["two"] * scale - 50 - sums, rest), (sums, SUMS)
-        for width, look in parts:
-            ax.barh(place, width, left=left, height=0.55, **look.bar)
+        parts = (
+            (50, US, "half of it"),
+            (row["two"] * scale - 50 - sums, rest, "the rest"),
+            (sums, SUMS, "sums"),
+        )
+        for width, look, name in parts:
+            label = name if place == 0 else None
+            ax.barh(place, width, left=left, height=0.55, label=label, **look.bar)
             left += width
         text = f"{row['two'] / row['one']:.2f}: {row['two']:.2f} of {row['one']:.2f} ms"
         ax.text(max(100, left) + 3, place, text, va="center", fontsize=8)
     ax.axvline(100, color="black", linestyle="--")
-    above, mark = len(steps) - 1.45, 100 * other / steps[-1]["one"]
-    for x, y, side, text in (
-        (25, -0.62, "center", "half"),
-        (102.5, -0.62, "left", "as on one card"),
-        (75, above, "center", "the rest"),
-        (mark + 2, above, "right", f"compiled, on one card: {other:.2f} ms"),
-        (left - sums + 2, above, "left", "sums"),
-    ):
-        ax.text(x, y, text, ha=side, fontsize=8)
-    y = len(steps) - 1
+    ax.text(102.5, -0.62, "as on one card", fontsize=8)
+    ax.legend(loc="upper right", fontsize=8)
+    y, mark = len(steps) - 1, 100 * other / steps[-1]["one"]
+    text = f"compiled, on one card: {other:.2f} ms"
+    ax.text(mark + 2, y - 0.45, text, ha="right", fontsize=8)
     ax.plot([mark, mark], [y - 0.3, y + 0.3], color="black", linewidth=2, linestyle="-")
     names = [f"{row['name']} × {row['count']}" for row in steps]
     ax.set_yticks(range(len(steps)), names)
