@@ -7,6 +7,7 @@ same tests run on it, and those marked `gpu` add every dtype and long contexts.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import random
 import subprocess
@@ -486,6 +487,21 @@ class TestShares:
     def test_no_more_than_are_allowed_and_none_below_the_least_size(self) -> None:
         assert find_used([4000, *[200] * 20], 20, 3) == [3, *[1] * 20]
         assert find_used([1, 31, 32, 33, 65], 10**6, 64) == [1, 1, 1, 2, 3]
+
+    def test_the_recording_counts_splits_as_the_kernels_do(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "tools"))
+        script = importlib.import_module("record_kernels")
+        monkeypatch.setattr(script, "DEVICE", DEVICE)
+        monkeypatch.setattr(module, "DECODE", TileSizes(16, 4, 2, min_chunk=32))
+        workers = module.count_workers(script.KV_HEADS, DEVICE)
+        for lengths in ([1], [3000], [400] * 3, [900] + [30] * 4, [70] * 40):
+            allowed = choose_num_splits(
+                len(lengths), script.KV_HEADS, script.LONGEST, DEVICE
+            )
+            used = find_used(lengths, workers, allowed)
+            assert script.count_splits(lengths) == max(used)
 
     def test_padding_counts_for_nothing(self) -> None:
         assert find_used([3200, 0, 0, 0], 4, 64) == [4, 0, 0, 0]

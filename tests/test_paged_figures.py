@@ -107,8 +107,8 @@ class TestWithoutTriton:
 
 def test_every_tile_is_read_once_and_merged_at_the_end() -> None:
     running = [[(float(i), 1.0), (i + 0.5, 1.5)] for i in range(3)]
-    names, shares = ["x", "y", "z"], [0.2, 0.5, 0.3]
-    figure = move_splits(["a", "b", "c", "d", "e", "f"], names, running, shares)
+    names, weights = ["x", "y", "z"], [0.2, 0.5, 0.3]
+    figure = move_splits(["a", "b", "c", "d", "e", "f"], names, running, weights)
     lifted = []
     for state in figure.states:
         lifted += [p.key for p in state.pieces if p.look is KEYS]
@@ -273,7 +273,7 @@ class TestRecording:
         taken = {(row["shape"], row["splits"]): row["us"] for row in record["splits"]}
         long = [taken["1x32768", n] for n in (1, 16, 32, 64)]
         eight = {n: taken["8x8192", n] for n in (4, 8, 16)}
-        mixed = {n: taken["1x8000 and 31x300", n] for n in (1,)}
+        unsplit = taken["1x8000 and 31x300", 1]
         stages = record["stages"]
 
         def share(shape: str, time: float | None = None) -> str:
@@ -297,7 +297,7 @@ class TestRecording:
             f"{rows['8x8192']['bytes'] / eight[4] / 1e6:.1f} TB/s",
             f"So our kernel uses four. It takes {us['8x8192']:.0f} µs and not "
             f"{eight[4]:.0f}",
-            f"31 short answers wait {mixed[1]:.0f} µs for the long one. Our kernel cuts "
+            f"31 short answers wait {unsplit:.0f} µs for the long one. Our kernel cuts "
             f"it into {rows['1x8000 and 31x300']['splits']} and leaves the others whole, "
             f"and they take {us['1x8000 and 31x300']:.0f} µs",
             f"take {taken['256x800', 64]:.0f} µs with 64 splits, and "

@@ -14,6 +14,7 @@ from folo_lib.course.figures import (
     OTHER,
     US,
     Look,
+    draw_arrow,
     draw_box,
     ink_on,
 )
@@ -21,6 +22,7 @@ from folo_lib.course.moving import MovingFigure, Piece, State
 
 __all__ = [
     "draw_gather",
+    "draw_gpu",
     "draw_grid",
     "draw_rounds",
     "draw_speeds",
@@ -94,10 +96,9 @@ def draw_grid(
     """
     splits = [-(-n // chunk) for n, chunk in zip(lengths, chunks, strict=True)]
     most = max(splits)
-    for i, (length, chunk) in enumerate(zip(lengths, chunks, strict=True)):
-        used = -(-length // chunk)
+    for i, used in enumerate(splits):
         for split in range(most):
-            own = min(chunk, length - split * chunk)
+            own = min(chunks[i], lengths[i] - split * chunks[i])
             for head in range(num_heads):
                 corner, size = (split * 3.2, i * (num_heads + 0.8) + head), (3, 0.85)
                 if split >= used:
@@ -106,7 +107,7 @@ def draw_grid(
                 look = US if used == 1 else DECODE
                 draw_box(ax, corner, size, f"head {head}: {own} tokens", 8, **look.bar)
         middle = i * (num_heads + 0.8) + num_heads / 2
-        name = f"sequence {i}\n{length} tokens"
+        name = f"sequence {i}\n{lengths[i]} tokens"
         ax.text(-0.2, middle, name, ha="right", va="center", fontsize=8)
     for split in range(most):
         ax.text(split * 3.2 + 1.5, -0.2, f"split {split}", ha="center", fontsize=9)
@@ -151,30 +152,30 @@ def move_splits(
     tiles: Sequence[str],
     names: Sequence[str],
     running: Sequence[Sequence[tuple[float, float]]],
-    shares: Sequence[float],
+    weights: Sequence[float],
 ) -> MovingFigure:
-    """Programs that read their shares of a context at the same time, and a merge.
+    """Programs that read their parts of a context at the same time, and a merge.
 
     Args:
         tiles: what is written on each tile of the context.
         names: of the part of the context that each split reads.
         running: of each split, its maximum and its sum after each of its tiles.
-        shares: weight of each split; their number divides that of the tiles.
+        weights: of each split; their number divides that of the tiles.
     """
-    share = len(tiles) // len(shares)
+    per_split = len(tiles) // len(weights)
     width = 1.9 * len(tiles)
 
     def show(says: str, read: int, reading: bool = False, end: int = 0) -> State:
-        """A moment: `read` tiles of each share are done, and one more is `reading`."""
+        """A moment: `read` tiles of each split are done, and one more is `reading`."""
         pieces, middle = [], 1.7 if end else 2.4  # where the programs are
         for i, text in enumerate(tiles):
-            split, place = divmod(i, share)
+            split, place = divmod(i, per_split)
             x, y, look = 1.9 * i, 0.5, READ if place < read else CACHE
             if reading and place == read:  # handed to its program
-                x, y, look = 1.9 * (split * share + (share - 1) / 2), 1.5, KEYS
+                x, y, look = 1.9 * (split * per_split + (per_split - 1) / 2), 1.5, KEYS
             pieces.append(Piece(f"tile {i}", x, y, 1.8, 0.7, text, look))
-        for i, weight in enumerate(shares):
-            x = 1.9 * share * i + (1.9 * share - 3.4) / 2
+        for i, weight in enumerate(weights):
+            x = 1.9 * per_split * i + (1.9 * per_split - 3.4) / 2
             pieces.append(Piece(f"name {i}", x, -0.1, 3.3, 0.5, names[i]))
             text = f"split {i}"
             pieces.append(Piece(text, x, middle, 3.3, 0.7, text, DECODE))
@@ -200,7 +201,7 @@ def move_splits(
         f"The keys and values of the sentence lie in the cache, in {len(tiles)} tiles."
     )
     states = [show(says, 0)]
-    for read in range(share):
+    for read in range(per_split):
         says = f"Every program has its tile number {read + 1}, all at the same time."
         states.append(show(says, read, reading=True))
         says = "Maximum, sum and output of each program are brought up to date."
@@ -208,9 +209,9 @@ def move_splits(
     says = (
         "Each split has an answer. Its maximum and its sum give the weight behind it."
     )
-    states.append(show(says, share, end=1))
+    states.append(show(says, per_split, end=1))
     says = "The answers are merged, and each counts by its weight."
-    states.append(show(says, share, end=2))
+    states.append(show(says, per_split, end=2))
     return MovingFigure(states, (width, 4.4), pictured=-1, seconds=2)
 
 
@@ -241,8 +242,8 @@ def draw_gpu(ax: Axes, num_programs: int, num_processors: int) -> None:
         draw_box(ax, (10.1, top), (4.4, height), used, 8, **DECODE.bar)
         middle = top + height / 2
         for start, end in ((3, 5.5), (9.9, 10.1)):
-            arrow = {"arrowstyle": "->", "color": "0.3", "shrinkA": 0, "shrinkB": 0}
-            ax.annotate("", (end, middle), (start, middle), arrowprops=arrow)
+            look = {"arrowstyle": "->", "color": "0.3", "shrinkA": 0, "shrinkB": 0}
+            draw_arrow(ax, (start, middle), (end, middle), **look)
         ax.text(14.9, middle, f"program {i}", ha="left", va="center", fontsize=8)
     rest = f"and {num_processors - 1} more multiprocessors, which read the same memory"
     ax.text(10, 6.5, rest, ha="center", va="center", fontsize=9)

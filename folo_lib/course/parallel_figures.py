@@ -13,6 +13,7 @@ from folo_lib.course.figures import (
     PALE_BLUE,
     QUERIES,
     US,
+    YELLOW,
     Look,
     draw_box,
 )
@@ -21,8 +22,9 @@ from folo_lib.course.moving import MovingFigure, Piece, State
 __all__ = ["draw_rank_heads", "draw_steps", "find_steps", "find_sums", "move_sum"]
 
 EMPTY = Look("#FFFFFF", "", "s", ":")
-FULL = Look("#F0E442", "", "o", "-")
-SUMS = Look(FULL.colour, "//", "^", "--")
+FULL = Look(YELLOW, "", "o", "-")
+SUMS = Look(YELLOW, "//", "^", "--")
+REST = Look(PALE_BLUE, "..", "s", ":")  # of a step, beside its half and its sums
 COPY = Look(KEYS.colour, "xx", "o", "-")  # a head that another rank holds too
 
 
@@ -191,13 +193,12 @@ def draw_steps(ax: Axes, steps: Sequence[dict[str, Any]], other: float) -> None:
         steps: of `find_steps`, each measured on one card too.
         other: milliseconds of the last of them on one card in another way.
     """
-    rest = Look(PALE_BLUE, "..", "s", ":")
     for place, row in enumerate(steps):
         scale, left = 100 / row["one"], 0.0
         sums = row["sums"] * scale
         parts = (
             (50, US, "half of it"),
-            (row["two"] * scale - 50 - sums, rest, "the rest"),
+            (row["two"] * scale - 50 - sums, REST, "the rest"),
             (sums, SUMS, "sums"),
         )
         for width, look, name in parts:

@@ -27,7 +27,7 @@ def check_softmax_rows(solution: Callable[[Tensor], Tensor]) -> None:
         return torch.randn(num_rows, length, generator=generator)
 
     beyond = (
-        "What lies beyond the end of a row has to count as -inf: exp2 of 0 is 1, and that "
+        "What lies beyond the end of a row has to count as -inf: exp of 0 is 1, and that "
         "would be in the sum."
     )
     large = "exp of a large number is inf: subtract the largest of the row first."
