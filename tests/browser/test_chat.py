@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +28,11 @@ def server(request: pytest.FixtureRequest) -> Iterator[tuple[str, AsyncLLMEngine
         yield running.url, served, request.param
 
 
-def test_a_chat(server: tuple[str, AsyncLLMEngine, Any], window: Any) -> None:
+def test_a_chat(
+    server: tuple[str, AsyncLLMEngine, Any],
+    window: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     url, served, key = server
     faults: list[str] = []
     window.on("pageerror", lambda error: faults.append(str(error)))
@@ -64,9 +69,17 @@ def test_a_chat(server: tuple[str, AsyncLLMEngine, Any], window: Any) -> None:
     window.uncheck("#probabilities")
     window.fill("#most", "2000")
     window.fill("#text", "Go on for a long time.")
+    advance = served.owner.engine.advance
+
+    def advance_slowly(inbox: Any) -> Any:
+        time.sleep(0.2)  # the small model has told its story before a mouse is there
+        return advance(inbox)
+
+    monkeypatch.setattr(served.owner.engine, "advance", advance_slowly)
     window.click("#send")
     window.locator("article.assistant").nth(2).wait_for()
     window.click("#stop")
+    monkeypatch.undo()
     window.locator("#send:enabled").wait_for()
     window.wait_for_function("document.querySelector('#stop').disabled")
     served.owner.thread.join(0.5)
