@@ -10,22 +10,22 @@ __all__ = [
     "PREFILL",
     "MEDIUM_PREFILL",
     "SMALL_PREFILL",
-    "MAX_SPLITS",
     "TritonNotFoundError",
     "store_kv_kernel",
     "store_kv",
     "find_places",
     "load_tile",
     "attend_tile",
+    "load_lengths",
     "find_share",
     "find_chunk",
+    "find_sequence",
     "decode_kernel",
     "merge_kernel",
     "TileSizes",
     "count_multiprocessors",
     "count_workers",
-    "choose_num_splits",
-    "choose_decode_sizes",
+    "count_programs",
     "decode",
     "prefill_kernel",
     "choose_prefill_sizes",
@@ -185,29 +185,52 @@ def attend_tile(
 
 # %% ../notebooks/13_paged_attention.ipynb #find-chunk
 @triton.jit
-def find_share(seq_lens, num_seqs, num_workers):
-    """Tokens of a program, if all are spread over `num_workers` for each key head."""
+def load_lengths(query_start_loc, seq_lens, first, num_seqs):
+    """Lengths of 256 sequences from `first` on; 0 where one runs several tokens."""
+    seqs = first + tl.arange(0, 256)
+    exist = seqs < num_seqs
+    starts = tl.load(query_start_loc + seqs, mask=exist, other=0)
+    ends = tl.load(query_start_loc + seqs + 1, mask=exist, other=0)
+    lengths = tl.load(seq_lens + seqs, mask=exist, other=0).to(tl.int32)
+    return tl.where(ends - starts == 1, lengths, 0)
+
+
+@triton.jit
+def find_share(query_start_loc, seq_lens, num_seqs, num_workers):
+    """Tokens of a worker, if those of all sequences are spread evenly."""
     total = 0
-    for first in tl.range(0, num_seqs, 128):
-        seqs = first + tl.arange(0, 128)
-        lengths = tl.load(seq_lens + seqs, mask=seqs < num_seqs, other=0)
-        total += tl.sum(lengths.to(tl.int32), 0)
+    for first in tl.range(0, num_seqs, 256):
+        total += tl.sum(load_lengths(query_start_loc, seq_lens, first, num_seqs), 0)
     return tl.maximum(tl.cdiv(total, num_workers), 1)
 
 
 @triton.jit
-def find_chunk(seq_len, share, num_splits, MIN_CHUNK: tl.constexpr, BT: tl.constexpr):
-    """Tokens per split, in whole tiles, with about one split for each share."""
-    used = (seq_len + share // 2) // share  # to the nearest
-    used = tl.minimum(tl.minimum(used, num_splits), tl.cdiv(seq_len, MIN_CHUNK))
-    chunk = tl.cdiv(seq_len, tl.maximum(used, 1))
-    return tl.cdiv(chunk, BT) * BT
+def find_chunk(seq_len, share, MIN_CHUNK: tl.constexpr):
+    """Tokens of a split, with one split for each whole share, and one at least."""
+    splits = tl.minimum(seq_len // share, tl.cdiv(seq_len, MIN_CHUNK))
+    return tl.maximum(tl.cdiv(seq_len, tl.maximum(splits, 1)), 1)
+
+
+@triton.jit
+def find_sequence(
+    program, query_start_loc, seq_lens, num_seqs, share, MIN_CHUNK: tl.constexpr
+):
+    """The sequence of a program, and how many programs the sequences before it have."""
+    sequence, before, total = 0, 0, 0
+    for first in tl.range(0, num_seqs, 256):
+        lengths = load_lengths(query_start_loc, seq_lens, first, num_seqs)
+        splits = tl.cdiv(lengths, find_chunk(lengths, share, MIN_CHUNK))
+        passed = total + tl.cumsum(splits, 0) <= program
+        sequence += tl.sum(passed.to(tl.int32), 0)
+        before += tl.sum(tl.where(passed, splits, 0), 0)
+        total += tl.sum(splits, 0)
+    return sequence, before
 
 
 # %% ../notebooks/13_paged_attention.ipynb #decode-kernel
 # Whatever differs from step to step is left out of what Triton compiles anew for.
 PER_STEP = {
-    "do_not_specialize": ["table_stride", "num_splits", "num_seqs"],
+    "do_not_specialize": ["table_stride", "num_seqs"],
     "do_not_specialize_on_alignment": ["block_table", "query_start_loc", "seq_lens"],
 }
 
@@ -222,7 +245,8 @@ def decode_kernel(
     seq_lens,  # [B, max_blocks], [B + 1], [B]
     output,  # [N, H, D], contiguous
     parts,
-    part_logs,  # float32, [B, H, num_splits, D] and [B, H, num_splits]
+    part_logs,  # float32, a row for each program: [P, H, D] and [P, H]
+    ranges,  # [B, 2]: the first row of a sequence, and how many it has
     scale,  # times log2(e)
     query_stride,
     query_head_stride,
@@ -230,7 +254,7 @@ def decode_kernel(
     block_stride,
     slot_stride,
     head_stride,
-    num_splits,
+    num_seqs,
     num_workers,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,  # H / H_kv, and rows of the tile
@@ -241,18 +265,23 @@ def decode_kernel(
     MIN_CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program per key head, sequence and split, if the sequence runs one token."""
+    """One program per key head and split, of sequences that run one token."""
     let_next_start(PDL)
-    kv_head, sequence, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    token = tl.load(query_start_loc + sequence).to(tl.int64)
-    query_len = tl.load(query_start_loc + sequence + 1) - token
-    seq_len = tl.load(seq_lens + sequence).to(tl.int32)
-    share = find_share(seq_lens, tl.num_programs(1), num_workers)
-    chunk = find_chunk(seq_len, share, num_splits, MIN_CHUNK, BT)
-    begin = split * chunk
-    if (query_len != 1) | (begin >= seq_len):
+    kv_head, program = tl.program_id(0), tl.program_id(1)
+    share = find_share(query_start_loc, seq_lens, num_seqs, num_workers)
+    sequence, before = find_sequence(
+        program, query_start_loc, seq_lens, num_seqs, share, MIN_CHUNK
+    )
+    if sequence >= num_seqs:
         return
+    token = tl.load(query_start_loc + sequence).to(tl.int64)
+    seq_len = tl.load(seq_lens + sequence).to(tl.int32)
+    chunk = find_chunk(seq_len, share, MIN_CHUNK)
+    begin = (program - before) * chunk
     end = tl.minimum(begin + chunk, seq_len)
+    if begin == 0:
+        tl.store(ranges + 2 * sequence, before)
+        tl.store(ranges + 2 * sequence + 1, tl.cdiv(seq_len, chunk))
     rows, dims = tl.arange(0, ROWS), tl.arange(0, DIMS)[None, :]
     heads = (kv_head * GROUP + rows)[:, None]
     exists = (rows < GROUP)[:, None] & (dims < D)
@@ -261,7 +290,7 @@ def decode_kernel(
     highest = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     result = tl.zeros([ROWS, DIMS], tl.float32)
-    table = block_table + sequence.to(tl.int64) * table_stride
+    table = block_table + tl.cast(sequence, tl.int64) * table_stride
     key_cache += kv_head.to(tl.int64) * head_stride
     value_cache += kv_head.to(tl.int64) * head_stride
     for first in tl.range(begin, end, BT):
@@ -279,7 +308,7 @@ def decode_kernel(
         answer = output + (token * num_heads + heads) * D + dims
         tl.store(answer, result.to(output.dtype.element_ty), mask=exists)
     else:
-        part = (sequence * num_heads + heads) * num_splits + split
+        part = program * num_heads + heads
         tl.store(parts + part * D + dims, result, mask=exists)
         logs = (highest + tl.log2(total))[:, None]
         tl.store(part_logs + part, logs, mask=(rows < GROUP)[:, None])
@@ -289,39 +318,37 @@ def decode_kernel(
 @triton.jit(**PER_STEP)
 def merge_kernel(
     parts,
-    part_logs,  # see decode_kernel
+    part_logs,
+    ranges,  # see decode_kernel
     query_start_loc,
     seq_lens,
     output,
-    num_splits,
-    num_workers,
     D: tl.constexpr,
     DIMS: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,  # a power of two, at least num_splits
-    BT: tl.constexpr,
-    MIN_CHUNK: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,  # a power of two
     PDL: tl.constexpr,
 ):
     """One program per query head and sequence merges the answers of the splits."""
     head, sequence = tl.program_id(0), tl.program_id(1)
     token = tl.load(query_start_loc + sequence).to(tl.int64)
     query_len = tl.load(query_start_loc + sequence + 1) - token
-    seq_len = tl.load(seq_lens + sequence).to(tl.int32)
-    share = find_share(seq_lens, tl.num_programs(1), num_workers)
-    chunk = find_chunk(seq_len, share, num_splits, MIN_CHUNK, BT)
+    seq_len = tl.load(seq_lens + sequence)
     wait_for_previous(PDL)  # all programs, also where there is nothing to merge
-    if (query_len != 1) | (chunk >= seq_len):
+    if (query_len != 1) | (seq_len == 0):
+        return
+    first = tl.load(ranges + 2 * sequence)
+    count = tl.load(ranges + 2 * sequence + 1)
+    if count == 1:
         return
     splits, dims = tl.arange(0, MAX_SPLITS), tl.arange(0, DIMS)
-    used = splits < tl.cdiv(seq_len, chunk)
-    row = sequence * tl.num_programs(0) + head
-    places = row * num_splits + splits
-    logs = tl.load(part_logs + places, mask=used, other=-float("inf"))
+    exist = splits < count
+    places = (first + splits) * tl.num_programs(0) + head
+    logs = tl.load(part_logs + places, mask=exist, other=-float("inf"))
     weights = tl.exp2(logs - tl.max(logs, 0))
     weights = weights / tl.sum(weights, 0)
-    exists = used[:, None] & (dims < D)[None, :]
+    exist = exist[:, None] & (dims < D)[None, :]
     answers = parts + places[:, None] * D + dims[None, :]
-    answers = tl.load(answers, mask=exists, other=0.0)
+    answers = tl.load(answers, mask=exist, other=0.0)
     result = tl.sum(answers * weights[:, None], 0).to(output.dtype.element_ty)
     answer = output + (token * tl.num_programs(0) + head) * D + dims
     tl.store(answer, result, mask=dims < D)
@@ -349,15 +376,14 @@ class TileSizes:
 
 DECODE = TileSizes(tile=128, num_warps=4, num_stages=2)
 SMALL_DECODE = TileSizes(tile=64, num_warps=4, num_stages=2)
-"""See `choose_decode_sizes`."""
+"""For float32, of which twice as much lies in the registers of a thread."""
 PREFILL = TileSizes(tile=128, num_warps=8, num_stages=3, rows=128)
 MEDIUM_PREFILL = TileSizes(tile=64, num_warps=4, num_stages=2, rows=64)
 SMALL_PREFILL = TileSizes(tile=32, num_warps=4, num_stages=2, rows=32)
 """See `choose_prefill_sizes`."""
-MAX_SPLITS = 64
 
 
-# %% ../notebooks/13_paged_attention.ipynb #choose-num-splits
+# %% ../notebooks/13_paged_attention.ipynb #count-programs
 @cache
 def count_multiprocessors(device: torch.device) -> int:
     """How many multiprocessors a GPU has; 8 without one."""
@@ -368,36 +394,18 @@ def count_multiprocessors(device: torch.device) -> int:
 
 def count_workers(num_kv_heads: int, device: torch.device) -> int:
     """Programs of each key head that share the tokens of all sequences."""
-    return max(1, 2 * count_multiprocessors(device) // num_kv_heads)
+    return max(1, 3 * count_multiprocessors(device) // num_kv_heads)
 
 
-def choose_num_splits(
-    num_seqs: int, num_kv_heads: int, longest: int, device: torch.device
+def count_programs(
+    num_seqs: int, num_workers: int, longest: int, min_chunk: int
 ) -> int:
-    """How many splits each sequence is allowed, if it has `longest` tokens at most.
+    """Programs of each key head that are enough for any lengths up to `longest`.
 
-    The number of programs is limited, since each has to be started. The limit is
-    higher where sequences can be so long that others wait for one of them.
+    All sequences have at most `num_workers` whole shares together. So one of them may
+    have that many splits, while each of the others has one.
     """
-    limit = min(30, longest // 512) * count_multiprocessors(device)
-    wanted = limit // (num_seqs * num_kv_heads)
-    useful = -(-longest // DECODE.min_chunk)
-    return max(1, min(MAX_SPLITS, wanted, useful))
-
-
-def choose_decode_sizes(
-    num_programs: int, dtype: torch.dtype, device: torch.device
-) -> TileSizes:
-    """Large tiles, unless far more programs than run at once have something to do.
-
-    Then small ones leave less to wait for at the end. Of float32, twice as much lies in
-    the registers of a thread, so its tiles are small too.
-
-    Args:
-        num_programs: without any splits.
-    """
-    are_few = num_programs <= 8 * count_multiprocessors(device)
-    return DECODE if are_few and dtype != torch.float32 else SMALL_DECODE
+    return min(num_seqs - 1 + num_workers, num_seqs * -(-longest // min_chunk))
 
 
 # %% ../notebooks/13_paged_attention.ipynb #decode
@@ -415,15 +423,14 @@ def decode(
     (_, num_heads, head_dim), num_kv_heads = query.shape, key_cache.shape[2]
     num_seqs, group = len(seq_lens), num_heads // num_kv_heads
     longest, device = block_table.shape[1] * key_cache.shape[1], query.device
-    num_splits = choose_num_splits(num_seqs, num_kv_heads, longest, device)
-    shape = (num_seqs, num_heads, num_splits) if num_splits > 1 else (1, 1, 1)
-    parts = query.new_empty(*shape, head_dim, dtype=torch.float32)
-    part_logs = query.new_empty(shape, dtype=torch.float32)
-    dims = {"D": head_dim, "DIMS": max(16, triton.next_power_of_2(head_dim))}
-    sizes = choose_decode_sizes(num_seqs * num_kv_heads, query.dtype, device)
+    sizes = SMALL_DECODE if query.dtype == torch.float32 else DECODE
     num_workers = count_workers(num_kv_heads, device)
-    chunks = {"BT": sizes.tile, "MIN_CHUNK": sizes.min_chunk, "PDL": has_pdl(device)}
-    decode_kernel[(num_kv_heads, num_seqs, num_splits)](
+    num_programs = count_programs(num_seqs, num_workers, longest, sizes.min_chunk)
+    parts = query.new_empty(num_programs, num_heads, head_dim, dtype=torch.float32)
+    part_logs = parts.new_empty(num_programs, num_heads)
+    ranges = seq_lens.new_empty(num_seqs, 2)
+    dims = {"D": head_dim, "DIMS": max(16, triton.next_power_of_2(head_dim))}
+    decode_kernel[(num_kv_heads, num_programs)](
         query,
         key_cache,
         value_cache,
@@ -433,30 +440,37 @@ def decode(
         output,
         parts,
         part_logs,
+        ranges,
         scale * log2(e),
         *query.stride()[:2],
         block_table.stride(0),
         *key_cache.stride()[:3],
-        num_splits,
+        num_seqs,
         num_workers,
         GROUP=group,
         ROWS=max(sizes.rows, triton.next_power_of_2(group)),
         BLOCK_SIZE=key_cache.shape[1],
+        BT=sizes.tile,
+        MIN_CHUNK=sizes.min_chunk,
         num_warps=sizes.num_warps,
         num_stages=sizes.num_stages,
+        PDL=has_pdl(device),
         **dims,
-        **chunks,
     )
-    if num_splits > 1:
-        where = query_start_loc, seq_lens, output, num_splits, num_workers
+    if num_programs > num_seqs:  # somebody may have been split
+        most = triton.next_power_of_2(num_workers)
         merge_kernel[(num_heads, num_seqs)](
             parts,
             part_logs,
-            *where,
-            MAX_SPLITS=MAX_SPLITS,
-            **dims,
-            **chunks,
+            ranges,
+            query_start_loc,
+            seq_lens,
+            output,
+            MAX_SPLITS=most,
+            num_warps=min(max(4, most // 16), 32),
+            PDL=has_pdl(device),
             launch_pdl=has_pdl(device),
+            **dims,
         )
 
 

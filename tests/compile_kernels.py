@@ -106,11 +106,10 @@ def main(capability: int) -> None:
     compile_one(module.store_kv_kernel, store, "bf16", capability, module.DECODE)
     for number, group, head_dim in (("bf16", 2, 128), ("fp16", 3, 80)):
         shape = {"GROUP": group, "D": head_dim, "DIMS": 128, "BLOCK_SIZE": 16}
-        for sizes in (module.DECODE, module.SMALL_DECODE):
-            tile = {"ROWS": 16, "BT": sizes.tile, "MIN_CHUNK": sizes.min_chunk}
-            every = shape | tile | {"MAX_SPLITS": module.MAX_SPLITS}
-            every |= {"PDL": capability >= 90}
-            compile_one(module.decode_kernel, every, number, capability, sizes)
+        sizes, early = module.DECODE, {"PDL": capability >= 90}
+        tile = {"ROWS": 16, "BT": sizes.tile, "MIN_CHUNK": sizes.min_chunk}
+        every = shape | tile | early
+        compile_one(module.decode_kernel, every, number, capability, sizes)
         compile_one(module.merge_kernel, every, number, capability, sizes)
         sizes = module.PREFILL if capability == 90 else module.MEDIUM_PREFILL
         tile = {"ROWS": sizes.rows, "BQ": sizes.rows // group, "BT": sizes.tile}

@@ -13,8 +13,10 @@ import random
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -34,9 +36,8 @@ from folo_lib import paged_attention as module
 from folo_lib.paged_attention import (
     TileSizes,
     TritonBackend,
-    choose_decode_sizes,
-    choose_num_splits,
     choose_prefill_sizes,
+    count_programs,
     store_kv,
 )
 
@@ -64,15 +65,10 @@ def small_tiles(
 
 
 @pytest.fixture
-def splits(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> int:
-    force_splits(monkeypatch, request.param)
+def workers(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> int:
+    """Programs of each key head that share the tokens: the more, the more splits."""
+    monkeypatch.setattr(module, "count_workers", lambda *_: request.param)
     return request.param
-
-
-def force_splits(monkeypatch: pytest.MonkeyPatch, num_splits: int) -> None:
-    """Each sequence uses as many as it can, up to that number."""
-    monkeypatch.setattr(module, "choose_num_splits", lambda *_: num_splits)
-    monkeypatch.setattr(module, "count_workers", lambda *_: 10**6)
 
 
 class Step:
@@ -225,11 +221,11 @@ MIXED = [1, 5, 1, 19], [37, 37, 9, 19]
 
 
 class TestShapes:
-    """Of a step in which some sequences decode, split in three where they are long."""
+    """Of a step in which some sequences decode, split where they are long."""
 
     @pytest.fixture(autouse=True)
-    def three_splits(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        force_splits(monkeypatch, 3)
+    def many_workers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "count_workers", lambda *_: 40)
 
     @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 17])
     def test_heads_that_share(self, group: int) -> None:
@@ -245,13 +241,13 @@ class TestShapes:
 
 
 class TestDecode:
-    @pytest.mark.parametrize("splits", [1, 2, 5], indirect=True)
-    def test_contexts_at_the_edges_of_tiles_and_splits(self, splits: int) -> None:
+    @pytest.mark.parametrize("workers", [1, 9, 64], indirect=True)
+    def test_contexts_at_the_edges_of_tiles_and_splits(self, workers: int) -> None:
         lengths = [*EDGES, 5 * TILE, 5 * TILE + 1, 10 * TILE + 1]
         Step([1] * len(lengths), lengths, (2, 1)).check()
 
-    @pytest.mark.parametrize("splits", [64], indirect=True)
-    def test_many_splits(self, splits: int) -> None:
+    @pytest.mark.parametrize("workers", [64], indirect=True)
+    def test_many_splits(self, workers: int) -> None:
         Step([1, 1], [1000, 17], (2, 1)).check()
 
     def test_short_sequences_are_not_split(
@@ -261,7 +257,7 @@ class TestDecode:
         for name in ("DECODE", "SMALL_DECODE"):
             tiles = TileSizes(TILE, 4, 2, min_chunk=48)
             monkeypatch.setattr(module, name, tiles)
-        force_splits(monkeypatch, 4)
+        monkeypatch.setattr(module, "count_workers", lambda *_: 6)
         made_here: list[Tensor] = []
         new_empty = Tensor.new_empty
 
@@ -275,9 +271,11 @@ class TestDecode:
         monkeypatch.setattr(Tensor, "new_empty", new_nan)
         step = Step([1, 1, 1], [48, 49, 200])
         step.check()
-        parts = next(x for x in made_here if x.shape == (3, 4, 4, 16))
-        used = ~parts.isnan().all(-1)  # [B, H, splits]
-        assert used.all(1).sum(-1).tolist() == [0, 2, 4]
+        # A share is 50 tokens: one split, one, and four; programs may be 8.
+        parts = next(x for x in made_here if x.shape == (8, 4, 16))
+        used = ~parts.isnan().all(-1)  # [P, H]
+        assert used.all(1).tolist() == used.any(1).tolist()
+        assert used.all(1).tolist() == [False] * 2 + [True] * 4 + [False] * 2
 
 
 class TestPrefill:
@@ -308,9 +306,9 @@ def test_places_beyond_two_to_the_31_from_a_table_of_32_bits() -> None:
 
 
 class TestMixed:
-    @pytest.mark.parametrize("splits", [1, 2, 5], indirect=True)
+    @pytest.mark.parametrize("workers", [1, 9, 64], indirect=True)
     @pytest.mark.parametrize("seed", range(4))
-    def test_any_mix(self, seed: int, splits: int) -> None:
+    def test_any_mix(self, seed: int, workers: int) -> None:
         rng = random.Random(seed)
         query_lens = [
             rng.choice([1, 1, 2, 5, 17, 30]) for _ in range(rng.randint(2, 7))
@@ -322,9 +320,9 @@ class TestMixed:
         order = rng.choice(["NHD", "HND"])
         Step(query_lens, seq_lens, heads, *shape, order=order, seed=seed).check()
 
-    @pytest.mark.parametrize("splits", [1, 3], indirect=True)
+    @pytest.mark.parametrize("workers", [1, 30], indirect=True)
     def test_each_kernel_writes_the_rows_of_its_own_sequences(
-        self, splits: int
+        self, workers: int
     ) -> None:
         step = Step([1, 6, 1, 2], [40, 30, 9, 70])
         step.run()  # stores
@@ -393,10 +391,10 @@ def pad(step: Step, num_rows: int) -> AttentionMetadata:
 
 
 class TestPadding:
-    @pytest.mark.parametrize("splits", [1, 4], indirect=True)
+    @pytest.mark.parametrize("workers", [1, 30], indirect=True)
     @pytest.mark.parametrize("query_lens", [[1, 1, 1], [1, 6, 1]])
     def test_rows_of_a_graph_that_nobody_asked_for(
-        self, query_lens: list[int], splits: int
+        self, query_lens: list[int], workers: int
     ) -> None:
         step = Step(query_lens, [20, 30, 70])
         expected = step.expect()
@@ -422,11 +420,11 @@ class TestPadding:
 class TestNaN:
     """What nobody uses never matters; what is used is never lost."""
 
-    @pytest.mark.parametrize("splits", [1, 4], indirect=True)
+    @pytest.mark.parametrize("workers", [1, 30], indirect=True)
     @pytest.mark.parametrize("which", [0, 1])
     @pytest.mark.parametrize("place", [0, 63, 69])
     def test_in_a_used_key_or_value_reaches_the_output(
-        self, place: int, which: int, splits: int
+        self, place: int, which: int, workers: int
     ) -> None:
         step = Step([1, 3, 1], [70, 70, 70])
         for sequence in (0, 1):
@@ -439,8 +437,8 @@ class TestNaN:
         assert output[3, 2:].any() and not output[:4, :2].any()
         assert not output[4].any()
 
-    @pytest.mark.parametrize("splits", [1, 4], indirect=True)
-    def test_in_a_query(self, splits: int) -> None:
+    @pytest.mark.parametrize("workers", [1, 30], indirect=True)
+    def test_in_a_query(self, workers: int) -> None:
         step = Step([1, 3], [70, 70])
         step.query[0, 1, 3] = step.query[2, 0, 3] = NAN
         wrong = step.run().isnan().all(-1)
@@ -448,45 +446,70 @@ class TestNaN:
 
 
 @triton.jit
-def ask_kernel(seq_lens, chunks, num_seqs, num_workers, num_splits):  # type: ignore
-    i = tl.program_id(0)
-    share = module.find_share(seq_lens, num_seqs, num_workers)
-    chunk = module.find_chunk(tl.load(seq_lens + i), share, num_splits, 32, 16)
-    tl.store(chunks + i, chunk)
+def ask_kernel(starts, seq_lens, asked, num_seqs, num_workers):  # type: ignore
+    program = tl.program_id(0)
+    share = module.find_share(starts, seq_lens, num_seqs, num_workers)
+    sequence, before = module.find_sequence(
+        program, starts, seq_lens, num_seqs, share, 32
+    )
+    tl.store(asked + 2 * program, sequence)
+    tl.store(asked + 2 * program + 1, program - before)
 
 
-def find_used(lengths: list[int], num_workers: int, num_splits: int) -> list[int]:
-    """By the kernels' own functions, how many splits each sequence uses."""
+def find_used(
+    lengths: list[int], num_workers: int, query_lens: Sequence[int] | None = None
+) -> list[int]:
+    """By what each program finds out, how many splits each sequence has."""
+    starts = torch.tensor([0, *accumulate(query_lens or [1] * len(lengths))])
+    longest = max(*lengths, 1)
+    num_programs = count_programs(len(lengths), num_workers, longest, 32)
+    asked = torch.full((num_programs, 2), -1)
     seq_lens = torch.tensor(lengths, dtype=torch.int32)
-    chunks = torch.empty_like(seq_lens)
-    ask_kernel[(len(lengths),)](seq_lens, chunks, len(lengths), num_workers, num_splits)
-    return [
-        -(-length // chunk) if chunk else 0
-        for length, chunk in zip(lengths, chunks.tolist(), strict=True)
-    ]
+    ask_kernel[(num_programs,)](starts, seq_lens, asked, len(lengths), num_workers)
+    found: list[list[int]] = [[] for _ in lengths]
+    for sequence, split in asked.tolist():
+        if sequence < len(lengths):
+            found[sequence].append(split)
+        else:  # the programs to whom nothing is left are the last ones
+            assert sequence >= len(lengths)
+    assert found == [[*range(len(splits))] for splits in found]
+    assert asked[:, 0].tolist() == sorted(asked[:, 0].tolist())
+    return [len(splits) for splits in found]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks the interpreter")
 class TestShares:
-    """Of lengths in tiles of 16 tokens, with at least 32 to a split."""
+    """With at least 32 tokens to a split."""
 
-    @pytest.mark.parametrize("num_seqs", [1, 2, 127, 128, 129, 300])
-    def test_a_step_of_equal_ones_has_about_as_many_programs_as_places(
-        self, num_seqs: int
-    ) -> None:
+    @pytest.mark.parametrize("num_seqs", [1, 2, 63, 255, 256, 257, 600])
+    def test_all_equal(self, num_seqs: int) -> None:
         for num_workers in (1, 5, 64):
-            used = find_used([6400] * num_seqs, num_workers, 64)
-            assert len(set(used)) == 1
-            ideal = num_workers / num_seqs
-            assert max(1, 0.9 * ideal - 0.5) <= used[0] <= max(1, ideal + 0.5)
+            used = find_used([6400] * num_seqs, num_workers)
+            assert used == [max(1, num_workers // num_seqs)] * num_seqs
 
     def test_only_the_long_one_is_split(self) -> None:
-        assert find_used([4000, *[200] * 20], 20, 64) == [10, *[1] * 20]
-        assert find_used([*[160] * 200, 4000], 60, 64) == [*[1] * 200, 7]
+        assert find_used([4000, *[200] * 20], 20) == [10, *[1] * 20]
+        assert find_used([*[160] * 300, 4000], 60) == [*[1] * 300, 4]
 
-    def test_no_more_than_are_allowed_and_none_below_the_least_size(self) -> None:
-        assert find_used([4000, *[200] * 20], 20, 3) == [3, *[1] * 20]
-        assert find_used([1, 31, 32, 33, 65], 10**6, 64) == [1, 1, 1, 2, 3]
+    def test_no_split_below_the_least_size(self) -> None:
+        assert find_used([1, 31, 32, 33, 65], 10**6) == [1, 1, 1, 2, 3]
+
+    def test_any_lengths(self) -> None:
+        """One split for each whole share, and the programs that are launched suffice."""
+        draw = random.Random(0)
+        for _ in range(40):
+            count, longest = draw.choice([1, 5, 40, 300]), draw.choice([40, 900, 9000])
+            lengths = [draw.randrange(1, longest) for _ in range(count)]
+            if draw.random() < 0.5:
+                lengths[draw.randrange(count)] *= 30
+            num_workers = draw.choice([1, 3, 49, 130])
+            share = -(-sum(lengths) // num_workers)
+            for length, used in zip(
+                lengths, find_used(lengths, num_workers), strict=True
+            ):
+                splits = max(1, min(length // share, -(-length // 32)))
+                chunk = -(-length // splits)
+                assert used == -(-length // chunk)
 
     def test_the_recording_counts_splits_as_the_kernels_do(
         self, monkeypatch: pytest.MonkeyPatch
@@ -497,15 +520,17 @@ class TestShares:
         monkeypatch.setattr(module, "DECODE", TileSizes(16, 4, 2, min_chunk=32))
         workers = module.count_workers(script.KV_HEADS, DEVICE)
         for lengths in ([1], [3000], [400] * 3, [900] + [30] * 4, [70] * 40):
-            allowed = choose_num_splits(
-                len(lengths), script.KV_HEADS, script.LONGEST, DEVICE
-            )
-            used = find_used(lengths, workers, allowed)
-            assert script.count_splits(lengths) == max(used)
+            found = script.count_splits(lengths, workers)
+            assert found == max(find_used(lengths, workers))
 
     def test_padding_counts_for_nothing(self) -> None:
-        assert find_used([3200, 0, 0, 0], 4, 64) == [4, 0, 0, 0]
-        assert find_used([0, 0], 4, 64) == [0, 0]
+        assert find_used([3200, 0, 0, 0], 4) == [4, 0, 0, 0]
+        assert find_used([0, 3200, 0, 400], 9, [1, 1, 1, 1]) == [0, 8, 0, 1]
+        assert find_used([0, 0], 4) == [0, 0]
+
+    def test_prompts_count_for_nothing(self) -> None:
+        assert find_used([900, 3200, 9000], 8, [1, 1, 7]) == [1, 6, 0]
+        assert find_used([9000, 3200], 8, [2, 1]) == [0, 8]
 
 
 class TestLaunch:
@@ -522,27 +547,39 @@ class TestLaunch:
             Step(query_lens, [9, 9]).run()
             assert ran == names
 
-    def test_splits_follow_from_host_numbers_alone(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(module, "DECODE", TileSizes(TILE, 4, 2, min_chunk=256))
-        count = module.count_multiprocessors(DEVICE)
-        for longest, limit in ((10**6, 30), (8192, 16), (2048, 4), (100, 0)):
-            useful = -(-longest // module.DECODE.min_chunk)
-            for num_seqs in (1, 2, 3, 7, 64, 256, 4096):
-                for kv_heads in (1, 2, 8):
-                    found = choose_num_splits(num_seqs, kv_heads, longest, DEVICE)
-                    programs = num_seqs * kv_heads
-                    most = min(useful, module.MAX_SPLITS)
-                    assert found <= most  # never more than the longest could use
-                    assert found == 1 or found * programs <= limit * count
-                    assert found == most or (found + 1) * programs > limit * count
-
-    def test_workers_are_two_for_each_multiprocessor(self) -> None:
+    def test_workers_are_three_for_each_multiprocessor(self) -> None:
         count = module.count_multiprocessors(DEVICE)
         for kv_heads in (1, 2, 8, 10**6):
             found = module.count_workers(kv_heads, DEVICE)
-            assert found == max(1, 2 * count // kv_heads)
+            assert found == max(1, 3 * count // kv_heads)
+
+    def test_programs_are_few_where_nobody_can_be_split(self) -> None:
+        assert [count_programs(3, 49, n, 256) for n in (1, 256, 257, 10**6)] == [
+            3,
+            3,
+            6,
+            51,
+        ]
+        assert count_programs(1, 49, 10**6, 256) == 49
+        assert count_programs(300, 1, 10**6, 256) == 300
+
+    @pytest.mark.parametrize("can_be", [False, True])
+    def test_no_merge_where_nobody_can_be_split(
+        self, can_be: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        step = Step([1, 1], [70, 9])
+        longest = step.metadata.block_table.shape[1] * step.metadata.block_size
+        sizes = TileSizes(TILE, 4, 2, min_chunk=longest - can_be)
+        monkeypatch.setattr(module, "SMALL_DECODE", sizes)
+        merges = []
+
+        class Merge:
+            def __getitem__(self, grid: Any) -> Any:
+                return lambda *_, **__: merges.append(grid)
+
+        monkeypatch.setattr(module, "merge_kernel", Merge())
+        step.run()
+        assert merges == ([(4, 2)] if can_be else [])
 
     def test_the_prefill_takes_the_largest_tiles_that_a_card_has_room_for(
         self, monkeypatch: pytest.MonkeyPatch
@@ -565,18 +602,6 @@ class TestLaunch:
                 module.MEDIUM_PREFILL
             )
             assert module.count_multiprocessors.__wrapped__(cuda) == 72
-
-    def test_tiles_are_small_where_many_programs_wait(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        count, large = module.count_multiprocessors(DEVICE), module.DECODE
-        small = TileSizes(TILE, 2, 2)
-        monkeypatch.setattr(module, "SMALL_DECODE", small)
-        numbers = 1, count, 8 * count, 8 * count + 1, 50 * count
-        chosen = [choose_decode_sizes(n, torch.bfloat16, DEVICE) for n in numbers]
-        assert chosen == [large, large, large, small, small]
-        wide = [choose_decode_sizes(n, torch.float32, DEVICE) for n in numbers]
-        assert set(wide) == {small}
 
 
 class TestBackend:
@@ -666,10 +691,17 @@ class TestOnTheCard:
         shape = (16, 8), 128, block_size, torch.bfloat16, order
         self.compare(Step(*lens, *shape))
 
-    @pytest.mark.parametrize("splits", [1, 2, 7, 64], indirect=True)
-    def test_long_contexts(self, splits: int) -> None:
+    @pytest.mark.parametrize("workers", [1, 2, 7, 64, 198], indirect=True)
+    def test_long_contexts(self, workers: int) -> None:
         lens = [1, 1, 70], [40_960, 20_000, 30_000]
         self.compare(Step(*lens, (16, 8), 128, 16, torch.bfloat16))
+
+    @pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
+    def test_a_long_one_among_many(self, kv_heads: int) -> None:
+        lens = [500] * 300
+        lens[270], lens[3] = 40_000, 9000
+        heads = 2 * kv_heads, kv_heads
+        self.compare(Step([1] * 300, lens, heads, 128, 16, torch.bfloat16))
 
     def test_many_sequences(self) -> None:
         rng = random.Random(0)
@@ -677,8 +709,8 @@ class TestOnTheCard:
         query_lens = [rng.choice([1, 1, 1, n]) for n in seq_lens]
         self.compare(Step(query_lens, seq_lens, (16, 8), 128, 16, torch.bfloat16))
 
-    @pytest.mark.parametrize("splits", [1, 8], indirect=True)
-    def test_captured_in_a_graph(self, splits: int) -> None:
+    @pytest.mark.parametrize("workers", [1, 33], indirect=True)
+    def test_captured_in_a_graph(self, workers: int) -> None:
         """And replayed with other sequences, lengths and blocks."""
         steps = [
             Step([1] * 4, lengths, (16, 8), 128, 16, torch.bfloat16, seed=seed)

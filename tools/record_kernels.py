@@ -48,6 +48,7 @@ DECODES = {
     "32x600": [600] * 32,
     "1x32768": [32768],
     "1x8000 and 31x300": [8000] + [300] * 31,
+    "1x30000 and 63x500": [30000] + [500] * 63,
     "1x128": [128],
     "8x512": [512] * 8,
     "8x8192": [8192] * 8,
@@ -59,6 +60,7 @@ PREFILLS = {  # tokens that run, and all tokens
     "4x512": ([512] * 4, [512] * 4),
 }
 SPLIT = ("1x32768", "8x8192", "1x8000 and 31x300", "32x600", "256x800")
+SPLITS = (1, 2, 4, 6, 8, 16, 32, 48, 64, 128)
 STORED, LONG = 256, "1x32768"
 
 Step = tuple[Tensor, AttentionMetadata]
@@ -192,15 +194,12 @@ def time_host(caches: Tensor, rounds: int = 200) -> dict[str, float]:
     return found
 
 
-def count_splits(lens: Sequence[int]) -> int:
-    """How many the longest sequence uses; see `find_chunk`, which does this on the device."""
-    longest = max(lens)
-    share = max(1, triton.cdiv(sum(lens), module.count_workers(KV_HEADS, DEVICE)))
-    allowed = module.choose_num_splits(len(lens), KV_HEADS, LONGEST, DEVICE)
+def count_splits(lens: Sequence[int], num_workers: int) -> int:
+    """Of the longest sequence; see `find_chunk`, which does this on the device."""
+    longest, share = max(lens), triton.cdiv(sum(lens), num_workers)
     useful = triton.cdiv(longest, module.DECODE.min_chunk)
-    used = max(1, min((longest + share // 2) // share, allowed, useful))
-    tiles = triton.cdiv(triton.cdiv(longest, used), module.DECODE.tile)
-    return triton.cdiv(longest, tiles * module.DECODE.tile)
+    chunk = triton.cdiv(longest, max(1, min(longest // share, useful)))
+    return triton.cdiv(longest, chunk)
 
 
 def record_rows(caches: Tensor, speed: float) -> list[dict[str, Any]]:
@@ -213,7 +212,7 @@ def record_rows(caches: Tensor, speed: float) -> list[dict[str, Any]]:
             {
                 "kernel": "decode",
                 "shape": shape,
-                "splits": count_splits(lens),
+                "splits": count_splits(lens, module.count_workers(KV_HEADS, DEVICE)),
                 "bytes": sum(lens) * token_bytes,
                 "operations": 4 * HEADS * HEAD_DIM * sum(lens),
                 "us": time_kernel(module.decode, caches, steps),
@@ -240,16 +239,20 @@ def record_rows(caches: Tensor, speed: float) -> list[dict[str, Any]]:
 
 
 def record_splits(caches: Tensor) -> list[dict[str, Any]]:
-    """Decode with numbers of splits that it need not choose."""
-    chosen, rows = (module.choose_num_splits, module.count_workers), []
-    module.count_workers = lambda *_: 2**30  # so that all that are allowed are used
+    """Decode with other numbers of workers, so that the longest is split otherwise."""
+    chosen, rows = module.count_workers, []
     for shape in SPLIT:
-        steps = make_steps([1] * len(DECODES[shape]), DECODES[shape])
-        for splits in (1, 2, 4, 8, 16, 32, 64):
-            module.choose_num_splits = lambda *_, splits=splits: splits
-            us = time_kernel(module.decode, caches, steps, 3)
-            rows.append({"shape": shape, "splits": splits, "us": us})
-    module.choose_num_splits, module.count_workers = chosen
+        lens = DECODES[shape]
+        steps = make_steps([1] * len(lens), lens)
+        for splits in SPLITS:
+            fewest = triton.cdiv(splits * sum(lens), max(lens))
+            for workers in range(fewest, 2 * fewest):
+                if count_splits(lens, workers) == splits:
+                    module.count_workers = lambda *_, workers=workers: workers
+                    us = time_kernel(module.decode, caches, steps, 3)
+                    rows.append({"shape": shape, "splits": splits, "us": us})
+                    break
+    module.count_workers = chosen
     return rows
 
 

@@ -732,12 +732,11 @@ def block_pool(m: ModuleType) -> None:
 def paged_attention(m: ModuleType) -> None:
     cpu = torch.device("cpu")
     m.count_multiprocessors(cpu)
-    for given in ((1, 2, 9000), (1, 8, 200), (64, 8, 700), (3, 1, 700)):
-        m.choose_num_splits(*given, cpu)
-        m.count_workers(given[1], cpu)
-    for num_programs in (8, 24, 25, 64, 65, 500):
-        for dtype in (torch.float32, torch.bfloat16):
-            m.choose_decode_sizes(num_programs, dtype, cpu)
+    for num_kv_heads in (1, 2, 8):
+        m.count_workers(num_kv_heads, cpu)
+    for num_seqs in (1, 3, 64):
+        for longest in (200, 700, 9000):
+            m.count_programs(num_seqs, 12, longest, 256)
 
 
 def cuda_graph(m: ModuleType) -> None:
