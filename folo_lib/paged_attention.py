@@ -19,6 +19,7 @@ __all__ = [
     "load_lengths",
     "find_share",
     "find_chunk",
+    "count_splits",
     "find_sequence",
     "decode_kernel",
     "merge_kernel",
@@ -205,21 +206,44 @@ def find_share(query_start_loc, seq_lens, num_seqs, num_workers):
 
 
 @triton.jit
-def find_chunk(seq_len, share, MIN_CHUNK: tl.constexpr):
-    """Tokens of a split, with one split for each whole share, and one at least."""
+def find_chunk(seq_len, share, MIN_CHUNK: tl.constexpr, BT: tl.constexpr):
+    """Tokens of a split, in whole tiles: one for each whole share, and one at least."""
     splits = tl.minimum(seq_len // share, tl.cdiv(seq_len, MIN_CHUNK))
-    return tl.maximum(tl.cdiv(seq_len, tl.maximum(splits, 1)), 1)
+    chunk = tl.cdiv(seq_len, tl.maximum(splits, 1))
+    return tl.maximum(tl.cdiv(chunk, BT), 1) * BT
+
+
+@triton.jit
+def count_splits(
+    query_start_loc,
+    seq_lens,
+    first,
+    num_seqs,
+    share,
+    MIN_CHUNK: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """Of 256 sequences from `first` on."""
+    lengths = load_lengths(query_start_loc, seq_lens, first, num_seqs)
+    return tl.cdiv(lengths, find_chunk(lengths, share, MIN_CHUNK, BT))
 
 
 @triton.jit
 def find_sequence(
-    program, query_start_loc, seq_lens, num_seqs, share, MIN_CHUNK: tl.constexpr
+    program,
+    query_start_loc,
+    seq_lens,
+    num_seqs,
+    share,
+    MIN_CHUNK: tl.constexpr,
+    BT: tl.constexpr,
 ):
     """The sequence of a program, and how many programs the sequences before it have."""
     sequence, before, total = 0, 0, 0
     for first in tl.range(0, num_seqs, 256):
-        lengths = load_lengths(query_start_loc, seq_lens, first, num_seqs)
-        splits = tl.cdiv(lengths, find_chunk(lengths, share, MIN_CHUNK))
+        splits = count_splits(
+            query_start_loc, seq_lens, first, num_seqs, share, MIN_CHUNK, BT
+        )
         passed = total + tl.cumsum(splits, 0) <= program
         sequence += tl.sum(passed.to(tl.int32), 0)
         before += tl.sum(tl.where(passed, splits, 0), 0)
@@ -246,7 +270,6 @@ def decode_kernel(
     output,  # [N, H, D], contiguous
     parts,
     part_logs,  # float32, a row for each program: [P, H, D] and [P, H]
-    ranges,  # [B, 2]: the first row of a sequence, and how many it has
     scale,  # times log2(e)
     query_stride,
     query_head_stride,
@@ -270,18 +293,15 @@ def decode_kernel(
     kv_head, program = tl.program_id(0), tl.program_id(1)
     share = find_share(query_start_loc, seq_lens, num_seqs, num_workers)
     sequence, before = find_sequence(
-        program, query_start_loc, seq_lens, num_seqs, share, MIN_CHUNK
+        program, query_start_loc, seq_lens, num_seqs, share, MIN_CHUNK, BT
     )
     if sequence >= num_seqs:
         return
     token = tl.load(query_start_loc + sequence).to(tl.int64)
     seq_len = tl.load(seq_lens + sequence).to(tl.int32)
-    chunk = find_chunk(seq_len, share, MIN_CHUNK)
+    chunk = find_chunk(seq_len, share, MIN_CHUNK, BT)
     begin = (program - before) * chunk
     end = tl.minimum(begin + chunk, seq_len)
-    if begin == 0:
-        tl.store(ranges + 2 * sequence, before)
-        tl.store(ranges + 2 * sequence + 1, tl.cdiv(seq_len, chunk))
     rows, dims = tl.arange(0, ROWS), tl.arange(0, DIMS)[None, :]
     heads = (kv_head * GROUP + rows)[:, None]
     exists = (rows < GROUP)[:, None] & (dims < D)
@@ -318,31 +338,40 @@ def decode_kernel(
 @triton.jit(**PER_STEP)
 def merge_kernel(
     parts,
-    part_logs,
-    ranges,  # see decode_kernel
+    part_logs,  # see decode_kernel
     query_start_loc,
     seq_lens,
     output,
+    num_seqs,
+    num_workers,
     D: tl.constexpr,
     DIMS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,  # a power of two
+    BT: tl.constexpr,
+    MIN_CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program per query head and sequence merges the answers of the splits."""
     head, sequence = tl.program_id(0), tl.program_id(1)
     token = tl.load(query_start_loc + sequence).to(tl.int64)
     query_len = tl.load(query_start_loc + sequence + 1) - token
-    seq_len = tl.load(seq_lens + sequence)
+    seq_len = tl.load(seq_lens + sequence).to(tl.int32)
+    share = find_share(query_start_loc, seq_lens, num_seqs, num_workers)
+    chunk = find_chunk(seq_len, share, MIN_CHUNK, BT)
+    is_split = (query_len == 1) & (chunk < seq_len)
+    before = 0  # rows of the sequences before this one
+    if is_split:
+        for first in tl.range(0, sequence, 256):
+            splits = count_splits(
+                query_start_loc, seq_lens, first, sequence, share, MIN_CHUNK, BT
+            )
+            before += tl.sum(splits, 0)
     wait_for_previous(PDL)  # all programs, also where there is nothing to merge
-    if (query_len != 1) | (seq_len == 0):
-        return
-    first = tl.load(ranges + 2 * sequence)
-    count = tl.load(ranges + 2 * sequence + 1)
-    if count == 1:
+    if not is_split:
         return
     splits, dims = tl.arange(0, MAX_SPLITS), tl.arange(0, DIMS)
-    exist = splits < count
-    places = (first + splits) * tl.num_programs(0) + head
+    exist = splits < tl.cdiv(seq_len, chunk)
+    places = (before + splits) * tl.num_programs(0) + head
     logs = tl.load(part_logs + places, mask=exist, other=-float("inf"))
     weights = tl.exp2(logs - tl.max(logs, 0))
     weights = weights / tl.sum(weights, 0)
@@ -428,8 +457,8 @@ def decode(
     num_programs = count_programs(num_seqs, num_workers, longest, sizes.min_chunk)
     parts = query.new_empty(num_programs, num_heads, head_dim, dtype=torch.float32)
     part_logs = parts.new_empty(num_programs, num_heads)
-    ranges = seq_lens.new_empty(num_seqs, 2)
     dims = {"D": head_dim, "DIMS": max(16, triton.next_power_of_2(head_dim))}
+    chunks = {"BT": sizes.tile, "MIN_CHUNK": sizes.min_chunk, "PDL": has_pdl(device)}
     decode_kernel[(num_kv_heads, num_programs)](
         query,
         key_cache,
@@ -440,7 +469,6 @@ def decode(
         output,
         parts,
         part_logs,
-        ranges,
         scale * log2(e),
         *query.stride()[:2],
         block_table.stride(0),
@@ -450,27 +478,23 @@ def decode(
         GROUP=group,
         ROWS=max(sizes.rows, triton.next_power_of_2(group)),
         BLOCK_SIZE=key_cache.shape[1],
-        BT=sizes.tile,
-        MIN_CHUNK=sizes.min_chunk,
         num_warps=sizes.num_warps,
         num_stages=sizes.num_stages,
-        PDL=has_pdl(device),
         **dims,
+        **chunks,
     )
     if num_programs > num_seqs:  # somebody may have been split
         most = triton.next_power_of_2(num_workers)
+        where = query_start_loc, seq_lens, output, num_seqs, num_workers
         merge_kernel[(num_heads, num_seqs)](
             parts,
             part_logs,
-            ranges,
-            query_start_loc,
-            seq_lens,
-            output,
+            *where,
             MAX_SPLITS=most,
-            num_warps=min(max(4, most // 16), 32),
-            PDL=has_pdl(device),
-            launch_pdl=has_pdl(device),
             **dims,
+            **chunks,
+            num_warps=min(max(4, most // 16), 32),
+            launch_pdl=has_pdl(device),
         )
 
 

@@ -450,7 +450,7 @@ def ask_kernel(starts, seq_lens, asked, num_seqs, num_workers):  # type: ignore
     program = tl.program_id(0)
     share = module.find_share(starts, seq_lens, num_seqs, num_workers)
     sequence, before = module.find_sequence(
-        program, starts, seq_lens, num_seqs, share, 32
+        program, starts, seq_lens, num_seqs, share, 32, 16
     )
     tl.store(asked + 2 * program, sequence)
     tl.store(asked + 2 * program + 1, program - before)
@@ -479,13 +479,15 @@ def find_used(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks the interpreter")
 class TestShares:
-    """With at least 32 tokens to a split."""
+    """Of whole tiles of 16 tokens, with at least 32 to a split."""
 
     @pytest.mark.parametrize("num_seqs", [1, 2, 63, 255, 256, 257, 600])
     def test_all_equal(self, num_seqs: int) -> None:
         for num_workers in (1, 5, 64):
             used = find_used([6400] * num_seqs, num_workers)
-            assert used == [max(1, num_workers // num_seqs)] * num_seqs
+            splits = max(1, num_workers // num_seqs)
+            tiles = -(-400 // splits)
+            assert used == [-(-400 // tiles)] * num_seqs
 
     def test_only_the_long_one_is_split(self) -> None:
         assert find_used([4000, *[200] * 20], 20) == [10, *[1] * 20]
@@ -508,7 +510,7 @@ class TestShares:
                 lengths, find_used(lengths, num_workers), strict=True
             ):
                 splits = max(1, min(length // share, -(-length // 32)))
-                chunk = -(-length // splits)
+                chunk = -(-length // splits // 16) * 16
                 assert used == -(-length // chunk)
 
     def test_the_recording_counts_splits_as_the_kernels_do(

@@ -60,7 +60,7 @@ PREFILLS = {  # tokens that run, and all tokens
     "4x512": ([512] * 4, [512] * 4),
 }
 SPLIT = ("1x32768", "8x8192", "1x8000 and 31x300", "32x600", "256x800")
-SPLITS = (1, 2, 4, 6, 8, 16, 32, 48, 64, 128)
+SPLITS = (1, 2, 4, 6, 8, 16, 32, 64, 128)
 STORED, LONG = 256, "1x32768"
 
 Step = tuple[Tensor, AttentionMetadata]
@@ -198,8 +198,9 @@ def count_splits(lens: Sequence[int], num_workers: int) -> int:
     """Of the longest sequence; see `find_chunk`, which does this on the device."""
     longest, share = max(lens), triton.cdiv(sum(lens), num_workers)
     useful = triton.cdiv(longest, module.DECODE.min_chunk)
-    chunk = triton.cdiv(longest, max(1, min(longest // share, useful)))
-    return triton.cdiv(longest, chunk)
+    tile, splits = module.DECODE.tile, max(1, min(longest // share, useful))
+    tiles = triton.cdiv(triton.cdiv(longest, splits), tile)
+    return triton.cdiv(longest, tiles * tile)
 
 
 def record_rows(caches: Tensor, speed: float) -> list[dict[str, Any]]:
