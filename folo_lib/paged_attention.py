@@ -19,14 +19,16 @@ __all__ = [
     "load_lengths",
     "find_share",
     "find_chunk",
-    "count_splits",
     "find_sequence",
+    "plan_kernel",
     "decode_kernel",
     "merge_kernel",
     "TileSizes",
     "count_multiprocessors",
     "count_workers",
     "count_programs",
+    "DecodePlan",
+    "plan_decode",
     "decode",
     "prefill_kernel",
     "choose_prefill_sizes",
@@ -214,21 +216,6 @@ def find_chunk(seq_len, share, MIN_CHUNK: tl.constexpr, BT: tl.constexpr):
 
 
 @triton.jit
-def count_splits(
-    query_start_loc,
-    seq_lens,
-    first,
-    num_seqs,
-    share,
-    MIN_CHUNK: tl.constexpr,
-    BT: tl.constexpr,
-):
-    """Of 256 sequences from `first` on."""
-    lengths = load_lengths(query_start_loc, seq_lens, first, num_seqs)
-    return tl.cdiv(lengths, find_chunk(lengths, share, MIN_CHUNK, BT))
-
-
-@triton.jit
 def find_sequence(
     program,
     query_start_loc,
@@ -238,35 +225,76 @@ def find_sequence(
     MIN_CHUNK: tl.constexpr,
     BT: tl.constexpr,
 ):
-    """The sequence of a program, and how many programs the sequences before it have."""
-    sequence, before, total = 0, 0, 0
+    """The sequence of a program, and how many programs and merges come before it."""
+    sequence, before, merges, total = 0, 0, 0, 0
     for first in tl.range(0, num_seqs, 256):
-        splits = count_splits(
-            query_start_loc, seq_lens, first, num_seqs, share, MIN_CHUNK, BT
-        )
+        lengths = load_lengths(query_start_loc, seq_lens, first, num_seqs)
+        splits = tl.cdiv(lengths, find_chunk(lengths, share, MIN_CHUNK, BT))
         passed = total + tl.cumsum(splits, 0) <= program
         sequence += tl.sum(passed.to(tl.int32), 0)
         before += tl.sum(tl.where(passed, splits, 0), 0)
+        merges += tl.sum((passed & (splits > 1)).to(tl.int32), 0)
         total += tl.sum(splits, 0)
-    return sequence, before
+    return sequence, before, merges
 
 
-# %% ../notebooks/13_paged_attention.ipynb #decode-kernel
+# %% ../notebooks/13_paged_attention.ipynb #plan-kernel
 # Whatever differs from step to step is left out of what Triton compiles anew for.
 PER_STEP = {
     "do_not_specialize": ["table_stride", "num_seqs"],
-    "do_not_specialize_on_alignment": ["block_table", "query_start_loc", "seq_lens"],
+    "do_not_specialize_on_alignment": [
+        "block_table",
+        "query_start_loc",
+        "seq_lens",
+        "merges",
+    ],
 }
 
 
+@triton.jit(**PER_STEP)
+def plan_kernel(
+    query_start_loc,
+    seq_lens,  # [B + 1], [B]
+    programs,
+    merges,  # int32, [P, 5] and [M, 3], see DecodePlan
+    num_seqs,
+    num_workers,
+    MIN_CHUNK: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """One program finds out what the decode program of its number has to do."""
+    program = tl.program_id(0)
+    share = find_share(query_start_loc, seq_lens, num_seqs, num_workers)
+    sequence, before, merge = find_sequence(
+        program, query_start_loc, seq_lens, num_seqs, share, MIN_CHUNK, BT
+    )
+    if sequence >= num_seqs:  # nothing is left
+        return
+    token = tl.load(query_start_loc + sequence)
+    seq_len = tl.load(seq_lens + sequence).to(tl.int32)
+    chunk = find_chunk(seq_len, share, MIN_CHUNK, BT)
+    num_splits, begin = tl.cdiv(seq_len, chunk), (program - before) * chunk
+    row = programs + 5 * program
+    tl.store(row, sequence)
+    tl.store(row + 1, token)
+    tl.store(row + 2, begin)
+    tl.store(row + 3, tl.minimum(begin + chunk, seq_len))
+    tl.store(row + 4, num_splits)
+    if (begin == 0) & (num_splits > 1):
+        row = merges + 3 * merge
+        tl.store(row, token)
+        tl.store(row + 1, program)
+        tl.store(row + 2, num_splits)
+
+
+# %% ../notebooks/13_paged_attention.ipynb #decode-kernel
 @triton.jit(**PER_STEP)
 def decode_kernel(
     query,  # [N, H, D]
     key_cache,
     value_cache,  # [num_blocks, block_size, H_kv, D]
     block_table,
-    query_start_loc,
-    seq_lens,  # [B, max_blocks], [B + 1], [B]
+    programs,  # [B, max_blocks], and see DecodePlan
     output,  # [N, H, D], contiguous
     parts,
     part_logs,  # float32, a row for each program: [P, H, D] and [P, H]
@@ -277,31 +305,22 @@ def decode_kernel(
     block_stride,
     slot_stride,
     head_stride,
-    num_seqs,
-    num_workers,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,  # H / H_kv, and rows of the tile
     D: tl.constexpr,
     DIMS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BT: tl.constexpr,
-    MIN_CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program per key head and split, of sequences that run one token."""
     let_next_start(PDL)
     kv_head, program = tl.program_id(0), tl.program_id(1)
-    share = find_share(query_start_loc, seq_lens, num_seqs, num_workers)
-    sequence, before = find_sequence(
-        program, query_start_loc, seq_lens, num_seqs, share, MIN_CHUNK, BT
-    )
-    if sequence >= num_seqs:
+    row = programs + 5 * program
+    sequence, token = tl.load(row), tl.load(row + 1).to(tl.int64)
+    begin, end, num_splits = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+    if sequence < 0:
         return
-    token = tl.load(query_start_loc + sequence).to(tl.int64)
-    seq_len = tl.load(seq_lens + sequence).to(tl.int32)
-    chunk = find_chunk(seq_len, share, MIN_CHUNK, BT)
-    begin = (program - before) * chunk
-    end = tl.minimum(begin + chunk, seq_len)
     rows, dims = tl.arange(0, ROWS), tl.arange(0, DIMS)[None, :]
     heads = (kv_head * GROUP + rows)[:, None]
     exists = (rows < GROUP)[:, None] & (dims < D)
@@ -310,7 +329,7 @@ def decode_kernel(
     highest = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     result = tl.zeros([ROWS, DIMS], tl.float32)
-    table = block_table + tl.cast(sequence, tl.int64) * table_stride
+    table = block_table + sequence.to(tl.int64) * table_stride
     key_cache += kv_head.to(tl.int64) * head_stride
     value_cache += kv_head.to(tl.int64) * head_stride
     for first in tl.range(begin, end, BT):
@@ -324,7 +343,7 @@ def decode_kernel(
         )
     result = result / total[:, None]
     num_heads = tl.num_programs(0) * GROUP
-    if chunk >= seq_len:  # nobody else has a share
+    if num_splits == 1:
         answer = output + (token * num_heads + heads) * D + dims
         tl.store(answer, result.to(output.dtype.element_ty), mask=exists)
     else:
@@ -338,40 +357,24 @@ def decode_kernel(
 @triton.jit(**PER_STEP)
 def merge_kernel(
     parts,
-    part_logs,  # see decode_kernel
-    query_start_loc,
-    seq_lens,
-    output,
-    num_seqs,
-    num_workers,
+    part_logs,
+    merges,  # see decode_kernel and DecodePlan
+    output,  # [N, H, D], contiguous
     D: tl.constexpr,
     DIMS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,  # a power of two
-    BT: tl.constexpr,
-    MIN_CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program per query head and sequence merges the answers of the splits."""
-    head, sequence = tl.program_id(0), tl.program_id(1)
-    token = tl.load(query_start_loc + sequence).to(tl.int64)
-    query_len = tl.load(query_start_loc + sequence + 1) - token
-    seq_len = tl.load(seq_lens + sequence).to(tl.int32)
-    share = find_share(query_start_loc, seq_lens, num_seqs, num_workers)
-    chunk = find_chunk(seq_len, share, MIN_CHUNK, BT)
-    is_split = (query_len == 1) & (chunk < seq_len)
-    before = 0  # rows of the sequences before this one
-    if is_split:
-        for first in tl.range(0, sequence, 256):
-            splits = count_splits(
-                query_start_loc, seq_lens, first, sequence, share, MIN_CHUNK, BT
-            )
-            before += tl.sum(splits, 0)
+    """One program per query head and sequence that was split merges the answers."""
+    head, row = tl.program_id(0), merges + 3 * tl.program_id(1)
+    token = tl.load(row).to(tl.int64)
+    first, num_splits = tl.load(row + 1), tl.load(row + 2)
     wait_for_previous(PDL)  # all programs, also where there is nothing to merge
-    if not is_split:
+    if token < 0:
         return
     splits, dims = tl.arange(0, MAX_SPLITS), tl.arange(0, DIMS)
-    exist = splits < tl.cdiv(seq_len, chunk)
-    places = (before + splits) * tl.num_programs(0) + head
+    exist = splits < num_splits
+    places = (first + splits) * tl.num_programs(0) + head
     logs = tl.load(part_logs + places, mask=exist, other=-float("inf"))
     weights = tl.exp2(logs - tl.max(logs, 0))
     weights = weights / tl.sum(weights, 0)
@@ -412,7 +415,7 @@ SMALL_PREFILL = TileSizes(tile=32, num_warps=4, num_stages=2, rows=32)
 """See `choose_prefill_sizes`."""
 
 
-# %% ../notebooks/13_paged_attention.ipynb #count-programs
+# %% ../notebooks/13_paged_attention.ipynb #plan-decode
 @cache
 def count_multiprocessors(device: torch.device) -> int:
     """How many multiprocessors a GPU has; 8 without one."""
@@ -437,35 +440,81 @@ def count_programs(
     return min(num_seqs - 1 + num_workers, num_seqs * -(-longest // min_chunk))
 
 
+@dataclass(frozen=True)
+class DecodePlan:
+    """What the programs of a decode step have to do; the same in all layers.
+
+    Attributes:
+        programs: int32 `[P, 5]`, of each program of a key head its sequence, the token
+            of the step that it answers, the part of the context that it reads, from
+            one position up to another, and how many splits the sequence has.
+        merges: int32 `[M, 3]`, of each sequence that is split its token, the first of
+            its programs, and how many they are.
+        sizes: of the tiles.
+
+    Rows that are not needed hold -1.
+    """
+
+    programs: Tensor
+    merges: Tensor
+    sizes: TileSizes
+
+
+def plan_decode(
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    longest: int,
+    num_kv_heads: int,
+    dtype: torch.dtype,
+) -> DecodePlan:
+    """Splits the sequences that run one token; none has more than `longest` tokens.
+
+    The device reads the lengths, and the host does not wait for it.
+    """
+    sizes = SMALL_DECODE if dtype == torch.float32 else DECODE
+    num_seqs, num_workers = len(seq_lens), count_workers(num_kv_heads, seq_lens.device)
+    num_programs = count_programs(num_seqs, num_workers, longest, sizes.min_chunk)
+    # Whoever is split has two whole shares at least.
+    num_merges = min(num_seqs, num_workers // 2) if num_programs > num_seqs else 0
+    parts = [5 * num_programs, 3 * num_merges]
+    rows = seq_lens.new_full((sum(parts),), -1, dtype=torch.int32)
+    programs, merges = rows.split(parts)
+    plan_kernel[(num_programs,)](
+        query_start_loc,
+        seq_lens,
+        programs,
+        merges,
+        num_seqs,
+        num_workers,
+        MIN_CHUNK=sizes.min_chunk,
+        BT=sizes.tile,
+    )
+    return DecodePlan(programs.view(-1, 5), merges.view(-1, 3), sizes)
+
+
 # %% ../notebooks/13_paged_attention.ipynb #decode
 def decode(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
     block_table: Tensor,
-    query_start_loc: Tensor,
-    seq_lens: Tensor,
+    plan: DecodePlan,
     output: Tensor,
     scale: float,
 ) -> None:
     """Writes into `output` the answers of the sequences that run one token."""
     (_, num_heads, head_dim), num_kv_heads = query.shape, key_cache.shape[2]
-    num_seqs, group = len(seq_lens), num_heads // num_kv_heads
-    longest, device = block_table.shape[1] * key_cache.shape[1], query.device
-    sizes = SMALL_DECODE if query.dtype == torch.float32 else DECODE
-    num_workers = count_workers(num_kv_heads, device)
-    num_programs = count_programs(num_seqs, num_workers, longest, sizes.min_chunk)
+    num_programs, sizes = len(plan.programs), plan.sizes
+    group, has_early_start = num_heads // num_kv_heads, has_pdl(query.device)
     parts = query.new_empty(num_programs, num_heads, head_dim, dtype=torch.float32)
     part_logs = parts.new_empty(num_programs, num_heads)
     dims = {"D": head_dim, "DIMS": max(16, triton.next_power_of_2(head_dim))}
-    chunks = {"BT": sizes.tile, "MIN_CHUNK": sizes.min_chunk, "PDL": has_pdl(device)}
     decode_kernel[(num_kv_heads, num_programs)](
         query,
         key_cache,
         value_cache,
         block_table,
-        query_start_loc,
-        seq_lens,
+        plan.programs,
         output,
         parts,
         part_logs,
@@ -473,28 +522,28 @@ def decode(
         *query.stride()[:2],
         block_table.stride(0),
         *key_cache.stride()[:3],
-        num_seqs,
-        num_workers,
         GROUP=group,
         ROWS=max(sizes.rows, triton.next_power_of_2(group)),
         BLOCK_SIZE=key_cache.shape[1],
+        BT=sizes.tile,
+        PDL=has_early_start,
         num_warps=sizes.num_warps,
         num_stages=sizes.num_stages,
         **dims,
-        **chunks,
     )
-    if num_programs > num_seqs:  # somebody may have been split
-        most = triton.next_power_of_2(num_workers)
-        where = query_start_loc, seq_lens, output, num_seqs, num_workers
-        merge_kernel[(num_heads, num_seqs)](
+    if len(plan.merges):
+        # One sequence can have all programs but those that the others need.
+        most = triton.next_power_of_2(num_programs - len(block_table) + 1)
+        merge_kernel[(num_heads, len(plan.merges))](
             parts,
             part_logs,
-            *where,
+            plan.merges,
+            output,
             MAX_SPLITS=most,
-            **dims,
-            **chunks,
+            PDL=has_early_start,
             num_warps=min(max(4, most // 16), 32),
-            launch_pdl=has_pdl(device),
+            launch_pdl=has_early_start,
+            **dims,
         )
 
 
@@ -667,11 +716,17 @@ def paged_attention(
     """
     output, lengths = query.new_empty(query.shape), metadata.query_lens_list
     table, starts = metadata.block_table, metadata.query_start_loc
-    step = key_cache, value_cache, table, starts, metadata.seq_lens, output, scale
+    pages, seq_lens = (key_cache, value_cache, table), metadata.seq_lens
     if any(length == 1 for length in lengths):
-        decode(query, *step)
+        if "triton" not in metadata.plans:  # this is the first layer
+            _, block_size, num_kv_heads, _ = key_cache.shape
+            longest = table.shape[1] * block_size
+            metadata.plans["triton"] = plan_decode(
+                starts, seq_lens, longest, num_kv_heads, query.dtype
+            )
+        decode(query, *pages, metadata.plans["triton"], output, scale)
     if any(length > 1 for length in lengths):
-        prefill(query, *step)
+        prefill(query, *pages, starts, seq_lens, output, scale)
     return output
 
 

@@ -17,6 +17,7 @@ from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -29,8 +30,6 @@ from folo_lib.qwen3 import get_attention_backend
 
 pytest.importorskip("triton", reason="Triton runs on Linux")
 
-import triton
-import triton.language as tl
 
 from folo_lib import paged_attention as module
 from folo_lib.paged_attention import (
@@ -328,12 +327,13 @@ class TestMixed:
         step.run()  # stores
         metadata, is_decode = step.metadata, [True] + 6 * [False] + [True] + 2 * [False]
         where = metadata.block_table, metadata.query_start_loc, metadata.seq_lens
-        for function, own in (
-            (module.decode, is_decode),
-            (module.prefill, [not x for x in is_decode]),
+        plan = module.plan_decode(*where[1:], 72, 2, step.query.dtype)
+        for function, given, own in (
+            (module.decode, (where[0], plan), is_decode),
+            (module.prefill, where, [not x for x in is_decode]),
         ):
             output = torch.full_like(step.query, NAN)
-            function(step.query, *step.kv_cache, *where, output, 0.25)
+            function(step.query, *step.kv_cache, *given, output, 0.25)
             assert (~output.isnan()).all(-1).all(-1).tolist() == own
             assert output.isnan().all(-1).all(-1).tolist() == [not x for x in own]
 
@@ -445,36 +445,33 @@ class TestNaN:
         assert wrong.nonzero().tolist() == [[0, 1], [2, 0]]
 
 
-@triton.jit
-def ask_kernel(starts, seq_lens, asked, num_seqs, num_workers):  # type: ignore
-    program = tl.program_id(0)
-    share = module.find_share(starts, seq_lens, num_seqs, num_workers)
-    sequence, before = module.find_sequence(
-        program, starts, seq_lens, num_seqs, share, 32, 16
-    )
-    tl.store(asked + 2 * program, sequence)
-    tl.store(asked + 2 * program + 1, program - before)
-
-
 def find_used(
     lengths: list[int], num_workers: int, query_lens: Sequence[int] | None = None
 ) -> list[int]:
-    """By what each program finds out, how many splits each sequence has."""
+    """How many splits each sequence has; the whole plan is looked through."""
     starts = torch.tensor([0, *accumulate(query_lens or [1] * len(lengths))])
-    longest = max(*lengths, 1)
-    num_programs = count_programs(len(lengths), num_workers, longest, 32)
-    asked = torch.full((num_programs, 2), -1)
-    seq_lens = torch.tensor(lengths, dtype=torch.int32)
-    ask_kernel[(num_programs,)](starts, seq_lens, asked, len(lengths), num_workers)
-    found: list[list[int]] = [[] for _ in lengths]
-    for sequence, split in asked.tolist():
-        if sequence < len(lengths):
-            found[sequence].append(split)
-        else:  # the programs to whom nothing is left are the last ones
-            assert sequence >= len(lengths)
-    assert found == [[*range(len(splits))] for splits in found]
-    assert asked[:, 0].tolist() == sorted(asked[:, 0].tolist())
-    return [len(splits) for splits in found]
+    seq_lens, longest = torch.tensor(lengths, dtype=torch.int32), max(*lengths, 1)
+    sizes = TileSizes(16, 4, 2, min_chunk=32)
+    with (
+        patch.object(module, "SMALL_DECODE", sizes),
+        patch.object(module, "count_workers", lambda *_: num_workers),
+    ):
+        plan = module.plan_decode(starts, seq_lens, longest, 1, torch.float32)
+    rows, merges = plan.programs.tolist(), plan.merges.tolist()
+    used = [sum(row[0] == i for row in rows) for i in range(len(lengths))]
+    expected, firsts = [], []
+    for i, (length, splits) in enumerate(zip(lengths, used, strict=True)):
+        token, ends = starts[i].item(), [0]
+        if splits > 1:
+            firsts.append([token, len(expected), splits])
+        for row in rows[len(expected) : len(expected) + splits]:
+            ends.append(row[3])
+            expected.append([i, token, *ends[-2:], splits])
+            assert ends[-2] < ends[-1] and (ends[-2] % 16 == 0)
+        assert ends[-1] == (length if splits else 0)
+    assert rows == expected + [[-1] * 5] * (len(rows) - len(expected))
+    assert merges == firsts + [[-1] * 3] * (len(merges) - len(firsts))
+    return used
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks the interpreter")
@@ -582,6 +579,21 @@ class TestLaunch:
         monkeypatch.setattr(module, "merge_kernel", Merge())
         step.run()
         assert merges == ([(4, 2)] if can_be else [])
+
+    def test_layers_share_a_plan(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        plans, plan_decode = [], module.plan_decode
+
+        def note(*args: Any) -> Any:
+            plans.append(plan_decode(*args))
+            return plans[-1]
+
+        monkeypatch.setattr(module, "plan_decode", note)
+        step = Step([1, 3, 1], [70, 9, 8])
+        for _ in range(3):
+            step.check()
+        assert len(plans) == 1
+        Step([3], [9]).run()  # nobody decodes, nothing to plan
+        assert len(plans) == 1
 
     def test_the_prefill_takes_the_largest_tiles_that_a_card_has_room_for(
         self, monkeypatch: pytest.MonkeyPatch

@@ -123,14 +123,25 @@ def make_steps(
     return steps
 
 
+def plan(query: Tensor, metadata: AttentionMetadata) -> module.DecodePlan:
+    """What each program of a step is to do."""
+    where, longest = (metadata.query_start_loc, metadata.seq_lens), LONGEST
+    return module.plan_decode(*where, longest, KV_HEADS, query.dtype)
+
+
 def time_kernel(
     kernel: Callable[..., None], caches: Tensor, steps: list[Step], replays: int = 7
 ) -> float:
-    """Of `decode` or `prefill`."""
+    """Of `decode`, whose plans are made before, or of `prefill`."""
 
     def bind(query: Tensor, metadata: AttentionMetadata) -> Callable[[], None]:
-        where = metadata.block_table, metadata.query_start_loc, metadata.seq_lens
-        args = (query, *caches, *where, torch.empty_like(query), HEAD_DIM**-0.5)
+        table, *where = (
+            metadata.block_table,
+            metadata.query_start_loc,
+            metadata.seq_lens,
+        )
+        given = [plan(query, metadata)] if kernel is module.decode else where
+        args = (query, *caches, table, *given, torch.empty_like(query), HEAD_DIM**-0.5)
         return lambda: kernel(*args)
 
     return measure([bind(*step) for step in steps], replays)
@@ -221,6 +232,9 @@ def record_rows(caches: Tensor, speed: float) -> list[dict[str, Any]]:
                 "torch_sdpa_us": time_torch_sdpa(caches, steps),
             }
         )
+    steps = make_steps([1] * STORED, [800] * STORED)
+    us = measure([lambda step=step: plan(*step) for step in steps])
+    rows.append({"kernel": "plan", "shape": f"{STORED} sequences", "us": us})
     new, steps = draw_new(STORED), make_steps([1] * STORED, [BLOCK_SIZE] * STORED)
     stores = [
         lambda m=m: module.store_kv(*new, *caches, m.slot_mapping) for _, m in steps
