@@ -362,7 +362,6 @@ def merge_kernel(
     output,  # [N, H, D], contiguous
     D: tl.constexpr,
     DIMS: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,  # a power of two
     PDL: tl.constexpr,
 ):
     """One program per query head and sequence that was split merges the answers."""
@@ -372,17 +371,22 @@ def merge_kernel(
     wait_for_previous(PDL)  # all programs, also where there is nothing to merge
     if token < 0:
         return
-    splits, dims = tl.arange(0, MAX_SPLITS), tl.arange(0, DIMS)
-    exist = splits < num_splits
-    places = (first + splits) * tl.num_programs(0) + head
-    logs = tl.load(part_logs + places, mask=exist, other=-float("inf"))
-    weights = tl.exp2(logs - tl.max(logs, 0))
-    weights = weights / tl.sum(weights, 0)
-    exist = exist[:, None] & (dims < D)[None, :]
-    answers = parts + places[:, None] * D + dims[None, :]
-    answers = tl.load(answers, mask=exist, other=0.0)
-    result = tl.sum(answers * weights[:, None], 0).to(output.dtype.element_ty)
+    dims, highest, total = tl.arange(0, DIMS), -float("inf"), 0.0
+    result = tl.zeros([DIMS], tl.float32)
+    for begin in tl.range(0, num_splits, 64):
+        splits = begin + tl.arange(0, 64)
+        exist = splits < num_splits
+        places = (first + splits) * tl.num_programs(0) + head
+        logs = tl.load(part_logs + places, mask=exist, other=-float("inf"))
+        inside = exist[:, None] & (dims < D)[None, :]
+        answers = parts + places[:, None] * D + dims[None, :]
+        answers = tl.load(answers, mask=inside, other=0.0)
+        new_highest = tl.maximum(highest, tl.max(logs, 0))
+        weights, shrink = tl.exp2(logs - new_highest), tl.exp2(highest - new_highest)
+        result = result * shrink + tl.sum(answers * weights[:, None], 0)
+        total, highest = total * shrink + tl.sum(weights, 0), new_highest
     answer = output + (token * tl.num_programs(0) + head) * D + dims
+    result = (result / total).to(output.dtype.element_ty)
     tl.store(answer, result, mask=dims < D)
 
 
@@ -532,16 +536,12 @@ def decode(
         **dims,
     )
     if len(plan.merges):
-        # One sequence can have all programs but those that the others need.
-        most = triton.next_power_of_2(num_programs - len(block_table) + 1)
         merge_kernel[(num_heads, len(plan.merges))](
             parts,
             part_logs,
             plan.merges,
             output,
-            MAX_SPLITS=most,
             PDL=has_early_start,
-            num_warps=min(max(4, most // 16), 32),
             launch_pdl=has_early_start,
             **dims,
         )
@@ -718,13 +718,16 @@ def paged_attention(
     table, starts = metadata.block_table, metadata.query_start_loc
     pages, seq_lens = (key_cache, value_cache, table), metadata.seq_lens
     if any(length == 1 for length in lengths):
-        if "triton" not in metadata.plans:  # this is the first layer
+        # A graph must make a plan of its own, which it makes anew in each replay.
+        in_graph = query.is_cuda and torch.cuda.is_current_stream_capturing()
+        name = "triton in a graph" if in_graph else "triton"
+        if name not in metadata.plans:  # this is the first layer
             _, block_size, num_kv_heads, _ = key_cache.shape
             longest = table.shape[1] * block_size
-            metadata.plans["triton"] = plan_decode(
+            metadata.plans[name] = plan_decode(
                 starts, seq_lens, longest, num_kv_heads, query.dtype
             )
-        decode(query, *pages, metadata.plans["triton"], output, scale)
+        decode(query, *pages, metadata.plans[name], output, scale)
     if any(length > 1 for length in lengths):
         prefill(query, *pages, starts, seq_lens, output, scale)
     return output

@@ -44,6 +44,7 @@ TENSORS += ("x", "y", "w", "norm_weight", "qkv", "q_weight", "k_weight", "cos", 
 TENSORS += ("embedding",)
 OTHERS = {"floats": "*fp64", "counts": "*i32", "ids": "*i32", "scale": "fp32"}
 OTHERS |= {"table": "*i32", "arrivals": "*i32", "eps": "fp32"}
+OTHERS |= {"programs": "*i32", "merges": "*i32"}
 OTHERS |= {"words": "*i64", "addresses": "*i64", "tickets": "*i32"}
 TUPLES = {"step": sampling_kernels.Step, "scratch": sampling_kernels.Scratch}
 
@@ -107,10 +108,9 @@ def main(capability: int) -> None:
     for number, group, head_dim in (("bf16", 2, 128), ("fp16", 3, 80)):
         shape = {"GROUP": group, "D": head_dim, "DIMS": 128, "BLOCK_SIZE": 16}
         sizes, early = module.DECODE, {"PDL": capability >= 90}
-        tile = {"ROWS": 16, "BT": sizes.tile, "MIN_CHUNK": sizes.min_chunk}
-        every = shape | tile | early
+        every = shape | {"ROWS": 16, "BT": sizes.tile} | early
         compile_one(module.decode_kernel, every, number, capability, sizes)
-        compile_one(module.merge_kernel, every, number, capability, sizes)
+        compile_one(module.merge_kernel, every, number, capability)
         sizes = module.PREFILL if capability == 90 else module.MEDIUM_PREFILL
         tile = {"ROWS": sizes.rows, "BQ": sizes.rows // group, "BT": sizes.tile}
         compile_one(module.prefill_kernel, shape | tile, number, capability, sizes)
@@ -118,8 +118,10 @@ def main(capability: int) -> None:
     tile = {"GROUP": 2, "ROWS": sizes.rows, "BQ": sizes.rows // 2, "BT": sizes.tile}
     compile_one(module.prefill_kernel, shape | tile, "fp32", capability, sizes)
     sizes = module.SMALL_DECODE
-    every |= {"GROUP": 2, "D": 128, "BT": sizes.tile, "MIN_CHUNK": sizes.min_chunk}
+    every |= {"GROUP": 2, "D": 128, "BT": sizes.tile}
     compile_one(module.decode_kernel, every, "fp32", capability, sizes)
+    known = {"BT": sizes.tile, "MIN_CHUNK": sizes.min_chunk}
+    compile_one(module.plan_kernel, known, "fp32", capability)
     for number in ("bf16", "fp16", "fp32"):
         compile_one(sampling_kernels.tally_kernel, {"ID_BITS": 18}, number, capability)
         for filters in (False, True):

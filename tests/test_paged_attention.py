@@ -594,6 +594,19 @@ class TestLaunch:
         assert len(plans) == 1
         Step([3], [9]).run()  # nobody decodes, nothing to plan
         assert len(plans) == 1
+        # What was planned before a recording is not made anew in a replay.
+        fake = SimpleNamespace(shape=step.query.shape, is_cuda=True)
+        fake.new_empty, fake.dtype = step.query.new_empty, step.query.dtype
+        monkeypatch.setattr(module, "decode", lambda *given: used.append(given[4]))
+        monkeypatch.setattr(module, "prefill", lambda *given: None)
+        used: list[Any] = []
+        for is_recording in (False, True, True, False):
+            monkeypatch.setattr(
+                torch.cuda, "is_current_stream_capturing", lambda now=is_recording: now
+            )
+            module.paged_attention(fake, *step.kv_cache, step.metadata, 1.0)
+        assert [plan is plans[0] for plan in used] == [True, False, False, True]
+        assert [plan is plans[1] for plan in used] == [False, True, True, False]
 
     def test_the_prefill_takes_the_largest_tiles_that_a_card_has_room_for(
         self, monkeypatch: pytest.MonkeyPatch
@@ -655,7 +668,7 @@ def test_compiles_for_a_card_that_is_not_there(capability: int, room: int) -> No
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 11 + 3 * 7  # those of draws too, for three dtypes
+    assert len(lines) == 10 + 3 * 7  # those of draws too, for three dtypes
     for name, shared, stack in lines:
         assert int(shared) <= 1024 * room, name
         # What every thread has from the start; more would be allocated while graphs exist.
