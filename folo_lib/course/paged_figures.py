@@ -23,7 +23,7 @@ from folo_lib.course.moving import MovingFigure, Piece, State
 __all__ = [
     "draw_gather",
     "draw_gpu",
-    "draw_grid",
+    "draw_programs",
     "draw_rounds",
     "draw_speeds",
     "draw_tiles",
@@ -83,35 +83,27 @@ def draw_gather(
     ax.axis("off")
 
 
-def draw_grid(
-    ax: Axes, lengths: Sequence[int], num_heads: int, chunks: Sequence[int]
-) -> None:
-    """The programs of a decode step; each is a box at its head, sequence and split.
+def draw_programs(ax: Axes, programs: Sequence[Sequence[int]], num_heads: int) -> None:
+    """The programs of a decode step: a row for each key head, a box for each program.
 
     Args:
         ax: where to draw.
-        lengths: tokens of each sequence.
+        programs: rows of a `DecodePlan`.
         num_heads: key heads.
-        chunks: tokens of a split of each sequence.
     """
-    splits = [-(-n // chunk) for n, chunk in zip(lengths, chunks, strict=True)]
-    most = max(splits)
-    for i, used in enumerate(splits):
-        for split in range(most):
-            own = min(chunks[i], lengths[i] - split * chunks[i])
-            for head in range(num_heads):
-                corner, size = (split * 3.2, i * (num_heads + 0.8) + head), (3, 0.85)
-                if split >= used:
-                    draw_box(ax, corner, size, "ends at once", 8, edgecolor="0.7")
-                    continue
-                look = US if used == 1 else DECODE
-                draw_box(ax, corner, size, f"head {head}: {own} tokens", 8, **look.bar)
-        middle = i * (num_heads + 0.8) + num_heads / 2
-        name = f"sequence {i}\n{lengths[i]} tokens"
-        ax.text(-0.2, middle, name, ha="right", va="center", fontsize=8)
-    for split in range(most):
-        ax.text(split * 3.2 + 1.5, -0.2, f"split {split}", ha="center", fontsize=9)
-    ax.set(xlim=(-1.9, most * 3.2), ylim=(len(lengths) * (num_heads + 0.8), -0.8))
+    for i, (sequence, _, begin, end, splits) in enumerate(programs):
+        ax.text(3.2 * i + 1.5, -0.2, f"program {i}", ha="center", fontsize=9)
+        for head in range(num_heads):
+            corner, size = (3.2 * i, 1.1 * head), (3, 1)
+            if sequence < 0:
+                draw_box(ax, corner, size, "ends at once", 8, edgecolor="0.7")
+                continue
+            look = US if splits == 1 else DECODE
+            text = f"sequence {sequence}\n{begin} to {end}"
+            draw_box(ax, corner, size, text, 8, **look.bar)
+    for head in range(num_heads):
+        ax.text(-0.2, 1.1 * head + 0.5, f"head {head}", ha="right", va="center")
+    ax.set(xlim=(-1.6, 3.2 * len(programs)), ylim=(1.1 * num_heads, -0.6))
     ax.axis("off")
 
 
