@@ -215,6 +215,7 @@ def find_chunk(seq_len, share, MIN_CHUNK: tl.constexpr, BT: tl.constexpr):
     return tl.maximum(tl.cdiv(chunk, BT), 1) * BT
 
 
+# %% ../notebooks/13_paged_attention.ipynb #plan-kernel
 @triton.jit
 def find_sequence(
     program,
@@ -238,7 +239,6 @@ def find_sequence(
     return sequence, before, merges
 
 
-# %% ../notebooks/13_paged_attention.ipynb #plan-kernel
 # Whatever differs from step to step is left out of what Triton compiles anew for.
 PER_STEP = {
     "do_not_specialize": ["table_stride", "num_seqs"],
@@ -419,7 +419,7 @@ SMALL_PREFILL = TileSizes(tile=32, num_warps=4, num_stages=2, rows=32)
 """See `choose_prefill_sizes`."""
 
 
-# %% ../notebooks/13_paged_attention.ipynb #plan-decode
+# %% ../notebooks/13_paged_attention.ipynb #count-programs
 @cache
 def count_multiprocessors(device: torch.device) -> int:
     """How many multiprocessors a GPU has; 8 without one."""
@@ -444,6 +444,7 @@ def count_programs(
     return min(num_seqs - 1 + num_workers, num_seqs * -(-longest // min_chunk))
 
 
+# %% ../notebooks/13_paged_attention.ipynb #plan-decode
 @dataclass(frozen=True)
 class DecodePlan:
     """What the programs of a decode step have to do; the same in all layers.
@@ -702,6 +703,9 @@ def paged_attention(
     """Attends over a paged cache that holds the keys and values of the step already.
 
     It never asks the device for a number, so that it can be captured in a CUDA graph.
+    The first layer of a step plans it. So metadata are for one step: lengths that are
+    changed in place are seen by no plan but that of a graph, and a graph needs metadata
+    that no other graph was captured with.
 
     Args:
         query: `[N, H, D]`.

@@ -479,7 +479,7 @@ def find_used(
 class TestShares:
     """Of whole tiles of 16 tokens, with at least 32 to a split."""
 
-    @pytest.mark.parametrize("num_seqs", [1, 2, 63, 255, 256, 257, 600])
+    @pytest.mark.parametrize("num_seqs", [1, 2, 63, 255, 256, 257])
     def test_all_equal(self, num_seqs: int) -> None:
         for num_workers in (1, 5, 64):
             used = find_used([6400] * num_seqs, num_workers)
@@ -497,7 +497,7 @@ class TestShares:
     def test_any_lengths(self) -> None:
         """One split for each whole share, and the programs that are launched suffice."""
         draw = random.Random(0)
-        for _ in range(40):
+        for _ in range(15):
             count, longest = draw.choice([1, 5, 40, 300]), draw.choice([40, 900, 9000])
             lengths = [draw.randrange(1, longest) for _ in range(count)]
             if draw.random() < 0.5:

@@ -301,7 +301,7 @@ class TestRecording:
             f"31 short answers wait {mixed[1]:.0f} µs for the long one. Our kernel cuts "
             f"it into {rows['1x8000 and 31x300']['splits']} and leaves the others whole, "
             f"and they take {us['1x8000 and 31x300']:.0f} µs",
-            f"with 16 it would be {mixed[16]:.0f}",
+            f"with 16 splits it would be 376 programs and {mixed[16]:.0f} µs",
             f"for 256 requests that takes {us['256 sequences']:.0f} µs",
             f"our other kernel takes {us['256 tokens']:.0f} µs",
             "It is six for 256 requests of unequal lengths",
