@@ -504,12 +504,23 @@ class TestRefusals:
 
         run(main())
 
-    def test_too_many_wait(self, engine: LLMEngine) -> None:
+    def test_too_many_wait(
+        self, engine: LLMEngine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        may_go_on, advance = threading.Event(), engine.advance
+
+        def advance_later(inbox: Any) -> Any:
+            may_go_on.wait()
+            return advance(inbox)
+
+        monkeypatch.setattr(engine, "advance", advance_later)
+
         async def main() -> None:
             async with serving(engine, max_waiting=3) as served:
                 streams = [served.add_request(p, GREEDY) for p in PROMPTS[:3]]
                 with pytest.raises(EngineOverloadedError, match="3 requests wait"):
                     served.add_request(PROMPTS[3], GREEDY)
+                may_go_on.set()
                 await anext(streams[0])  # has its first token: there is room again
                 await last_of(served.add_request(PROMPTS[3], GREEDY))
                 await asyncio.gather(*(last_of(one) for one in streams[1:]))
