@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = [
     "PER_STEP",
-    "DECODE",
-    "SMALL_DECODE",
     "PREFILL",
     "MEDIUM_PREFILL",
     "SMALL_PREFILL",
+    "DECODE",
+    "SMALL_DECODE",
     "TritonNotFoundError",
     "store_kv_kernel",
     "store_kv",
@@ -410,13 +410,13 @@ class TileSizes:
     min_chunk: int = 256
 
 
-DECODE = TileSizes(tile=128, num_warps=4, num_stages=2)
-SMALL_DECODE = TileSizes(tile=64, num_warps=4, num_stages=2)
-"""For float32, of which twice as much lies in the registers of a thread."""
 PREFILL = TileSizes(tile=128, num_warps=8, num_stages=3, rows=128)
 MEDIUM_PREFILL = TileSizes(tile=64, num_warps=4, num_stages=2, rows=64)
 SMALL_PREFILL = TileSizes(tile=32, num_warps=4, num_stages=2, rows=32)
 """See `choose_prefill_sizes`."""
+DECODE = TileSizes(tile=128, num_warps=4, num_stages=2)
+# For float32, of which twice as much lies in the registers of a thread.
+SMALL_DECODE = TileSizes(tile=64, num_warps=4, num_stages=2)
 
 
 # %% ../notebooks/13_paged_attention.ipynb #count-programs

@@ -17,7 +17,7 @@ import pytest
 import torch
 from matplotlib.colors import to_rgba
 
-from folo_lib.course.figures import DECODE, KEYS, US
+from folo_lib.course.figures import DECODE, KEYS
 from folo_lib.course.paged_figures import (
     MASKED,
     draw_gather,
@@ -145,7 +145,7 @@ def test_each_key_head_has_all_programs() -> None:
     assert texts.count("ends at once") == 3
     faces = [box.get_facecolor() for box in ax.patches]
     assert faces.count(to_rgba(DECODE.colour)) == 6
-    assert faces.count(to_rgba(US.colour)) == 3  # nothing to merge
+    assert faces.count(to_rgba(KEYS.colour)) == 3  # nothing to merge
     plt.close(fig)
 
 
@@ -297,7 +297,7 @@ class TestRecording:
             f"with six splits, {eight[6]:.0f} µs, than with eight, {eight[8]:.0f} µs",
             f"read 268 MB in {eight[4]:.0f} µs, which is "
             f"{rows['8x8192']['bytes'] / eight[4] / 1e6:.1f} TB/s",
-            "and our kernel uses six",
+            "into one round. Our kernel uses six",
             f"31 short answers wait {mixed[1]:.0f} µs for the long one. Our kernel cuts "
             f"it into {rows['1x8000 and 31x300']['splits']} and leaves the others whole, "
             f"and they take {us['1x8000 and 31x300']:.0f} µs",

@@ -98,7 +98,7 @@ def draw_programs(ax: Axes, programs: Sequence[Sequence[int]], num_heads: int) -
             if sequence < 0:
                 draw_box(ax, corner, size, "ends at once", 8, edgecolor="0.7")
                 continue
-            look = US if splits == 1 else DECODE
+            look = KEYS if splits == 1 else DECODE
             text = f"sequence {sequence}\n{begin} to {end}"
             draw_box(ax, corner, size, text, 8, **look.bar)
     for head in range(num_heads):
