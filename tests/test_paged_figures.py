@@ -130,7 +130,7 @@ def test_a_gpu_has_as_many_programs_as_run_at_once() -> None:
     fig, ax = plt.subplots()
     draw_gpu(ax, num_programs=3, num_processors=132)
     written = [text.get_text() for text in ax.texts]
-    assert "program 2" in written and "program 3" not in written
+    assert written.count("a program") == 3
     assert any("131 more" in text for text in written)
     plt.close(fig)
 

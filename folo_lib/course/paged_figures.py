@@ -243,7 +243,7 @@ def draw_gpu(ax: Axes, num_programs: int, num_processors: int) -> None:
         for start, end in ((3, 5.5), (9.9, 10.1)):
             look = {"arrowstyle": "->", "color": "0.3", "shrinkA": 0, "shrinkB": 0}
             draw_arrow(ax, (start, middle), (end, middle), **look)
-        ax.text(14.9, middle, f"program {i}", ha="left", va="center", fontsize=8)
+        ax.text(14.9, middle, "a program", ha="left", va="center", fontsize=8)
     rest = f"and {num_processors - 1} more multiprocessors, which read the same memory"
     ax.text(10, 6.5, rest, ha="center", va="center", fontsize=9)
     ax.set(xlim=(-0.1, 17), ylim=(6.9, -0.7))
