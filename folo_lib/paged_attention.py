@@ -398,7 +398,7 @@ class TileSizes:
     Attributes:
         tile: tokens of keys and values that are looked at together.
         rows: rows of queries, tokens times heads, that look together.
-        min_chunk: tokens below which a sequence is not split; for the decode kernel.
+        min_chunk: tokens up to which a sequence is not split; for the decode kernel.
         num_warps: groups of 32 threads that work on a tile.
         num_stages: tiles in the pipeline, one in use and others on their way.
     """
