@@ -223,6 +223,8 @@ def test_the_script_of_the_recording_writes_what_the_page_reads(
     monkeypatch.setattr(script, "describe_card", lambda: card)
     monkeypatch.setattr(script, "measure", lambda calls, *_: len([f() for f in calls]))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    # Its sums overflow, as they may; the interpreter of Triton 3.6 refuses that.
+    monkeypatch.setattr(script, "read_once", lambda *_: None)
     for name, few in (("time_host", {"rounds": 1}), ("make_steps", {"most": 1})):
         few = functools.partial(getattr(script, name), **few)
         monkeypatch.setattr(script, name, few)
