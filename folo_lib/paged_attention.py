@@ -209,7 +209,7 @@ def find_share(query_start_loc, seq_lens, num_seqs, num_workers):
 
 @triton.jit
 def find_chunk(seq_len, share, MIN_CHUNK: tl.constexpr, BT: tl.constexpr):
-    """Tokens of a split, in whole tiles: one for each whole share, and one at least."""
+    """Tokens of a split, in whole tiles, if there is a split for each whole share."""
     splits = tl.minimum(seq_len // share, tl.cdiv(seq_len, MIN_CHUNK))
     chunk = tl.cdiv(seq_len, tl.maximum(splits, 1))
     return tl.maximum(tl.cdiv(chunk, BT), 1) * BT
@@ -466,18 +466,17 @@ class DecodePlan:
 
 
 def plan_decode(
-    query_start_loc: Tensor,
-    seq_lens: Tensor,
-    longest: int,
-    num_kv_heads: int,
-    dtype: torch.dtype,
+    metadata: AttentionMetadata, num_kv_heads: int, dtype: torch.dtype
 ) -> DecodePlan:
-    """Splits the sequences that run one token; none has more than `longest` tokens.
+    """Splits the sequences of a step that run one token, by what the device knows.
 
-    The device reads the lengths, and the host does not wait for it.
+    The host does not wait for it, and knows how long a sequence can be at most: as long
+    as the block table is wide.
     """
     sizes = SMALL_DECODE if dtype == torch.float32 else DECODE
-    num_seqs, num_workers = len(seq_lens), count_workers(num_kv_heads, seq_lens.device)
+    seq_lens, (num_seqs, width) = metadata.seq_lens, metadata.block_table.shape
+    longest = width * metadata.block_size
+    num_workers = count_workers(num_kv_heads, seq_lens.device)
     num_programs = count_programs(num_seqs, num_workers, longest, sizes.min_chunk)
     # Whoever is split has two whole shares at least.
     num_merges = min(num_seqs, num_workers // 2) if num_programs > num_seqs else 0
@@ -485,7 +484,7 @@ def plan_decode(
     rows = seq_lens.new_full((sum(parts),), -1, dtype=torch.int32)
     programs, merges = rows.split(parts)
     plan_kernel[(num_programs,)](
-        query_start_loc,
+        metadata.query_start_loc,
         seq_lens,
         programs,
         merges,
@@ -703,9 +702,9 @@ def paged_attention(
     """Attends over a paged cache that holds the keys and values of the step already.
 
     It never asks the device for a number, so that it can be captured in a CUDA graph.
-    The first layer of a step plans it. So metadata are for one step: lengths that are
-    changed in place are seen by no plan but that of a graph, and a graph needs metadata
-    that no other graph was captured with.
+    The first layer makes the plan of the step and keeps it in `metadata`, so every step
+    needs metadata of its own. A graph makes its plan anew in each replay; capture one
+    graph with the same metadata, and no more.
 
     Args:
         query: `[N, H, D]`.
@@ -719,21 +718,18 @@ def paged_attention(
         `[N, H, D]`.
     """
     output, lengths = query.new_empty(query.shape), metadata.query_lens_list
-    table, starts = metadata.block_table, metadata.query_start_loc
-    pages, seq_lens = (key_cache, value_cache, table), metadata.seq_lens
+    pages = key_cache, value_cache, metadata.block_table
     if any(length == 1 for length in lengths):
         # A graph must make a plan of its own, which it makes anew in each replay.
         in_graph = query.is_cuda and torch.cuda.is_current_stream_capturing()
         name = "triton in a graph" if in_graph else "triton"
         if name not in metadata.plans:  # this is the first layer
-            _, block_size, num_kv_heads, _ = key_cache.shape
-            longest = table.shape[1] * block_size
-            metadata.plans[name] = plan_decode(
-                starts, seq_lens, longest, num_kv_heads, query.dtype
-            )
+            plan = plan_decode(metadata, key_cache.shape[2], query.dtype)
+            metadata.plans[name] = plan
         decode(query, *pages, metadata.plans[name], output, scale)
     if any(length > 1 for length in lengths):
-        prefill(query, *pages, starts, seq_lens, output, scale)
+        where = metadata.query_start_loc, metadata.seq_lens
+        prefill(query, *pages, *where, output, scale)
     return output
 
 

@@ -328,7 +328,7 @@ class TestMixed:
         step.run()  # stores
         metadata, is_decode = step.metadata, [True] + 6 * [False] + [True] + 2 * [False]
         where = metadata.block_table, metadata.query_start_loc, metadata.seq_lens
-        plan = module.plan_decode(*where[1:], 72, 2, step.query.dtype)
+        plan = module.plan_decode(metadata, 2, step.query.dtype)
         for function, given, own in (
             (module.decode, (where[0], plan), is_decode),
             (module.prefill, where, [not x for x in is_decode]),
@@ -446,18 +446,33 @@ class TestNaN:
         assert wrong.nonzero().tolist() == [[0, 1], [2, 0]]
 
 
+def describe_lengths(
+    lengths: list[int], query_lens: Sequence[int] | None = None
+) -> AttentionMetadata:
+    """All that a plan asks for: each sequence has one block, as long as the longest."""
+    query_lens = query_lens or [1] * len(lengths)
+    return AttentionMetadata(
+        block_size=max(*lengths, 1),
+        slot_mapping=torch.tensor([]),
+        block_table=torch.zeros(len(lengths), 1, dtype=torch.int64),
+        query_start_loc=torch.tensor([0, *accumulate(query_lens)]),
+        seq_lens=torch.tensor(lengths, dtype=torch.int32),
+        query_lens_list=list(query_lens),
+        seq_lens_list=lengths,
+    )
+
+
 def find_used(
     lengths: list[int], num_workers: int, query_lens: Sequence[int] | None = None
 ) -> list[int]:
     """How many splits each sequence has; the whole plan is looked through."""
-    starts = torch.tensor([0, *accumulate(query_lens or [1] * len(lengths))])
-    seq_lens, longest = torch.tensor(lengths, dtype=torch.int32), max(*lengths, 1)
-    sizes = TileSizes(16, 4, 2, min_chunk=32)
+    metadata = describe_lengths(lengths, query_lens)
+    starts, sizes = metadata.query_start_loc, TileSizes(16, 4, 2, min_chunk=32)
     with (
         patch.object(module, "SMALL_DECODE", sizes),
         patch.object(module, "count_workers", lambda *_: num_workers),
     ):
-        plan = module.plan_decode(starts, seq_lens, longest, 1, torch.float32)
+        plan = module.plan_decode(metadata, 1, torch.float32)
     rows, merges = plan.programs.tolist(), plan.merges.tolist()
     used = [sum(row[0] == i for row in rows) for i in range(len(lengths))]
     expected, firsts = [], []
@@ -520,7 +535,7 @@ class TestShares:
         monkeypatch.setattr(module, "DECODE", TileSizes(16, 4, 2, min_chunk=32))
         workers = module.count_workers(script.KV_HEADS, DEVICE)
         for lengths in ([1], [3000], [400] * 3, [900] + [30] * 4, [70] * 40):
-            found = script.count_splits(lengths, workers)
+            found = script.count_splits(describe_lengths(lengths))
             assert found == max(find_used(lengths, workers))
 
     def test_padding_counts_for_nothing(self) -> None:
@@ -598,9 +613,9 @@ class TestLaunch:
         # What was planned before a recording is not made anew in a replay.
         fake = SimpleNamespace(shape=step.query.shape, is_cuda=True)
         fake.new_empty, fake.dtype = step.query.new_empty, step.query.dtype
+        used: list[Any] = []
         monkeypatch.setattr(module, "decode", lambda *given: used.append(given[4]))
         monkeypatch.setattr(module, "prefill", lambda *given: None)
-        used: list[Any] = []
         for is_recording in (False, True, True, False):
             monkeypatch.setattr(
                 torch.cuda, "is_current_stream_capturing", lambda now=is_recording: now

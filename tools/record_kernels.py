@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ SPLITS = (1, 2, 4, 6, 8, 16, 32, 64, 128)
 STORED, LONG = 256, "1x32768"
 
 Step = tuple[Tensor, AttentionMetadata]
+Call = Callable[[], object]
 
 
 def measure(
@@ -124,28 +126,36 @@ def make_steps(
     return steps
 
 
-def plan(query: Tensor, metadata: AttentionMetadata) -> module.DecodePlan:
+def plan(metadata: AttentionMetadata) -> module.DecodePlan:
     """What each program of a step is to do."""
-    where, longest = (metadata.query_start_loc, metadata.seq_lens), LONGEST
-    return module.plan_decode(*where, longest, KV_HEADS, query.dtype)
+    return module.plan_decode(metadata, KV_HEADS, DTYPE)
+
+
+def count_splits(metadata: AttentionMetadata) -> int:
+    """Of the sequence that has most."""
+    return int(plan(metadata).programs[:, 4].max())
+
+
+def bind_decode(caches: Tensor, query: Tensor, metadata: AttentionMetadata) -> Call:
+    """`decode`, whose plan is made before."""
+    where, output = (metadata.block_table, plan(metadata)), torch.empty_like(query)
+    return partial(module.decode, query, *caches, *where, output, HEAD_DIM**-0.5)
+
+
+def bind_prefill(caches: Tensor, query: Tensor, metadata: AttentionMetadata) -> Call:
+    where = metadata.block_table, metadata.query_start_loc, metadata.seq_lens
+    output = torch.empty_like(query)
+    return partial(module.prefill, query, *caches, *where, output, HEAD_DIM**-0.5)
 
 
 def time_kernel(
-    kernel: Callable[..., None], caches: Tensor, steps: list[Step], replays: int = 7
+    bind: Callable[[Tensor, Tensor, AttentionMetadata], Call],
+    caches: Tensor,
+    steps: list[Step],
+    replays: int = 7,
 ) -> float:
-    """Of `decode`, whose plans are made before, or of `prefill`."""
-
-    def bind(query: Tensor, metadata: AttentionMetadata) -> Callable[[], None]:
-        table, *where = (
-            metadata.block_table,
-            metadata.query_start_loc,
-            metadata.seq_lens,
-        )
-        given = [plan(query, metadata)] if kernel is module.decode else where
-        args = (query, *caches, table, *given, torch.empty_like(query), HEAD_DIM**-0.5)
-        return lambda: kernel(*args)
-
-    return measure([bind(*step) for step in steps], replays)
+    """Of what `bind` makes of each step."""
+    return measure([bind(caches, *step) for step in steps], replays)
 
 
 def draw_new(num_tokens: int) -> Tensor:
@@ -206,15 +216,6 @@ def time_host(caches: Tensor, rounds: int = 200) -> dict[str, float]:
     return found
 
 
-def count_splits(lens: Sequence[int], num_workers: int) -> int:
-    """Of the longest sequence; see `find_chunk`, which does this on the device."""
-    longest, share = max(lens), triton.cdiv(sum(lens), num_workers)
-    useful = triton.cdiv(longest, module.DECODE.min_chunk)
-    tile, splits = module.DECODE.tile, max(1, min(longest // share, useful))
-    tiles = triton.cdiv(triton.cdiv(longest, splits), tile)
-    return triton.cdiv(longest, tiles * tile)
-
-
 def record_rows(caches: Tensor, speed: float) -> list[dict[str, Any]]:
     """Each kernel beside its floor, at `speed` GB/s, and beside PyTorch."""
     token_bytes = 2 * KV_HEADS * HEAD_DIM * DTYPE.itemsize
@@ -225,16 +226,16 @@ def record_rows(caches: Tensor, speed: float) -> list[dict[str, Any]]:
             {
                 "kernel": "decode",
                 "shape": shape,
-                "splits": count_splits(lens, module.count_workers(KV_HEADS, DEVICE)),
+                "splits": count_splits(steps[0][1]),
                 "bytes": sum(lens) * token_bytes,
                 "operations": 4 * HEADS * HEAD_DIM * sum(lens),
-                "us": time_kernel(module.decode, caches, steps),
+                "us": time_kernel(bind_decode, caches, steps),
                 "floor_us": round(sum(lens) * token_bytes / speed / 1e3, 2),
                 "torch_sdpa_us": time_torch_sdpa(caches, steps),
             }
         )
     new, steps = draw_new(STORED), make_steps([1] * STORED, [BLOCK_SIZE] * STORED)
-    us = measure([lambda step=step: plan(*step) for step in steps])
+    us = measure([partial(plan, metadata) for _, metadata in steps])
     rows.append({"kernel": "plan", "shape": f"{STORED} sequences", "us": us})
     stores = [
         lambda m=m: module.store_kv(*new, *caches, m.slot_mapping) for _, m in steps
@@ -246,7 +247,7 @@ def record_rows(caches: Tensor, speed: float) -> list[dict[str, Any]]:
     for shape, (lens, ends) in PREFILLS.items():
         pairs = sum(n * (m - n) + n * (n + 1) // 2 for n, m in zip(lens, ends))  # noqa: B905
         operations = 4 * HEADS * HEAD_DIM * pairs
-        us = time_kernel(module.prefill, caches, make_steps(lens, ends, most=3))
+        us = time_kernel(bind_prefill, caches, make_steps(lens, ends, most=3))
         row = {"kernel": "prefill", "shape": shape, "operations": operations, "us": us}
         row["tflops"] = round(operations / us / 1e6, 1)
         rows.append(row | {"flash_us": time_flash(lens, ends)})
@@ -260,13 +261,12 @@ def record_splits(caches: Tensor) -> list[dict[str, Any]]:
         lens = DECODES[shape]
         steps = make_steps([1] * len(lens), lens)
         for splits in SPLITS:
-            fewest = triton.cdiv(splits * sum(lens), max(lens))
-            for workers in range(fewest, 2 * fewest):
-                if count_splits(lens, workers) == splits:
-                    module.count_workers = lambda *_, workers=workers: workers
-                    us = time_kernel(module.decode, caches, steps, 3)
-                    rows.append({"shape": shape, "splits": splits, "us": us})
-                    break
+            # So many that a share is no longer than such a part of the longest.
+            workers = triton.cdiv(sum(lens), max(lens) // splits)
+            module.count_workers = lambda *_, workers=workers: workers
+            if count_splits(steps[0][1]) == splits:
+                us = time_kernel(bind_decode, caches, steps, 3)
+                rows.append({"shape": shape, "splits": splits, "us": us})
     module.count_workers = chosen
     return rows
 
@@ -282,12 +282,12 @@ def record_stages(caches: Tensor) -> dict[str, Any]:
     found = {"shape": LONG}
     found["reading_us"] = measure([lambda x=x: read_once(x, sums) for x in pieces])
     merge, module.merge_kernel = module.merge_kernel, NoKernel()
-    found["without_merge_us"] = time_kernel(module.decode, caches, steps)
+    found["without_merge_us"] = time_kernel(bind_decode, caches, steps)
     module.merge_kernel = merge
     early, module.has_pdl = module.has_pdl, lambda _: False
-    found["no_early_start_us"] = time_kernel(module.decode, caches, steps)
+    found["no_early_start_us"] = time_kernel(bind_decode, caches, steps)
     module.has_pdl = early
-    return found | {"us": time_kernel(module.decode, caches, steps)}
+    return found | {"us": time_kernel(bind_decode, caches, steps)}
 
 
 class NoKernel:

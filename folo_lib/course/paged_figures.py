@@ -102,14 +102,8 @@ def draw_programs(ax: Axes, programs: Sequence[Sequence[int]], num_heads: int) -
             text = f"sequence {sequence}\n{begin} to {end}"
             draw_box(ax, corner, size, text, 8, **look.bar)
     for head in range(num_heads):
-        ax.text(
-            -0.2,
-            1.1 * head + 0.5,
-            f"key head {head}",
-            ha="right",
-            va="center",
-            fontsize=9,
-        )
+        name, middle = f"key head {head}", 1.1 * head + 0.5
+        ax.text(-0.2, middle, name, ha="right", va="center", fontsize=9)
     ax.set(xlim=(-2.1, 3.2 * len(programs)), ylim=(1.1 * num_heads, -0.6))
     ax.axis("off")
 
