@@ -8,7 +8,7 @@ import random
 import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
@@ -67,6 +67,17 @@ async def serving(engine: LLMEngine, **options: Any) -> AsyncIterator[AsyncLLMEn
     finally:
         await served.shutdown(timeout=0)
         served.owner.thread.join(10)
+
+
+@contextmanager
+def holding(served: AsyncLLMEngine) -> Iterator[None]:
+    """Meanwhile its thread starts no request and runs no step."""
+    may_go_on = threading.Event()
+    served.owner.post(may_go_on.wait)
+    try:
+        yield
+    finally:
+        may_go_on.set()
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
@@ -488,10 +499,11 @@ class TestRefusals:
 
         async def main() -> None:
             async with serving(engine) as served:
-                ended = served.add_request(PROMPTS[0], GREEDY)
-                left = served.add_request(PROMPTS[1], GREEDY)
-                refused = served.add_request(PROMPTS[0], GREEDY, ended.request_id)
-                assert served.owner.outbox.waiting == {ended, left, refused}
+                with holding(served):
+                    ended = served.add_request(PROMPTS[0], GREEDY)
+                    left = served.add_request(PROMPTS[1], GREEDY)
+                    refused = served.add_request(PROMPTS[0], GREEDY, ended.request_id)
+                    assert served.owner.outbox.waiting == {ended, left, refused}
                 left.close()
                 with pytest.raises(ValueError, match="in use"):
                     await last_of(refused)
@@ -504,23 +516,13 @@ class TestRefusals:
 
         run(main())
 
-    def test_too_many_wait(
-        self, engine: LLMEngine, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        may_go_on, advance = threading.Event(), engine.advance
-
-        def advance_later(inbox: Any) -> Any:
-            may_go_on.wait()
-            return advance(inbox)
-
-        monkeypatch.setattr(engine, "advance", advance_later)
-
+    def test_too_many_wait(self, engine: LLMEngine) -> None:
         async def main() -> None:
             async with serving(engine, max_waiting=3) as served:
-                streams = [served.add_request(p, GREEDY) for p in PROMPTS[:3]]
-                with pytest.raises(EngineOverloadedError, match="3 requests wait"):
-                    served.add_request(PROMPTS[3], GREEDY)
-                may_go_on.set()
+                with holding(served):
+                    streams = [served.add_request(p, GREEDY) for p in PROMPTS[:3]]
+                    with pytest.raises(EngineOverloadedError, match="3 requests wait"):
+                        served.add_request(PROMPTS[3], GREEDY)
                 await anext(streams[0])  # has its first token: there is room again
                 await last_of(served.add_request(PROMPTS[3], GREEDY))
                 await asyncio.gather(*(last_of(one) for one in streams[1:]))
