@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,10 @@ def describe_card() -> dict[str, Any]:
     copy = measure([lambda: y.copy_(x)] * 4)
     speeds = measure_reading(DEVICE, x.nbytes, 7, 4)
     a = torch.randn(8192, 8192, device=DEVICE, dtype=DTYPE)
-    # Briefly: a card that multiplies for long takes more power than it may, and slows down.
-    multiply = measure([lambda: a @ a] * 3, warm=0.02)
+    # Rested and briefly: a card that multiplies for 30 ms takes more power than it may, and
+    # slows down by a tenth.
+    time.sleep(0.5)
+    multiply = measure([lambda: a @ a] * 3, warm=0)
     return {
         "device": torch.cuda.get_device_name(),
         "multiprocessors": module.count_multiprocessors(DEVICE),
@@ -207,11 +209,12 @@ def time_host(caches: Tensor, rounds: int = 200) -> dict[str, float]:
         for _ in range(3):
             backend.forward(*args)
         torch.cuda.synchronize()
-        start = time.perf_counter()
+        times = [time.perf_counter()]
         for _ in range(rounds):
             backend.forward(*args)
-        spent = (time.perf_counter() - start) / rounds
+            times.append(time.perf_counter())
         torch.cuda.synchronize()
+        spent = statistics.median(after - before for before, after in pairwise(times))
         found[f"{name}, as a function"] = round(spent * 1e6, 1)
     return found
 
