@@ -27,12 +27,16 @@ __all__ = [
     "count_multiprocessors",
     "count_workers",
     "count_programs",
-    "DecodePlan",
-    "plan_decode",
+    "AttentionPlan",
+    "is_recording",
+    "find_longest",
+    "make_plan",
     "decode",
+    "merge_parts",
     "prefill_kernel",
     "choose_prefill_sizes",
     "prefill",
+    "get_plan",
     "paged_attention",
     "TritonBackend",
 ]
@@ -188,30 +192,39 @@ def attend_tile(
 
 # %% ../notebooks/13_paged_attention.ipynb #find-chunk
 @triton.jit
-def load_lengths(query_start_loc, seq_lens, first, num_seqs):
-    """Lengths of 256 sequences from `first` on; 0 where one runs several tokens."""
+def load_lengths(query_start_loc, seq_lens, first, num_seqs, BQ: tl.constexpr):
+    """Of 256 sequences how many tiles of `BQ` queries each has, and how many keys all
+    of its queries see. With `BQ` 1, sequences that run several tokens have no tiles;
+    otherwise those that run one have none.
+    """
     seqs = first + tl.arange(0, 256)
     exist = seqs < num_seqs
     starts = tl.load(query_start_loc + seqs, mask=exist, other=0)
     ends = tl.load(query_start_loc + seqs + 1, mask=exist, other=0)
+    query_lens = (ends - starts).to(tl.int32)
     lengths = tl.load(seq_lens + seqs, mask=exist, other=0).to(tl.int32)
-    return tl.where(ends - starts == 1, lengths, 0)
+    if BQ == 1:
+        tiles = (query_lens == 1).to(tl.int32)
+    else:
+        tiles = tl.where(query_lens > 1, tl.cdiv(query_lens, BQ), 0)
+    return tiles, tl.maximum(lengths - query_lens + 1, 0)
 
 
 @triton.jit
-def find_share(query_start_loc, seq_lens, num_seqs, num_workers):
-    """Tokens of a worker, if those of all sequences are spread evenly."""
+def find_share(query_start_loc, seq_lens, num_seqs, num_workers, BQ: tl.constexpr):
+    """Keys of a worker, if those of all tiles are spread evenly."""
     total = 0
     for first in tl.range(0, num_seqs, 256):
-        total += tl.sum(load_lengths(query_start_loc, seq_lens, first, num_seqs), 0)
+        tiles, lengths = load_lengths(query_start_loc, seq_lens, first, num_seqs, BQ)
+        total += tl.sum(tiles * lengths, 0)
     return tl.maximum(tl.cdiv(total, num_workers), 1)
 
 
 @triton.jit
-def find_chunk(seq_len, share, MIN_CHUNK: tl.constexpr, BT: tl.constexpr):
-    """Tokens of a split, in whole tiles, if there is a split for each whole share."""
-    splits = tl.minimum(seq_len // share, tl.cdiv(seq_len, MIN_CHUNK))
-    chunk = tl.cdiv(seq_len, tl.maximum(splits, 1))
+def find_chunk(length, share, MIN_CHUNK: tl.constexpr, BT: tl.constexpr):
+    """Keys of a split, in whole tiles, if there is a split for each whole share."""
+    splits = tl.minimum(length // share, tl.cdiv(length, MIN_CHUNK))
+    chunk = tl.cdiv(length, tl.maximum(splits, 1))
     return tl.maximum(tl.cdiv(chunk, BT), 1) * BT
 
 
@@ -225,17 +238,18 @@ def find_sequence(
     share,
     MIN_CHUNK: tl.constexpr,
     BT: tl.constexpr,
+    BQ: tl.constexpr,
 ):
-    """The sequence of a program, and how many programs and merges come before it."""
+    """The sequence of a program, and how many programs and split tiles come before."""
     sequence, before, merges, total = 0, 0, 0, 0
     for first in tl.range(0, num_seqs, 256):
-        lengths = load_lengths(query_start_loc, seq_lens, first, num_seqs)
+        tiles, lengths = load_lengths(query_start_loc, seq_lens, first, num_seqs, BQ)
         splits = tl.cdiv(lengths, find_chunk(lengths, share, MIN_CHUNK, BT))
-        passed = total + tl.cumsum(splits, 0) <= program
+        passed = total + tl.cumsum(tiles * splits, 0) <= program
         sequence += tl.sum(passed.to(tl.int32), 0)
-        before += tl.sum(tl.where(passed, splits, 0), 0)
-        merges += tl.sum((passed & (splits > 1)).to(tl.int32), 0)
-        total += tl.sum(splits, 0)
+        before += tl.sum(tl.where(passed, tiles * splits, 0), 0)
+        merges += tl.sum(tl.where(passed & (splits > 1), tiles, 0), 0)
+        total += tl.sum(tiles * splits, 0)
     return sequence, before, merges
 
 
@@ -256,31 +270,36 @@ def plan_kernel(
     query_start_loc,
     seq_lens,  # [B + 1], [B]
     programs,
-    merges,  # int32, [P, 5] and [M, 3], see DecodePlan
+    merges,  # int32, [P, 6] and [M, 3], see AttentionPlan
     num_seqs,
     num_workers,
     MIN_CHUNK: tl.constexpr,
     BT: tl.constexpr,
+    BQ: tl.constexpr,
 ):
-    """One program finds out what the decode program of its number has to do."""
+    """One program finds out what the attention program of its number has to do."""
     program = tl.program_id(0)
-    share = find_share(query_start_loc, seq_lens, num_seqs, num_workers)
+    share = find_share(query_start_loc, seq_lens, num_seqs, num_workers, BQ)
     sequence, before, merge = find_sequence(
-        program, query_start_loc, seq_lens, num_seqs, share, MIN_CHUNK, BT
+        program, query_start_loc, seq_lens, num_seqs, share, MIN_CHUNK, BT, BQ
     )
     if sequence >= num_seqs:  # nothing is left
         return
-    token = tl.load(query_start_loc + sequence)
+    token = tl.load(query_start_loc + sequence).to(tl.int32)
+    query_len = tl.load(query_start_loc + sequence + 1).to(tl.int32) - token
     seq_len = tl.load(seq_lens + sequence).to(tl.int32)
-    chunk = find_chunk(seq_len, share, MIN_CHUNK, BT)
-    num_splits, begin = tl.cdiv(seq_len, chunk), (program - before) * chunk
-    row = programs + 5 * program
+    length = seq_len - query_len + 1  # keys that all of its queries see
+    chunk = find_chunk(length, share, MIN_CHUNK, BT)
+    num_splits = tl.cdiv(length, chunk)
+    tile, split = (program - before) // num_splits, (program - before) % num_splits
+    row, begin = programs + 6 * program, split * chunk
     tl.store(row, sequence)
-    tl.store(row + 1, token)
+    tl.store(row + 1, token + tile * BQ)
     tl.store(row + 2, begin)
-    tl.store(row + 3, tl.minimum(begin + chunk, seq_len))
+    tl.store(row + 3, tl.where(split == num_splits - 1, seq_len, begin + chunk))
     tl.store(row + 4, num_splits)
-    if (begin == 0) & (num_splits > 1):
+    tl.store(row + 5, program - split)
+    if (BQ == 1) & (split == 0) & (num_splits > 1):
         row = merges + 3 * merge
         tl.store(row, token)
         tl.store(row + 1, program)
@@ -294,7 +313,7 @@ def decode_kernel(
     key_cache,
     value_cache,  # [num_blocks, block_size, H_kv, D]
     block_table,
-    programs,  # [B, max_blocks], and see DecodePlan
+    programs,  # [B, max_blocks], and see AttentionPlan
     output,  # [N, H, D], contiguous
     parts,
     part_logs,  # float32, a row for each program: [P, H, D] and [P, H]
@@ -316,7 +335,7 @@ def decode_kernel(
     """One program per key head and split, of sequences that run one token."""
     let_next_start(PDL)
     kv_head, program = tl.program_id(0), tl.program_id(1)
-    row = programs + 5 * program
+    row = programs + 6 * program
     sequence, token = tl.load(row), tl.load(row + 1).to(tl.int64)
     begin, end, num_splits = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
     if sequence < 0:
@@ -358,7 +377,7 @@ def decode_kernel(
 def merge_kernel(
     parts,
     part_logs,
-    merges,  # see decode_kernel and DecodePlan
+    merges,  # see decode_kernel and AttentionPlan
     output,  # [N, H, D], contiguous
     D: tl.constexpr,
     DIMS: tl.constexpr,
@@ -398,9 +417,10 @@ class TileSizes:
     Attributes:
         tile: tokens of keys and values that are looked at together.
         rows: rows of queries, tokens times heads, that look together.
-        min_chunk: tokens up to which a sequence is not split; for the decode kernel.
+        min_chunk: keys up to which a context is not split.
         num_warps: groups of 32 threads that work on a tile.
         num_stages: tiles in the pipeline, one in use and others on their way.
+        num_programs: that run at once on a multiprocessor.
     """
 
     tile: int
@@ -408,11 +428,12 @@ class TileSizes:
     num_stages: int
     rows: int = 16
     min_chunk: int = 256
+    num_programs: int = 3
 
 
-PREFILL = TileSizes(tile=128, num_warps=8, num_stages=3, rows=128)
-MEDIUM_PREFILL = TileSizes(tile=64, num_warps=4, num_stages=2, rows=64)
-SMALL_PREFILL = TileSizes(tile=32, num_warps=4, num_stages=2, rows=32)
+PREFILL = TileSizes(128, 8, 3, rows=128, num_programs=1)
+MEDIUM_PREFILL = TileSizes(64, 4, 2, rows=64, num_programs=1)
+SMALL_PREFILL = TileSizes(32, 4, 2, rows=32, num_programs=1)
 """See `choose_prefill_sizes`."""
 DECODE = TileSizes(tile=128, num_warps=4, num_stages=2)
 # For float32, of which twice as much lies in the registers of a thread.
@@ -428,34 +449,39 @@ def count_multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def count_workers(num_kv_heads: int, device: torch.device) -> int:
-    """Programs of each key head that share the tokens of all sequences."""
-    return max(1, 3 * count_multiprocessors(device) // num_kv_heads)
+def count_workers(sizes: TileSizes, num_kv_heads: int, device: torch.device) -> int:
+    """Programs of each key head that share the keys of all tiles."""
+    return max(1, sizes.num_programs * count_multiprocessors(device) // num_kv_heads)
 
 
 def count_programs(
-    num_seqs: int, num_workers: int, longest: int, min_chunk: int
+    num_tiles: int, num_workers: int, longest: int, min_chunk: int
 ) -> int:
     """Programs of each key head that are enough for any lengths up to `longest`.
 
-    All sequences have at most `num_workers` whole shares together. So one of them may
+    All tiles have at most `num_workers` whole shares together. So one of them may
     have that many splits, while each of the others has one.
     """
-    return min(num_seqs - 1 + num_workers, num_seqs * -(-longest // min_chunk))
+    return min(num_tiles - 1 + num_workers, num_tiles * -(-longest // min_chunk))
 
 
 # %% ../notebooks/13_paged_attention.ipynb #plan-decode
 @dataclass(frozen=True)
-class DecodePlan:
-    """What the programs of a decode step have to do; the same in all layers.
+class AttentionPlan:
+    """What the programs of a step have to do; the same in all layers.
 
     Attributes:
-        programs: int32 `[P, 5]`, of each program of a key head its sequence, the token
-            of the step that it answers, the part of the context that it reads, from
-            one position up to another, and how many splits the sequence has.
-        merges: int32 `[M, 3]`, of each sequence that is split its token, the first of
-            its programs, and how many they are.
+        programs: int32 `[P, 6]`, of each program of a key head its sequence, the first
+            token of the step that it answers, the part of the context that it reads,
+            from one position up to another, how many programs read the context, and
+            the first of them.
+        merges: int32 `[M, 3]`, of each sequence that runs one token and is split that
+            token, the first of its programs, and how many they are.
         sizes: of the tiles.
+        num_queries: tokens of a tile; 1 for sequences that run one.
+        num_parts: rows of answers that programs may leave to be merged.
+        arrivals: int32 `[P, H_kv]`, zeros between launches: how many programs of a
+            tile have left theirs; empty where nothing is counted.
 
     Rows that are not needed hold -1.
     """
@@ -463,24 +489,53 @@ class DecodePlan:
     programs: Tensor
     merges: Tensor
     sizes: TileSizes
+    num_queries: int
+    num_parts: int
+    arrivals: Tensor
 
 
-def plan_decode(
-    metadata: AttentionMetadata, num_kv_heads: int, dtype: torch.dtype
-) -> DecodePlan:
-    """Splits the sequences of a step that run one token, by what the device knows.
+def is_recording(metadata: AttentionMetadata) -> bool:
+    """Whether a CUDA graph is being recorded, to be replayed with other lengths."""
+    on_gpu = metadata.seq_lens.is_cuda
+    return on_gpu and torch.cuda.is_current_stream_capturing()
 
-    The host does not wait for it, and knows how long a sequence can be at most: as long
-    as the block table is wide.
+
+def find_longest(metadata: AttentionMetadata, num_queries: int) -> int:
+    """The most keys that all queries of a sequence see, as far as the host knows."""
+    known = list(zip(metadata.query_lens_list, metadata.seq_lens_list, strict=False))
+    if is_recording(metadata):
+        known = []
+    seen = [end - new + 1 for new, end in known if (new == 1) == (num_queries == 1)]
+    return max(seen, default=metadata.block_table.shape[1] * metadata.block_size)
+
+
+def make_plan(
+    metadata: AttentionMetadata,
+    num_kv_heads: int,
+    sizes: TileSizes,
+    num_queries: int = 1,
+) -> AttentionPlan:
+    """Splits the contexts of a step, by what the device knows; the host does not wait.
+
+    Args:
+        num_queries: 1 plans the sequences that run one token. Others are planned in
+            tiles of so many.
     """
-    sizes = SMALL_DECODE if dtype == torch.float32 else DECODE
-    seq_lens, (num_seqs, width) = metadata.seq_lens, metadata.block_table.shape
-    longest = width * metadata.block_size
-    num_workers = count_workers(num_kv_heads, seq_lens.device)
-    num_programs = count_programs(num_seqs, num_workers, longest, sizes.min_chunk)
-    # Whoever is split has two whole shares at least.
-    num_merges = min(num_seqs, num_workers // 2) if num_programs > num_seqs else 0
-    parts = [5 * num_programs, 3 * num_merges]
+    seq_lens, num_seqs = metadata.seq_lens, len(metadata.seq_lens)
+    num_tiles = num_seqs
+    if num_queries > 1:  # each sequence may waste part of a tile
+        num_tiles += len(metadata.slot_mapping) // num_queries
+    num_workers = count_workers(sizes, num_kv_heads, seq_lens.device)
+    longest = find_longest(metadata, num_queries)
+    num_programs = count_programs(num_tiles, num_workers, longest, sizes.min_chunk)
+    num_parts = num_merges = num_counts = 0
+    if num_programs > num_tiles:
+        num_parts = num_programs * num_queries
+        if num_queries == 1:  # whoever is split has two whole shares at least
+            num_merges = min(num_tiles, num_workers // 2)
+        else:
+            num_counts = num_programs * num_kv_heads
+    parts = [6 * num_programs, 3 * num_merges]
     rows = seq_lens.new_full((sum(parts),), -1, dtype=torch.int32)
     programs, merges = rows.split(parts)
     plan_kernel[(num_programs,)](
@@ -492,8 +547,11 @@ def plan_decode(
         num_workers,
         MIN_CHUNK=sizes.min_chunk,
         BT=sizes.tile,
+        BQ=num_queries,
     )
-    return DecodePlan(programs.view(-1, 5), merges.view(-1, 3), sizes)
+    programs, merges = programs.view(-1, 6), merges.view(-1, 3)
+    arrivals = rows.new_zeros(num_counts)
+    return AttentionPlan(programs, merges, sizes, num_queries, num_parts, arrivals)
 
 
 # %% ../notebooks/13_paged_attention.ipynb #decode
@@ -502,7 +560,7 @@ def decode(
     key_cache: Tensor,
     value_cache: Tensor,
     block_table: Tensor,
-    plan: DecodePlan,
+    plan: AttentionPlan,
     output: Tensor,
     scale: float,
 ) -> None:
@@ -510,8 +568,8 @@ def decode(
     (_, num_heads, head_dim), num_kv_heads = query.shape, key_cache.shape[2]
     num_programs, sizes = len(plan.programs), plan.sizes
     group, has_early_start = num_heads // num_kv_heads, has_pdl(query.device)
-    parts = query.new_empty(num_programs, num_heads, head_dim, dtype=torch.float32)
-    part_logs = parts.new_empty(num_programs, num_heads)
+    parts = query.new_empty(plan.num_parts, num_heads, head_dim, dtype=torch.float32)
+    part_logs = parts.new_empty(plan.num_parts, num_heads)
     dims = {"D": head_dim, "DIMS": max(16, triton.next_power_of_2(head_dim))}
     decode_kernel[(num_kv_heads, num_programs)](
         query,
@@ -548,15 +606,47 @@ def decode(
 
 
 # %% ../notebooks/13_paged_attention.ipynb #prefill
+@triton.jit
+def merge_parts(
+    parts,
+    part_logs,
+    place,
+    distance,
+    num_splits,
+    own,
+    exists,
+    D: tl.constexpr,
+    DIMS: tl.constexpr,
+):
+    """Merges the answers of a tile's splits, which lie `distance` rows apart."""
+    rows: tl.constexpr = place.shape[0]
+    highest = tl.full([rows, 1], -float("inf"), tl.float32)
+    total, result = tl.zeros([rows, 1], tl.float32), tl.zeros([rows, DIMS], tl.float32)
+    for split in range(num_splits):
+        part = place + split * distance
+        log = tl.load(part_logs + part, mask=own, other=0.0)
+        answer = parts + part * D + tl.arange(0, DIMS)[None, :]
+        answer = tl.load(answer, mask=exists, other=0.0)
+        new_highest = tl.maximum(highest, log)
+        weight, shrink = tl.exp2(log - new_highest), tl.exp2(highest - new_highest)
+        result, total = result * shrink + answer * weight, total * shrink + weight
+        highest = new_highest
+    return result / total
+
+
 @triton.jit(**PER_STEP)
 def prefill_kernel(
     query,
     key_cache,
     value_cache,
     block_table,
+    programs,
     query_start_loc,
-    seq_lens,
+    seq_lens,  # see AttentionPlan
     output,
+    parts,
+    part_logs,  # as for decode_kernel, with BQ rows for each program
+    arrivals,  # int32 [P, H_kv], zeros
     scale,
     query_stride,
     query_head_stride,
@@ -564,7 +654,6 @@ def prefill_kernel(
     block_stride,
     slot_stride,
     head_stride,
-    num_seqs,
     GROUP: tl.constexpr,
     BQ: tl.constexpr,  # BQ queries of GROUP heads are a tile
     ROWS: tl.constexpr,  # at least BQ * GROUP
@@ -573,22 +662,18 @@ def prefill_kernel(
     BLOCK_SIZE: tl.constexpr,
     BT: tl.constexpr,
 ):
-    """One program per key head and tile of queries, of sequences that run several."""
+    """One program per key head, tile and split, of sequences that run several."""
     kv_head = tl.program_id(0)
-    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the last tiles have most to read
+    program = tl.num_programs(1) - 1 - tl.program_id(1)  # the last have most to read
     # 1. Which queries are mine?
-    sequence = -1  # the last one that has begun
-    for first in tl.range(0, num_seqs, 128):
-        seqs = first + tl.arange(0, 128)
-        starts = tl.load(query_start_loc + seqs, mask=seqs < num_seqs, other=0)
-        begun = (starts // BQ + seqs <= tile) & (seqs < num_seqs)
-        sequence += tl.sum(begun.to(tl.int32), 0)
-    start = tl.load(query_start_loc + sequence)
-    query_len = (tl.load(query_start_loc + sequence + 1) - start).to(tl.int32)
-    seq_len = tl.load(seq_lens + sequence).to(tl.int32)
-    first_query = (tile - (start // BQ + sequence)).to(tl.int32) * BQ
-    if (query_len < 2) | (first_query >= query_len):
+    row = programs + 6 * program
+    sequence, first_token = tl.load(row), tl.load(row + 1)
+    begin, end, num_splits = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+    if sequence < 0:
         return
+    start = tl.load(query_start_loc + sequence).to(tl.int32)
+    query_len = tl.load(query_start_loc + sequence + 1).to(tl.int32) - start
+    first_query = first_token - start
     rows, dims = tl.arange(0, ROWS), tl.arange(0, DIMS)[None, :]
     queries = first_query + rows // GROUP
     own = (queries < query_len) & (rows < BQ * GROUP)
@@ -601,15 +686,15 @@ def prefill_kernel(
     total = tl.zeros([ROWS], tl.float32)
     result = tl.zeros([ROWS, DIMS], tl.float32)
     # 2. Which keys may they see?
-    table = block_table + tl.cast(sequence, tl.int64) * table_stride
+    table = block_table + sequence.to(tl.int64) * table_stride
     key_cache += kv_head.to(tl.int64) * head_stride
     value_cache += kv_head.to(tl.int64) * head_stride
-    cached = seq_len - query_len
+    cached = tl.load(seq_lens + sequence).to(tl.int32) - query_len
     positions = (cached + queries)[:, None]
-    end = tl.minimum(cached + first_query + BQ, seq_len)
+    end = tl.minimum(end, cached + first_query + BQ)
     # 3. Where is a mask needed?
-    seen_by_all = (cached + first_query + 1) // BT * BT
-    for first in tl.range(0, seen_by_all, BT):  # whole tiles, without a mask
+    seen_by_all = tl.minimum(end, cached + first_query + 1) // BT * BT
+    for first in tl.range(begin, seen_by_all, BT):  # whole tiles, without a mask
         tokens = first + tl.arange(0, BT)
         seen = tokens < end
         places = find_places(table, tokens, seen, block_stride, slot_stride, BLOCK_SIZE)
@@ -629,10 +714,35 @@ def prefill_kernel(
         highest, total, result = attend_tile(
             q, k, v, seen, highest, total, result, scale, True
         )
+    result = result / total[:, None]
     num_heads = tl.num_programs(0) * GROUP
     answer = output + (asked * num_heads + heads) * D + dims
-    result = (result / total[:, None]).to(output.dtype.element_ty)
-    tl.store(answer, result, mask=exists)
+    if num_splits == 1:
+        tl.store(answer, result.to(output.dtype.element_ty), mask=exists)
+    else:
+        # 4. Am I the last one of my tile? Then I merge what the others have left.
+        place = (queries - first_query)[:, None] * num_heads + heads
+        part = program * BQ * num_heads + place
+        logs = (highest + tl.log2(total))[:, None]
+        tl.store(parts + part * D + dims, result, mask=exists)
+        tl.store(part_logs + part, logs, mask=own[:, None])
+        first = tl.load(row + 5)
+        arrived = arrivals + first * tl.num_programs(0) + kv_head
+        tl.debug_barrier()  # all threads have stored before one of them says so
+        if tl.atomic_add(arrived, 1, sem="acq_rel") == num_splits - 1:
+            tl.store(arrived, 0)  # for the next layer
+            merged = merge_parts(
+                parts,
+                part_logs,
+                first * BQ * num_heads + place,
+                BQ * num_heads,
+                num_splits,
+                own[:, None],
+                exists,
+                D,
+                DIMS,
+            )
+            tl.store(answer, merged.to(output.dtype.element_ty), mask=exists)
 
 
 # %% ../notebooks/13_paged_attention.ipynb #prefill-launch
@@ -654,36 +764,38 @@ def prefill(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    block_table: Tensor,
-    query_start_loc: Tensor,
-    seq_lens: Tensor,
+    metadata: AttentionMetadata,
+    plan: AttentionPlan,
     output: Tensor,
     scale: float,
 ) -> None:
     """Writes into `output` the answers of the sequences that run several tokens."""
-    (num_tokens, num_heads, head_dim), num_kv_heads = query.shape, key_cache.shape[2]
-    group, dims = num_heads // num_kv_heads, triton.next_power_of_2(head_dim)
-    sizes = choose_prefill_sizes(query.dtype, dims, query.device)
-    rows = max(sizes.rows, triton.next_power_of_2(group))
-    num_tiles = num_tokens // (rows // group) + len(seq_lens)
-    prefill_kernel[(num_kv_heads, num_tiles)](
+    (_, num_heads, head_dim), num_kv_heads = query.shape, key_cache.shape[2]
+    num_programs, sizes = len(plan.programs), plan.sizes
+    group, block_table = num_heads // num_kv_heads, metadata.block_table
+    parts = query.new_empty(plan.num_parts, num_heads, head_dim, dtype=torch.float32)
+    part_logs = parts.new_empty(plan.num_parts, num_heads)
+    prefill_kernel[(num_kv_heads, num_programs)](
         query,
         key_cache,
         value_cache,
         block_table,
-        query_start_loc,
-        seq_lens,
+        plan.programs,
+        metadata.query_start_loc,
+        metadata.seq_lens,
         output,
+        parts,
+        part_logs,
+        plan.arrivals,
         scale * log2(e),
         *query.stride()[:2],
         block_table.stride(0),
         *key_cache.stride()[:3],
-        len(seq_lens),
         GROUP=group,
-        BQ=rows // group,
-        ROWS=rows,
+        BQ=plan.num_queries,
+        ROWS=max(16, triton.next_power_of_2(plan.num_queries * group)),
         D=head_dim,
-        DIMS=max(16, dims),
+        DIMS=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_SIZE=key_cache.shape[1],
         BT=sizes.tile,
         num_warps=sizes.num_warps,
@@ -692,6 +804,20 @@ def prefill(
 
 
 # %% ../notebooks/13_paged_attention.ipynb #paged-attention
+def get_plan(
+    metadata: AttentionMetadata, num_kv_heads: int, sizes: TileSizes, num_queries: int
+) -> AttentionPlan:
+    """The first layer makes the plan of a step; the others find it in `metadata`."""
+    # A graph must make a plan of its own, which it makes anew in each replay.
+    where = ", in a graph" if is_recording(metadata) else ""
+    name = f"triton, {num_queries} queries{where}"
+    if name not in metadata.plans:
+        plan = make_plan(metadata, num_kv_heads, sizes, num_queries)
+        metadata.plans[name] = plan
+    made: AttentionPlan = metadata.plans[name]
+    return made
+
+
 def paged_attention(
     query: Tensor,
     key_cache: Tensor,
@@ -718,18 +844,18 @@ def paged_attention(
         `[N, H, D]`.
     """
     output, lengths = query.new_empty(query.shape), metadata.query_lens_list
-    pages = key_cache, value_cache, metadata.block_table
+    (_, num_heads, head_dim), num_kv_heads = query.shape, key_cache.shape[2]
     if any(length == 1 for length in lengths):
-        # A graph must make a plan of its own, which it makes anew in each replay.
-        in_graph = query.is_cuda and torch.cuda.is_current_stream_capturing()
-        name = "triton in a graph" if in_graph else "triton"
-        if name not in metadata.plans:  # this is the first layer
-            plan = plan_decode(metadata, key_cache.shape[2], query.dtype)
-            metadata.plans[name] = plan
-        decode(query, *pages, metadata.plans[name], output, scale)
+        sizes = SMALL_DECODE if query.dtype == torch.float32 else DECODE
+        plan = get_plan(metadata, num_kv_heads, sizes, 1)
+        table = metadata.block_table
+        decode(query, key_cache, value_cache, table, plan, output, scale)
     if any(length > 1 for length in lengths):
-        where = metadata.query_start_loc, metadata.seq_lens
-        prefill(query, *pages, *where, output, scale)
+        group, dims = num_heads // num_kv_heads, triton.next_power_of_2(head_dim)
+        sizes = choose_prefill_sizes(query.dtype, dims, query.device)
+        num_queries = max(sizes.rows, 2 * triton.next_power_of_2(group)) // group
+        plan = get_plan(metadata, num_kv_heads, sizes, num_queries)
+        prefill(query, key_cache, value_cache, metadata, plan, output, scale)
     return output
 
 

@@ -121,7 +121,9 @@ def main(capability: int) -> None:
     every |= {"GROUP": 2, "D": 128, "BT": sizes.tile}
     compile_one(module.decode_kernel, every, "fp32", capability, sizes)
     known = {"BT": sizes.tile, "MIN_CHUNK": sizes.min_chunk}
-    compile_one(module.plan_kernel, known, "fp32", capability)
+    for num_queries in (1, 64):
+        every = known | {"BQ": num_queries}
+        compile_one(module.plan_kernel, every, "fp32", capability)
     for number in ("bf16", "fp16", "fp32"):
         compile_one(sampling_kernels.tally_kernel, {"ID_BITS": 18}, number, capability)
         for filters in (False, True):

@@ -59,8 +59,7 @@ def small_tiles(
     tiles = TileSizes(TILE, 4, 2, min_chunk=TILE)
     monkeypatch.setattr(module, "DECODE", tiles)
     monkeypatch.setattr(module, "SMALL_DECODE", tiles)
-    rows = TileSizes(TILE, 4, 2, rows=16)
-    monkeypatch.setattr(module, "choose_prefill_sizes", lambda *_: rows)
+    monkeypatch.setattr(module, "choose_prefill_sizes", lambda *_: tiles)
 
 
 @pytest.fixture
@@ -285,8 +284,25 @@ class TestPrefill:
         Step([query_len], [cached + query_len]).check()
 
     def test_more_sequences_than_are_looked_through_at_once(self) -> None:
-        lengths = [1 + i % 3 for i in range(131)]
+        lengths = [1 + i % 3 for i in range(260)]
         Step([*lengths, 20], [*lengths, 25], (1, 1), 16).check()
+
+    @pytest.mark.parametrize("workers", [30, 64, 200], indirect=True)
+    def test_a_history_that_is_split(self, workers: int) -> None:
+        """Several layers with one plan, whose counters begin at zero for each."""
+        step = Step([5, 20, 2, 30], [400, 20, 90, 330], (6, 2))
+        for _ in range(3):
+            step.check()
+        [plan] = step.metadata.plans.values()
+        assert plan.programs[:, 4].max() > 1
+        assert not plan.arrivals.any()
+
+    @pytest.mark.parametrize("workers", [64], indirect=True)
+    def test_nothing_is_counted_without_a_history(self, workers: int) -> None:
+        step = Step([40, 1 + TILE], [40, 2 * TILE])
+        step.check()
+        [plan] = step.metadata.plans.values()
+        assert plan.num_parts == 0 and plan.arrivals.numel() == 0
 
 
 @module.triton.jit
@@ -327,14 +343,13 @@ class TestMixed:
         step = Step([1, 6, 1, 2], [40, 30, 9, 70])
         step.run()  # stores
         metadata, is_decode = step.metadata, [True] + 6 * [False] + [True] + 2 * [False]
-        where = metadata.block_table, metadata.query_start_loc, metadata.seq_lens
-        plan = module.plan_decode(metadata, 2, step.query.dtype)
-        for function, given, own in (
-            (module.decode, (where[0], plan), is_decode),
-            (module.prefill, where, [not x for x in is_decode]),
+        for function, where, num_queries, own in (
+            (module.decode, metadata.block_table, 1, is_decode),
+            (module.prefill, metadata, 4, [not x for x in is_decode]),
         ):
+            plan = module.make_plan(metadata, 2, module.DECODE, num_queries)
             output = torch.full_like(step.query, NAN)
-            function(step.query, *step.kv_cache, *given, output, 0.25)
+            function(step.query, *step.kv_cache, where, plan, output, 0.25)
             assert (~output.isnan()).all(-1).all(-1).tolist() == own
             assert output.isnan().all(-1).all(-1).tolist() == [not x for x in own]
 
@@ -453,7 +468,7 @@ def describe_lengths(
     query_lens = query_lens or [1] * len(lengths)
     return AttentionMetadata(
         block_size=max(*lengths, 1),
-        slot_mapping=torch.tensor([]),
+        slot_mapping=torch.zeros(sum(query_lens), dtype=torch.int64),
         block_table=torch.zeros(len(lengths), 1, dtype=torch.int64),
         query_start_loc=torch.tensor([0, *accumulate(query_lens)]),
         seq_lens=torch.tensor(lengths, dtype=torch.int32),
@@ -463,29 +478,36 @@ def describe_lengths(
 
 
 def find_used(
-    lengths: list[int], num_workers: int, query_lens: Sequence[int] | None = None
+    lengths: list[int],
+    num_workers: int,
+    query_lens: Sequence[int] | None = None,
+    num_queries: int = 1,
 ) -> list[int]:
-    """How many splits each sequence has; the whole plan is looked through."""
+    """Into how many splits each tile is cut; the whole plan is looked through."""
     metadata = describe_lengths(lengths, query_lens)
     starts, sizes = metadata.query_start_loc, TileSizes(16, 4, 2, min_chunk=32)
-    with (
-        patch.object(module, "SMALL_DECODE", sizes),
-        patch.object(module, "count_workers", lambda *_: num_workers),
-    ):
-        plan = module.plan_decode(metadata, 1, torch.float32)
+    with patch.object(module, "count_workers", lambda *_: num_workers):
+        plan = module.make_plan(metadata, 1, sizes, num_queries)
     rows, merges = plan.programs.tolist(), plan.merges.tolist()
-    used = [sum(row[0] == i for row in rows) for i in range(len(lengths))]
-    expected, firsts = [], []
-    for i, (length, splits) in enumerate(zip(lengths, used, strict=True)):
-        token, ends = starts[i].item(), [0]
-        if splits > 1:
-            firsts.append([token, len(expected), splits])
-        for row in rows[len(expected) : len(expected) + splits]:
-            ends.append(row[3])
-            expected.append([i, token, *ends[-2:], splits])
-            assert ends[-2] < ends[-1] and (ends[-2] % 16 == 0)
-        assert ends[-1] == (length if splits else 0)
-    assert rows == expected + [[-1] * 5] * (len(rows) - len(expected))
+    used, expected, firsts = [], [], []
+    for i, (length, new) in enumerate(
+        zip(lengths, metadata.query_lens_list, strict=True)
+    ):
+        tiles = range(0, new, num_queries) if (new == 1) == (num_queries == 1) else [0]
+        for query in tiles:
+            token, ends, first = starts[i].item() + query, [0], len(expected)
+            mine = [row for row in rows if row[:2] == [i, token]]
+            used.append(len(mine))
+            if len(mine) > 1 and num_queries == 1:
+                firsts.append([token, first, len(mine)])
+            for row in mine:
+                ends.append(row[3])
+                expected.append([i, token, *ends[-2:], len(mine), first])
+                # Each split has a key for all queries of the sequence.
+                assert ends[-2] < ends[-1] and (ends[-2] % 16 == 0)
+                assert ends[-2] <= length - new
+            assert ends[-1] == (length if mine else 0)
+    assert rows == expected + [[-1] * 6] * (len(rows) - len(expected))
     assert merges == firsts + [[-1] * 3] * (len(merges) - len(firsts))
     return used
 
@@ -533,7 +555,7 @@ class TestShares:
         script = importlib.import_module("record_kernels")
         monkeypatch.setattr(script, "DEVICE", DEVICE)
         monkeypatch.setattr(module, "DECODE", TileSizes(16, 4, 2, min_chunk=32))
-        workers = module.count_workers(script.KV_HEADS, DEVICE)
+        workers = module.count_workers(module.DECODE, script.KV_HEADS, DEVICE)
         for lengths in ([1], [3000], [400] * 3, [900] + [30] * 4, [70] * 40):
             found = script.count_splits(describe_lengths(lengths))
             assert found == max(find_used(lengths, workers))
@@ -546,6 +568,31 @@ class TestShares:
     def test_prompts_count_for_nothing(self) -> None:
         assert find_used([900, 3200, 9000], 8, [1, 1, 7]) == [1, 6, 0]
         assert find_used([9000, 3200], 8, [2, 1]) == [0, 8]
+
+    def test_tiles_of_prompts(self) -> None:
+        """Each has the splits of its sequence; whoever runs one token has none."""
+        assert find_used([3204], 8, [5], 8) == [8]
+        assert find_used([3215], 8, [16], 8) == [4, 4]
+        assert find_used([20, 9000, 3200], 8, [20, 1, 3], 8) == [1, 1, 1, 0, 7]
+        assert find_used([40, 0], 8, [40, 7], 16) == [1, 1, 1, 0]
+
+    def test_any_prompts(self) -> None:
+        draw = random.Random(1)
+        for count in (1, 1, 2, 4, 4, 30, 30, 260):
+            num_queries = draw.choice([2, 8, 42])
+            new = [draw.choice([1, 1, 2, 7, 8, 9, 20]) for _ in range(count)]
+            lengths = [n + draw.choice([0, 5, 300]) for n in new]
+            lengths[draw.randrange(count)] += 9000
+            workers = draw.choice([1, 3, 16, 130])
+            tiles = [-(-n // num_queries) if n > 1 else 0 for n in new]
+            seen = [end - n + 1 for n, end in zip(new, lengths, strict=True)]
+            work = sum(n * keys for n, keys in zip(tiles, seen, strict=True))
+            share, expected = max(1, -(-work // workers)), []
+            for n, keys in zip(tiles, seen, strict=True):
+                splits = max(1, min(keys // share, -(-keys // 32)))
+                chunk = -(-keys // splits // 16) * 16
+                expected += [-(-keys // chunk)] * n or [0]
+            assert find_used(lengths, workers, new, num_queries) == expected
 
 
 class TestLaunch:
@@ -562,11 +609,13 @@ class TestLaunch:
             Step(query_lens, [9, 9]).run()
             assert ran == names
 
-    def test_workers_are_three_for_each_multiprocessor(self) -> None:
+    def test_workers_are_as_many_as_run_at_once(self) -> None:
         count = module.count_multiprocessors(DEVICE)
         for kv_heads in (1, 2, 8, 10**6):
-            found = module.count_workers(kv_heads, DEVICE)
-            assert found == max(1, 3 * count // kv_heads)
+            for num_programs in (1, 3):
+                sizes = TileSizes(16, 4, 2, num_programs=num_programs)
+                found = module.count_workers(sizes, kv_heads, DEVICE)
+                assert found == max(1, num_programs * count // kv_heads)
 
     def test_programs_are_few_where_nobody_can_be_split(self) -> None:
         assert [count_programs(3, 49, n, 256) for n in (1, 256, 257, 10**6)] == [
@@ -579,11 +628,14 @@ class TestLaunch:
         assert count_programs(300, 1, 10**6, 256) == 300
 
     @pytest.mark.parametrize("can_be", [False, True])
+    @pytest.mark.parametrize("is_known", [False, True])
     def test_no_merge_where_nobody_can_be_split(
-        self, can_be: bool, monkeypatch: pytest.MonkeyPatch
+        self, can_be: bool, is_known: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         step = Step([1, 1], [70, 9])
-        longest = step.metadata.block_table.shape[1] * step.metadata.block_size
+        longest = 70 if is_known else step.metadata.block_table.shape[1] * 4
+        if not is_known:
+            step.metadata = dataclasses.replace(step.metadata, seq_lens_list=[])
         sizes = TileSizes(TILE, 4, 2, min_chunk=longest - can_be)
         monkeypatch.setattr(module, "SMALL_DECODE", sizes)
         merges = []
@@ -597,32 +649,34 @@ class TestLaunch:
         assert merges == ([(4, 2)] if can_be else [])
 
     def test_layers_share_a_plan(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        plans, plan_decode = [], module.plan_decode
+        plans, make_plan = [], module.make_plan
 
         def note(*args: Any) -> Any:
-            plans.append(plan_decode(*args))
+            plans.append(make_plan(*args))
             return plans[-1]
 
-        monkeypatch.setattr(module, "plan_decode", note)
+        monkeypatch.setattr(module, "make_plan", note)
         step = Step([1, 3, 1], [70, 9, 8])
         for _ in range(3):
             step.check()
-        assert len(plans) == 1
+        assert [plan.num_queries for plan in plans] == [1, TILE // 2]
         Step([3], [9]).run()  # nobody decodes, nothing to plan
-        assert len(plans) == 1
-        # What was planned before a recording is not made anew in a replay.
-        fake = SimpleNamespace(shape=step.query.shape, is_cuda=True)
-        fake.new_empty, fake.dtype = step.query.new_empty, step.query.dtype
-        used: list[Any] = []
-        monkeypatch.setattr(module, "decode", lambda *given: used.append(given[4]))
-        monkeypatch.setattr(module, "prefill", lambda *given: None)
-        for is_recording in (False, True, True, False):
-            monkeypatch.setattr(
-                torch.cuda, "is_current_stream_capturing", lambda now=is_recording: now
-            )
-            module.paged_attention(fake, *step.kv_cache, step.metadata, 1.0)
-        assert [plan is plans[0] for plan in used] == [True, False, False, True]
-        assert [plan is plans[1] for plan in used] == [False, True, True, False]
+        assert [plan.num_queries for plan in plans[2:]] == [TILE // 2]
+
+    def test_a_recording_has_a_plan_of_its_own(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What was planned before is not made anew in a replay."""
+        metadata = Step([1], [70]).metadata
+        monkeypatch.setattr(module, "is_recording", lambda _: now)
+        plans = []
+        for now in (False, True, True, False):  # noqa: B007
+            plans.append(module.get_plan(metadata, 2, module.DECODE, 1))
+        assert plans[0] is plans[3] and plans[1] is plans[2]
+        assert plans[0] is not plans[1]
+        assert module.find_longest(metadata, 1) == 70
+        now = True
+        assert module.find_longest(metadata, 1) == metadata.block_table.shape[1] * 4
 
     def test_the_prefill_takes_the_largest_tiles_that_a_card_has_room_for(
         self, monkeypatch: pytest.MonkeyPatch
@@ -684,7 +738,7 @@ def test_compiles_for_a_card_that_is_not_there(capability: int, room: int) -> No
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 10 + 3 * 7  # those of draws too, for three dtypes
+    assert len(lines) == 11 + 3 * 7  # those of draws too, for three dtypes
     for name, shared, stack in lines:
         assert int(shared) <= 1024 * room, name
         # What every thread has from the start; more would be allocated while graphs exist.
@@ -738,6 +792,21 @@ class TestOnTheCard:
     def test_long_contexts(self, workers: int) -> None:
         lens = [1, 1, 70], [40_960, 20_000, 30_000]
         self.compare(Step(*lens, (16, 8), 128, 16, torch.bfloat16))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_a_short_question_after_a_long_history(self, dtype: torch.dtype) -> None:
+        """Three layers in a row with one plan, and with one that a graph makes."""
+        lens = [20, 1, 33, 300, 2], [30_020, 500, 9000, 4000, 2]
+        step = Step(*lens, (16, 8), 128, 16, dtype)
+        self.compare(step)
+        eager = [step.run() for _ in range(3)]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            replayed = [step.run() for _ in range(3)]
+        for _ in range(2):
+            graph.replay()
+            for output in (*eager, *replayed):
+                assert torch.equal(output, eager[0])
 
     @pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
     def test_a_long_one_among_many(self, kv_heads: int) -> None:

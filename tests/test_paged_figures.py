@@ -137,8 +137,8 @@ def test_a_gpu_has_as_many_programs_as_run_at_once() -> None:
 
 def test_each_key_head_has_all_programs() -> None:
     fig, ax = plt.subplots()
-    split = [[0, 0, 0, 384, 2], [0, 0, 384, 700, 2]]
-    draw_programs(ax, [*split, [2, 1, 0, 9, 1], [-1] * 5], num_heads=3)
+    split = [[0, 0, 0, 384, 2, 0], [0, 0, 384, 700, 2, 0]]
+    draw_programs(ax, [*split, [2, 1, 0, 9, 1, 2], [-1] * 6], num_heads=3)
     texts = [text.get_text() for text in ax.texts]
     for words in ("0\n0 to 384", "0\n384 to 700", "2\n0 to 9"):
         assert texts.count(f"sequence {words}") == 3
@@ -326,20 +326,23 @@ class TestRecording:
             f"16 splits are 128 programs, and they read 134 MB in {long[1]:.0f} µs: that "
             f"is {rows['1x32768']['bytes'] / long[1] / 1e6:.1f} TB/s, little more than half",
             f"is {rows['8192']['flash_us'] / us['8192']:.2f} times as fast as PyTorch's",
+            f"after 30,000 tokens takes {us['20 after 30000']:.0f} µs, where one program "
+            f"for each key head would have taken "
+            f"{rows['20 after 30000']['whole_us']:.0f}. PyTorch's kernel splits",
             f"a little slower, at {rows['4x512']['flash_us'] / us['4x512']:.2f}",
             "less than half of what the card can multiply",
-            f"And a decode step of 8 requests with 512 tokens spends {us['8x512']:.0f} µs in the attention of a layer, and Python "
+            f"A decode step of 8 requests with 512 tokens spends {us['8x512']:.0f} µs in the attention of a layer, and Python "
             f"needed {record['host_us']['decode, as a function']:.0f} µs to launch it",
         ):
             assert words in prose, words
         assert round(rows["256x200..1600"]["torch_sdpa_us"] / us["256x200..1600"]) == 6
         assert 150 < 1000 * record["matmul_tflops"] / record["read_gb_s"] < 200
-        assert 13.8 < long[0] / us["1x32768"] < 14.2 and long[3] > us["1x32768"]
+        assert 13.6 < long[0] / us["1x32768"] < 14.5 and long[3] > us["1x32768"]
         assert 1 < us["1x32768"] / long[2] < 1.05
         assert 8 * 16 < record["multiprocessors"] < 8 * 32
         parts = floor["1x32768"], stages["reading_us"], stages["without_merge_us"]
         steps = [b - a for a, b in pairwise([*parts, stages["us"]])]
-        assert [round(step) for step in steps] == [2, 6, 2] and 5 < steps[1] < 6
+        assert [round(step) for step in steps] == [2, 5, 2] and 5 < steps[1] < 6
         assert 2.6 < stages["no_early_start_us"] - stages["without_merge_us"] < 3
         splits = {row["shape"]: row.get("splits") for row in record["recording"]}
         assert splits["8x8192"] == 6 and splits["256x800"] == splits["32x600"] == 1
@@ -351,4 +354,6 @@ class TestRecording:
         assert (
             0.5 < rows["1x32768"]["bytes"] / long[1] / record["read_gb_s"] / 1e3 < 0.6
         )
+        question = rows["20 after 30000"]
+        assert question["flash_us"] < question["whole_us"] / 5
         assert rows["8192"]["tflops"] < record["matmul_tflops"] / 2

@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -60,6 +61,7 @@ PREFILLS = {  # tokens that run, and all tokens
     "8192": ([8192], [8192]),
     "2048 after 6144": ([2048], [8192]),
     "4x512": ([512] * 4, [512] * 4),
+    "20 after 30000": ([20], [30020]),
 }
 SPLIT = ("1x32768", "8x8192", "20x3000", "1x8000 and 31x300")
 SPLITS = (1, 2, 4, 6, 8, 16, 32, 64, 128)
@@ -128,9 +130,10 @@ def make_steps(
     return steps
 
 
-def plan(metadata: AttentionMetadata) -> module.DecodePlan:
-    """What each program of a step is to do."""
-    return module.plan_decode(metadata, KV_HEADS, DTYPE)
+def plan(metadata: AttentionMetadata) -> module.AttentionPlan:
+    """What each program of a decode step is to do, if any lengths have to be expected."""
+    unknown = replace(metadata, seq_lens_list=[])
+    return module.make_plan(unknown, KV_HEADS, module.DECODE)
 
 
 def count_splits(metadata: AttentionMetadata) -> int:
@@ -145,9 +148,14 @@ def bind_decode(caches: Tensor, query: Tensor, metadata: AttentionMetadata) -> C
 
 
 def bind_prefill(caches: Tensor, query: Tensor, metadata: AttentionMetadata) -> Call:
-    where = metadata.block_table, metadata.query_start_loc, metadata.seq_lens
+    """`prefill`, whose plan is made before."""
     output = torch.empty_like(query)
-    return partial(module.prefill, query, *caches, *where, output, HEAD_DIM**-0.5)
+    sizes = module.choose_prefill_sizes(DTYPE, HEAD_DIM, DEVICE)
+    num_queries = sizes.rows * KV_HEADS // HEADS
+    plan = module.make_plan(metadata, KV_HEADS, sizes, num_queries)
+    return partial(
+        module.prefill, query, *caches, metadata, plan, output, HEAD_DIM**-0.5
+    )
 
 
 def time_kernel(
@@ -250,9 +258,13 @@ def record_rows(caches: Tensor, speed: float) -> list[dict[str, Any]]:
     for shape, (lens, ends) in PREFILLS.items():
         pairs = sum(n * (m - n) + n * (n + 1) // 2 for n, m in zip(lens, ends))  # noqa: B905
         operations = 4 * HEADS * HEAD_DIM * pairs
-        us = time_kernel(bind_prefill, caches, make_steps(lens, ends, most=3))
+        steps = make_steps(lens, ends, most=3)
+        us = time_kernel(bind_prefill, caches, steps)
         row = {"kernel": "prefill", "shape": shape, "operations": operations, "us": us}
         row["tflops"] = round(operations / us / 1e6, 1)
+        chosen, module.count_workers = module.count_workers, lambda *_: 1
+        row["whole_us"] = time_kernel(bind_prefill, caches, steps)  # without splits
+        module.count_workers = chosen
         rows.append(row | {"flash_us": time_flash(lens, ends)})
     return rows
 

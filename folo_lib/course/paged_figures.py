@@ -88,10 +88,10 @@ def draw_programs(ax: Axes, programs: Sequence[Sequence[int]], num_heads: int) -
 
     Args:
         ax: where to draw.
-        programs: rows of a `DecodePlan`.
+        programs: rows of an `AttentionPlan`.
         num_heads: key heads.
     """
-    for i, (sequence, _, begin, end, splits) in enumerate(programs):
+    for i, (sequence, _, begin, end, splits, _) in enumerate(programs):
         ax.text(3.2 * i + 1.5, -0.2, f"program {i}", ha="center", fontsize=9)
         for head in range(num_heads):
             corner, size = (3.2 * i, 1.1 * head), (3, 1)

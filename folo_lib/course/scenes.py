@@ -733,7 +733,8 @@ def paged_attention(m: ModuleType) -> None:
     cpu = torch.device("cpu")
     m.count_multiprocessors(cpu)
     for num_kv_heads in (1, 2, 8):
-        m.count_workers(num_kv_heads, cpu)
+        m.count_workers(m.DECODE, num_kv_heads, cpu)
+        m.count_workers(m.PREFILL, num_kv_heads, cpu)
     for num_seqs in (1, 3, 64):
         for longest in (200, 700, 9000):
             m.count_programs(num_seqs, 12, longest, 256)
