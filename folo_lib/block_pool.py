@@ -146,9 +146,10 @@ class PagedKVCacheManager:
     def hash_blocks(self, request: Request, num_blocks: int) -> list[bytes]:
         """The hashes of a request's blocks, at least of its first `num_blocks`."""
         hashes, size = request.block_hashes, self.block_size
-        for i in range(len(hashes), num_blocks):
-            token_ids = request.get_token_ids(i * size, (i + 1) * size)
-            hashes.append(hash_block_tokens(hashes[-1] if hashes else b"", token_ids))
+        token_ids = request.get_token_ids(len(hashes) * size, num_blocks * size)
+        for start in range(0, len(token_ids), size):
+            block = token_ids[start : start + size]
+            hashes.append(hash_block_tokens(hashes[-1] if hashes else b"", block))
         return hashes
 
     def get_computed_blocks(self, request: Request) -> list[int] | None:
