@@ -11,7 +11,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 from hashlib import sha256
 from heapq import heappop, heappush
-from itertools import chain
+from itertools import chain, islice
 
 from .request import Request
 
@@ -146,9 +146,8 @@ class PagedKVCacheManager:
     def hash_blocks(self, request: Request, num_blocks: int) -> list[bytes]:
         """The hashes of a request's blocks, at least of its first `num_blocks`."""
         hashes, size = request.block_hashes, self.block_size
-        token_ids = request.get_token_ids(len(hashes) * size, num_blocks * size)
-        for start in range(0, len(token_ids), size):
-            block = token_ids[start : start + size]
+        token_ids = iter(request.get_token_ids(len(hashes) * size, num_blocks * size))
+        while block := list(islice(token_ids, size)):
             hashes.append(hash_block_tokens(hashes[-1] if hashes else b"", block))
         return hashes
 

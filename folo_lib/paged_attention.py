@@ -5,11 +5,6 @@
 # %% auto #0
 __all__ = [
     "PER_STEP",
-    "PREFILL",
-    "MEDIUM_PREFILL",
-    "SMALL_PREFILL",
-    "DECODE",
-    "SMALL_DECODE",
     "TritonNotFoundError",
     "store_kv_kernel",
     "store_kv",
@@ -23,18 +18,12 @@ __all__ = [
     "plan_kernel",
     "decode_kernel",
     "merge_kernel",
-    "TileSizes",
-    "count_multiprocessors",
     "count_workers",
     "count_programs",
     "AttentionPlan",
-    "is_recording",
-    "find_longest",
     "make_plan",
     "decode",
-    "merge_parts",
     "prefill_kernel",
-    "choose_prefill_sizes",
     "prefill",
     "get_plan",
     "paged_attention",
@@ -45,11 +34,17 @@ __all__ = [
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # mypy: allow-untyped-calls, allow-untyped-decorators
 from dataclasses import dataclass
-from functools import cache
 from math import e, log2
 
 import torch
 from torch import Tensor
+
+from folo_lib.tile_sizes import (
+    TileSizes,
+    choose_decode_sizes,
+    choose_prefill_sizes,
+    count_multiprocessors,
+)
 
 from .kv_cache import AttentionBackend, AttentionMetadata
 
@@ -64,6 +59,8 @@ try:
     import triton.language as tl
 
     from folo_lib.early_start import has_pdl, let_next_start, wait_for_previous
+    from folo_lib.last_merge import merge_if_last
+    from folo_lib.paged_checks import find_longest, find_triton_fault, is_recording
 except ImportError as error:
     raise TritonNotFoundError(
         "attention_backend='triton' needs Triton, which is not installed: on Linux "
@@ -203,10 +200,7 @@ def load_lengths(query_start_loc, seq_lens, first, num_seqs, BQ: tl.constexpr):
     ends = tl.load(query_start_loc + seqs + 1, mask=exist, other=0)
     query_lens = (ends - starts).to(tl.int32)
     lengths = tl.load(seq_lens + seqs, mask=exist, other=0).to(tl.int32)
-    if BQ == 1:
-        tiles = (query_lens == 1).to(tl.int32)
-    else:
-        tiles = tl.where(query_lens > 1, tl.cdiv(query_lens, BQ), 0)
+    tiles = tl.where((query_lens == 1) == (BQ == 1), tl.cdiv(query_lens, BQ), 0)
     return tiles, tl.maximum(lengths - query_lens + 1, 0)
 
 
@@ -409,46 +403,7 @@ def merge_kernel(
     tl.store(answer, result, mask=dims < D)
 
 
-# %% ../notebooks/13_paged_attention.ipynb #tile-sizes
-@dataclass(frozen=True)
-class TileSizes:
-    """How a kernel is cut, and how many warps and stages of loads it gets.
-
-    Attributes:
-        tile: tokens of keys and values that are looked at together.
-        rows: rows of queries, tokens times heads, that look together.
-        min_chunk: keys up to which a context is not split.
-        num_warps: groups of 32 threads that work on a tile.
-        num_stages: tiles in the pipeline, one in use and others on their way.
-        num_programs: that run at once on a multiprocessor.
-    """
-
-    tile: int
-    num_warps: int
-    num_stages: int
-    rows: int = 16
-    min_chunk: int = 256
-    num_programs: int = 3
-
-
-PREFILL = TileSizes(128, 8, 3, rows=128, num_programs=1)
-MEDIUM_PREFILL = TileSizes(64, 4, 2, rows=64, num_programs=1)
-SMALL_PREFILL = TileSizes(32, 4, 2, rows=32, num_programs=1)
-"""See `choose_prefill_sizes`."""
-DECODE = TileSizes(tile=128, num_warps=4, num_stages=2)
-# For float32, of which twice as much lies in the registers of a thread.
-SMALL_DECODE = TileSizes(tile=64, num_warps=4, num_stages=2)
-
-
 # %% ../notebooks/13_paged_attention.ipynb #count-programs
-@cache
-def count_multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors a GPU has; 8 without one."""
-    if device.type != "cuda":
-        return 8
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def count_workers(sizes: TileSizes, num_kv_heads: int, device: torch.device) -> int:
     """Programs of each key head that share the keys of all tiles."""
     return max(1, sizes.num_programs * count_multiprocessors(device) // num_kv_heads)
@@ -480,7 +435,7 @@ class AttentionPlan:
         sizes: of the tiles.
         num_queries: tokens of a tile; 1 for sequences that run one.
         num_parts: rows of answers that programs may leave to be merged.
-        arrivals: int32 `[P, H_kv]`, zeros between launches: how many programs of a
+        arrivals: int32 `[P * H_kv]`, zeros between launches: how many programs of a
             tile have left theirs; empty where nothing is counted.
 
     Rows that are not needed hold -1.
@@ -492,21 +447,6 @@ class AttentionPlan:
     num_queries: int
     num_parts: int
     arrivals: Tensor
-
-
-def is_recording(metadata: AttentionMetadata) -> bool:
-    """Whether a CUDA graph is being recorded, to be replayed with other lengths."""
-    on_gpu = metadata.seq_lens.is_cuda
-    return on_gpu and torch.cuda.is_current_stream_capturing()
-
-
-def find_longest(metadata: AttentionMetadata, num_queries: int) -> int:
-    """The most keys that all queries of a sequence see, as far as the host knows."""
-    known = list(zip(metadata.query_lens_list, metadata.seq_lens_list, strict=False))
-    if is_recording(metadata):
-        known = []
-    seen = [end - new + 1 for new, end in known if (new == 1) == (num_queries == 1)]
-    return max(seen, default=metadata.block_table.shape[1] * metadata.block_size)
 
 
 def make_plan(
@@ -606,34 +546,6 @@ def decode(
 
 
 # %% ../notebooks/13_paged_attention.ipynb #prefill
-@triton.jit
-def merge_parts(
-    parts,
-    part_logs,
-    place,
-    distance,
-    num_splits,
-    own,
-    exists,
-    D: tl.constexpr,
-    DIMS: tl.constexpr,
-):
-    """Merges the answers of a tile's splits, which lie `distance` rows apart."""
-    rows: tl.constexpr = place.shape[0]
-    highest = tl.full([rows, 1], -float("inf"), tl.float32)
-    total, result = tl.zeros([rows, 1], tl.float32), tl.zeros([rows, DIMS], tl.float32)
-    for split in range(num_splits):
-        part = place + split * distance
-        log = tl.load(part_logs + part, mask=own, other=0.0)
-        answer = parts + part * D + tl.arange(0, DIMS)[None, :]
-        answer = tl.load(answer, mask=exists, other=0.0)
-        new_highest = tl.maximum(highest, log)
-        weight, shrink = tl.exp2(log - new_highest), tl.exp2(highest - new_highest)
-        result, total = result * shrink + answer * weight, total * shrink + weight
-        highest = new_highest
-    return result / total
-
-
 @triton.jit(**PER_STEP)
 def prefill_kernel(
     query,
@@ -645,8 +557,8 @@ def prefill_kernel(
     seq_lens,  # see AttentionPlan
     output,
     parts,
-    part_logs,  # as for decode_kernel, with BQ rows for each program
-    arrivals,  # int32 [P, H_kv], zeros
+    part_logs,
+    arrivals,  # as in decode_kernel, and see AttentionPlan
     scale,
     query_stride,
     query_head_stride,
@@ -694,7 +606,7 @@ def prefill_kernel(
     end = tl.minimum(end, cached + first_query + BQ)
     # 3. Where is a mask needed?
     seen_by_all = tl.minimum(end, cached + first_query + 1) // BT * BT
-    for first in tl.range(begin, seen_by_all, BT):  # whole tiles, without a mask
+    for first in tl.range(begin, seen_by_all, BT):  # all see all of these
         tokens = first + tl.arange(0, BT)
         seen = tokens < end
         places = find_places(table, tokens, seen, block_stride, slot_stride, BLOCK_SIZE)
@@ -714,52 +626,34 @@ def prefill_kernel(
         highest, total, result = attend_tile(
             q, k, v, seen, highest, total, result, scale, True
         )
-    result = result / total[:, None]
+    result, logs = result / total[:, None], (highest + tl.log2(total))[:, None]
     num_heads = tl.num_programs(0) * GROUP
     answer = output + (asked * num_heads + heads) * D + dims
     if num_splits == 1:
         tl.store(answer, result.to(output.dtype.element_ty), mask=exists)
     else:
-        # 4. Am I the last one of my tile? Then I merge what the others have left.
-        place = (queries - first_query)[:, None] * num_heads + heads
-        part = program * BQ * num_heads + place
-        logs = (highest + tl.log2(total))[:, None]
-        tl.store(parts + part * D + dims, result, mask=exists)
-        tl.store(part_logs + part, logs, mask=own[:, None])
-        first = tl.load(row + 5)
-        arrived = arrivals + first * tl.num_programs(0) + kv_head
-        tl.debug_barrier()  # all threads have stored before one of them says so
-        if tl.atomic_add(arrived, 1, sem="acq_rel") == num_splits - 1:
-            tl.store(arrived, 0)  # for the next layer
-            merged = merge_parts(
-                parts,
-                part_logs,
-                first * BQ * num_heads + place,
-                BQ * num_heads,
-                num_splits,
-                own[:, None],
-                exists,
-                D,
-                DIMS,
-            )
-            tl.store(answer, merged.to(output.dtype.element_ty), mask=exists)
+        # 4. Am I the last one of my tile?
+        first, place = tl.load(row + 5), (rows // GROUP)[:, None] * num_heads + heads
+        merge_if_last(
+            answer,
+            result,
+            logs,
+            exists,
+            own[:, None],
+            parts,
+            part_logs,
+            place,
+            BQ * num_heads,
+            program,
+            first,
+            num_splits,
+            arrivals + first * tl.num_programs(0) + kv_head,
+            D,
+            DIMS,
+        )
 
 
 # %% ../notebooks/13_paged_attention.ipynb #prefill-launch
-@cache
-def choose_prefill_sizes(
-    dtype: torch.dtype, head_dim: int, device: torch.device
-) -> TileSizes:
-    """What fits into the registers and the shared memory of a multiprocessor."""
-    if dtype == torch.float32 or head_dim > 128:
-        return SMALL_PREFILL
-    if device.type != "cuda":
-        return MEDIUM_PREFILL
-    properties = torch.cuda.get_device_properties(device)
-    has_room = properties.shared_memory_per_multiprocessor > 200 * 1024
-    return PREFILL if has_room else MEDIUM_PREFILL
-
-
 def prefill(
     query: Tensor,
     key_cache: Tensor,
@@ -846,15 +740,15 @@ def paged_attention(
     output, lengths = query.new_empty(query.shape), metadata.query_lens_list
     (_, num_heads, head_dim), num_kv_heads = query.shape, key_cache.shape[2]
     if any(length == 1 for length in lengths):
-        sizes = SMALL_DECODE if query.dtype == torch.float32 else DECODE
+        sizes = choose_decode_sizes(query.dtype)
         plan = get_plan(metadata, num_kv_heads, sizes, 1)
         table = metadata.block_table
         decode(query, key_cache, value_cache, table, plan, output, scale)
     if any(length > 1 for length in lengths):
         group, dims = num_heads // num_kv_heads, triton.next_power_of_2(head_dim)
         sizes = choose_prefill_sizes(query.dtype, dims, query.device)
-        num_queries = max(sizes.rows, 2 * triton.next_power_of_2(group)) // group
-        plan = get_plan(metadata, num_kv_heads, sizes, num_queries)
+        rows = max(sizes.rows, 2 * triton.next_power_of_2(group))  # two tokens
+        plan = get_plan(metadata, num_kv_heads, sizes, rows // group)
         prefill(query, key_cache, value_cache, metadata, plan, output, scale)
     return output
 
@@ -872,21 +766,7 @@ class TritonBackend(AttentionBackend):
 
     @classmethod
     def find_fault(cls, device: torch.device, dtype: torch.dtype) -> str | None:
-        cure = "choose attention_backend='torch_sdpa'"
-        if triton.knobs.runtime.interpret:
-            return None
-        if device.type != "cuda":
-            return (
-                f"attention_backend='triton' needs a CUDA device, not {device.type!r}: "
-                f"{cure}, or set TRITON_INTERPRET=1 before Python starts, to try it."
-            )
-        capability = torch.cuda.get_device_capability(device)
-        if capability < cls.needs_compute_capability:
-            return (
-                "attention_backend='triton' needs compute capability 8.0, and "
-                f"{torch.cuda.get_device_name(device)} has {capability}: {cure}."
-            )
-        return None
+        return find_triton_fault(device, cls.needs_compute_capability)
 
     def forward(
         self,

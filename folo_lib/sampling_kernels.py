@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .paged_attention import count_multiprocessors
 from .sampling_rows import FLOATS, INTS
+from .tile_sizes import count_multiprocessors
 
 __all__ = ["TritonDraw"]
 

@@ -33,6 +33,7 @@ from folo_lib import (
     summed_layers,
     symmetric_memory,
     ticket_sums,
+    tile_sizes,
 )
 
 INDICES = ("slot_mapping", "block_table", "query_start_loc", "seq_lens")
@@ -104,20 +105,20 @@ def count_stack(cubin: bytes) -> int:
 
 def main(capability: int) -> None:
     store = {"BLOCK_SIZE": 16, "HEADS": 8, "DIMS": 128, "D": 128}
-    compile_one(module.store_kv_kernel, store, "bf16", capability, module.DECODE)
+    compile_one(module.store_kv_kernel, store, "bf16", capability, tile_sizes.DECODE)
     for number, group, head_dim in (("bf16", 2, 128), ("fp16", 3, 80)):
         shape = {"GROUP": group, "D": head_dim, "DIMS": 128, "BLOCK_SIZE": 16}
-        sizes, early = module.DECODE, {"PDL": capability >= 90}
+        sizes, early = tile_sizes.DECODE, {"PDL": capability >= 90}
         every = shape | {"ROWS": 16, "BT": sizes.tile} | early
         compile_one(module.decode_kernel, every, number, capability, sizes)
         compile_one(module.merge_kernel, every, number, capability)
-        sizes = module.PREFILL if capability == 90 else module.MEDIUM_PREFILL
+        sizes = tile_sizes.PREFILL if capability == 90 else tile_sizes.MEDIUM_PREFILL
         tile = {"ROWS": sizes.rows, "BQ": sizes.rows // group, "BT": sizes.tile}
         compile_one(module.prefill_kernel, shape | tile, number, capability, sizes)
-    sizes = module.SMALL_PREFILL
+    sizes = tile_sizes.SMALL_PREFILL
     tile = {"GROUP": 2, "ROWS": sizes.rows, "BQ": sizes.rows // 2, "BT": sizes.tile}
     compile_one(module.prefill_kernel, shape | tile, "fp32", capability, sizes)
-    sizes = module.SMALL_DECODE
+    sizes = tile_sizes.SMALL_DECODE
     every |= {"GROUP": 2, "D": 128, "BT": sizes.tile}
     compile_one(module.decode_kernel, every, "fp32", capability, sizes)
     known = {"BT": sizes.tile, "MIN_CHUNK": sizes.min_chunk}

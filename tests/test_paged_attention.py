@@ -31,14 +31,9 @@ from folo_lib.qwen3 import get_attention_backend
 pytest.importorskip("triton", reason="Triton runs on Linux")
 
 
-from folo_lib import paged_attention as module
-from folo_lib.paged_attention import (
-    TileSizes,
-    TritonBackend,
-    choose_prefill_sizes,
-    count_programs,
-    store_kv,
-)
+from folo_lib import paged_attention as module, paged_checks, tile_sizes
+from folo_lib.paged_attention import TritonBackend, count_programs, store_kv
+from folo_lib.tile_sizes import TileSizes, choose_prefill_sizes
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
@@ -57,8 +52,7 @@ def small_tiles(
     if "gpu" in request.keywords:
         return
     tiles = TileSizes(TILE, 4, 2, min_chunk=TILE)
-    monkeypatch.setattr(module, "DECODE", tiles)
-    monkeypatch.setattr(module, "SMALL_DECODE", tiles)
+    monkeypatch.setattr(module, "choose_decode_sizes", lambda _: tiles)
     monkeypatch.setattr(module, "choose_prefill_sizes", lambda *_: tiles)
 
 
@@ -253,9 +247,8 @@ class TestDecode:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """No part is written for them: parts are allocated full of NaN here."""
-        for name in ("DECODE", "SMALL_DECODE"):
-            tiles = TileSizes(TILE, 4, 2, min_chunk=48)
-            monkeypatch.setattr(module, name, tiles)
+        tiles = TileSizes(TILE, 4, 2, min_chunk=48)
+        monkeypatch.setattr(module, "choose_decode_sizes", lambda _: tiles)
         monkeypatch.setattr(module, "count_workers", lambda *_: 6)
         made_here: list[Tensor] = []
         new_empty = Tensor.new_empty
@@ -347,7 +340,8 @@ class TestMixed:
             (module.decode, metadata.block_table, 1, is_decode),
             (module.prefill, metadata, 4, [not x for x in is_decode]),
         ):
-            plan = module.make_plan(metadata, 2, module.DECODE, num_queries)
+            sizes = TileSizes(TILE, 4, 2, min_chunk=TILE)
+            plan = module.make_plan(metadata, 2, sizes, num_queries)
             output = torch.full_like(step.query, NAN)
             function(step.query, *step.kv_cache, where, plan, output, 0.25)
             assert (~output.isnan()).all(-1).all(-1).tolist() == own
@@ -554,8 +548,9 @@ class TestShares:
         monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "tools"))
         script = importlib.import_module("record_kernels")
         monkeypatch.setattr(script, "DEVICE", DEVICE)
-        monkeypatch.setattr(module, "DECODE", TileSizes(16, 4, 2, min_chunk=32))
-        workers = module.count_workers(module.DECODE, script.KV_HEADS, DEVICE)
+        sizes = TileSizes(16, 4, 2, min_chunk=32)
+        monkeypatch.setattr(script, "DECODE", sizes)
+        workers = module.count_workers(sizes, script.KV_HEADS, DEVICE)
         for lengths in ([1], [3000], [400] * 3, [900] + [30] * 4, [70] * 40):
             found = script.count_splits(describe_lengths(lengths))
             assert found == max(find_used(lengths, workers))
@@ -637,7 +632,7 @@ class TestLaunch:
         if not is_known:
             step.metadata = dataclasses.replace(step.metadata, seq_lens_list=[])
         sizes = TileSizes(TILE, 4, 2, min_chunk=longest - can_be)
-        monkeypatch.setattr(module, "SMALL_DECODE", sizes)
+        monkeypatch.setattr(module, "choose_decode_sizes", lambda _: sizes)
         merges = []
 
         class Merge:
@@ -668,10 +663,11 @@ class TestLaunch:
     ) -> None:
         """What was planned before is not made anew in a replay."""
         metadata = Step([1], [70]).metadata
-        monkeypatch.setattr(module, "is_recording", lambda _: now)
+        for place in (module, paged_checks):
+            monkeypatch.setattr(place, "is_recording", lambda _: now)
         plans = []
         for now in (False, True, True, False):  # noqa: B007
-            plans.append(module.get_plan(metadata, 2, module.DECODE, 1))
+            plans.append(module.get_plan(metadata, 2, TileSizes(TILE, 4, 2), 1))
         assert plans[0] is plans[3] and plans[1] is plans[2]
         assert plans[0] is not plans[1]
         assert module.find_longest(metadata, 1) == 70
@@ -683,7 +679,7 @@ class TestLaunch:
     ) -> None:
         """An H200 has 228 KiB of shared memory, an A10 has 100."""
         cuda = torch.device("cuda")
-        rooms = {228: module.PREFILL, 100: module.MEDIUM_PREFILL}
+        rooms = {228: tile_sizes.PREFILL, 100: tile_sizes.MEDIUM_PREFILL}
         for size, tiles in rooms.items():
             found = SimpleNamespace(
                 shared_memory_per_multiprocessor=size * 1024, multi_processor_count=72
@@ -693,10 +689,10 @@ class TestLaunch:
             )
             choose = choose_prefill_sizes.__wrapped__  # nothing is remembered
             assert choose(torch.bfloat16, 128, cuda) == tiles
-            assert choose(torch.float32, 128, cuda) == module.SMALL_PREFILL
-            assert choose(torch.bfloat16, 256, cuda) == module.SMALL_PREFILL
+            assert choose(torch.float32, 128, cuda) == tile_sizes.SMALL_PREFILL
+            assert choose(torch.bfloat16, 256, cuda) == tile_sizes.SMALL_PREFILL
             assert choose(torch.bfloat16, 128, torch.device("cpu")) == (
-                module.MEDIUM_PREFILL
+                tile_sizes.MEDIUM_PREFILL
             )
             assert module.count_multiprocessors.__wrapped__(cuda) == 72
 

@@ -31,13 +31,14 @@ sys.path.insert(0, str(ROOT))
 
 from graph_clock import WARM_SECONDS, time_replays  # noqa: E402
 
-from folo_lib import paged_attention as module  # noqa: E402
+from folo_lib import paged_attention as module, tile_sizes  # noqa: E402
 from folo_lib.benchmark_floor import SIZE, measure_reading, read_once  # noqa: E402
 from folo_lib.kv_cache import (  # noqa: E402
     AttentionMetadata,
     TorchSDPABackend,
     compute_slot_mapping,
 )
+from folo_lib.tile_sizes import DECODE  # noqa: E402
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 16, 8, 128, 16  # as Qwen3-0.6B
@@ -92,7 +93,7 @@ def describe_card() -> dict[str, Any]:
     multiply = measure([lambda: a @ a] * 3, warm=0)
     return {
         "device": torch.cuda.get_device_name(),
-        "multiprocessors": module.count_multiprocessors(DEVICE),
+        "multiprocessors": tile_sizes.count_multiprocessors(DEVICE),
         "matmul_tflops": round(2 * 8192**3 / multiply / 1e6, 1),
         "read_gb_s": round(statistics.median(speeds) / 1e9, 1),
         "copy_gb_s": round(2 * x.nbytes / copy / 1e3, 1),
@@ -133,7 +134,7 @@ def make_steps(
 def plan(metadata: AttentionMetadata) -> module.AttentionPlan:
     """What each program of a decode step is to do, if any lengths have to be expected."""
     unknown = replace(metadata, seq_lens_list=[])
-    return module.make_plan(unknown, KV_HEADS, module.DECODE)
+    return module.make_plan(unknown, KV_HEADS, DECODE)
 
 
 def count_splits(metadata: AttentionMetadata) -> int:
@@ -150,7 +151,7 @@ def bind_decode(caches: Tensor, query: Tensor, metadata: AttentionMetadata) -> C
 def bind_prefill(caches: Tensor, query: Tensor, metadata: AttentionMetadata) -> Call:
     """`prefill`, whose plan is made before."""
     output = torch.empty_like(query)
-    sizes = module.choose_prefill_sizes(DTYPE, HEAD_DIM, DEVICE)
+    sizes = tile_sizes.choose_prefill_sizes(DTYPE, HEAD_DIM, DEVICE)
     num_queries = sizes.rows * KV_HEADS // HEADS
     plan = module.make_plan(metadata, KV_HEADS, sizes, num_queries)
     return partial(
@@ -330,7 +331,7 @@ def record() -> dict[str, Any]:
         },
         **card,
         "settings": {
-            name: vars(getattr(module, name))
+            name: vars(getattr(tile_sizes, name))
             for name in ("DECODE", "SMALL_DECODE", "PREFILL")
         },
         "host_us": time_host(caches),

@@ -730,11 +730,12 @@ def block_pool(m: ModuleType) -> None:
 
 
 def paged_attention(m: ModuleType) -> None:
+    from folo_lib.tile_sizes import DECODE, PREFILL
+
     cpu = torch.device("cpu")
-    m.count_multiprocessors(cpu)
     for num_kv_heads in (1, 2, 8):
-        m.count_workers(m.DECODE, num_kv_heads, cpu)
-        m.count_workers(m.PREFILL, num_kv_heads, cpu)
+        m.count_workers(DECODE, num_kv_heads, cpu)
+        m.count_workers(PREFILL, num_kv_heads, cpu)
     for num_seqs in (1, 3, 64):
         for longest in (200, 700, 9000):
             m.count_programs(num_seqs, 12, longest, 256)
