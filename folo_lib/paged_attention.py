@@ -60,7 +60,12 @@ try:
 
     from folo_lib.early_start import has_pdl, let_next_start, wait_for_previous
     from folo_lib.last_merge import merge_if_last
-    from folo_lib.paged_checks import find_longest, find_triton_fault, is_recording
+    from folo_lib.paged_checks import (
+        count_tiles,
+        find_longest,
+        find_triton_fault,
+        is_recording,
+    )
 except ImportError as error:
     raise TritonNotFoundError(
         "attention_backend='triton' needs Triton, which is not installed: on Linux "
@@ -462,10 +467,10 @@ def make_plan(
             tiles of so many.
     """
     seq_lens, num_seqs = metadata.seq_lens, len(metadata.seq_lens)
-    num_tiles = num_seqs
-    if num_queries > 1:  # each sequence may waste part of a tile
-        num_tiles += len(metadata.slot_mapping) // num_queries
+    num_tiles = count_tiles(metadata, num_queries)
     num_workers = count_workers(sizes, num_kv_heads, seq_lens.device)
+    if num_queries > 1 and num_tiles > 2 * num_workers:
+        num_workers = 1  # so many keep a card busy, and parts would take much memory
     longest = find_longest(metadata, num_queries)
     num_programs = count_programs(num_tiles, num_workers, longest, sizes.min_chunk)
     num_parts = num_merges = num_counts = 0
@@ -704,7 +709,7 @@ def get_plan(
     """The first layer makes the plan of a step; the others find it in `metadata`."""
     # A graph must make a plan of its own, which it makes anew in each replay.
     where = ", in a graph" if is_recording(metadata) else ""
-    name = f"triton, {num_queries} queries{where}"
+    name = f"triton, {num_kv_heads} heads, {num_queries} queries{where}"
     if name not in metadata.plans:
         plan = make_plan(metadata, num_kv_heads, sizes, num_queries)
         metadata.plans[name] = plan
@@ -731,7 +736,8 @@ def paged_attention(
         key_cache, value_cache: see `store_kv`.
         metadata: of the step. A row that pads a graph has slot -1 and sequence length
             0; its output is left as it was allocated. `query_lens_list` says whether
-            there are sequences that run one token, and sequences that run more.
+            there are sequences that run one token, and sequences that run more; it
+            and `seq_lens_list`, if that is not empty, are true of the device's numbers.
         scale: factor on the scores.
 
     Returns:
@@ -742,8 +748,7 @@ def paged_attention(
     if any(length == 1 for length in lengths):
         sizes = choose_decode_sizes(query.dtype)
         plan = get_plan(metadata, num_kv_heads, sizes, 1)
-        table = metadata.block_table
-        decode(query, key_cache, value_cache, table, plan, output, scale)
+        decode(query, key_cache, value_cache, metadata.block_table, plan, output, scale)
     if any(length > 1 for length in lengths):
         group, dims = num_heads // num_kv_heads, triton.next_power_of_2(head_dim)
         sizes = choose_prefill_sizes(query.dtype, dims, query.device)

@@ -7,7 +7,13 @@ import triton
 
 from folo_lib.kv_cache import AttentionMetadata
 
-__all__ = ["find_longest", "find_triton_fault", "is_recording"]
+__all__ = [
+    "count_tiles",
+    "find_longest",
+    "find_triton_fault",
+    "is_recording",
+    "list_lengths",
+]
 
 
 def find_triton_fault(device: torch.device, capability: tuple[int, int]) -> str | None:
@@ -39,16 +45,34 @@ def is_recording(metadata: AttentionMetadata) -> bool:
     return on_gpu and torch.cuda.is_current_stream_capturing()
 
 
-def find_longest(metadata: AttentionMetadata, num_queries: int) -> int:
-    """The most keys that all queries of a sequence see, as far as the host knows.
+def list_lengths(
+    metadata: AttentionMetadata, num_queries: int
+) -> list[tuple[int, int]]:
+    """Of each sequence that a plan is about the tokens that run, and all keys.
 
-    Where the host knows no lengths, or they will change, it is the width of the block table.
+    Empty where the host knows no lengths, or they will change.
 
     Args:
-        num_queries: 1 looks at the sequences that run one token; more, at the others.
+        num_queries: tokens of a tile. 1 looks at the sequences that run one token; more, at the
+            others.
     """
-    known = list(zip(metadata.query_lens_list, metadata.seq_lens_list, strict=False))
     if is_recording(metadata):
-        known = []
-    seen = [end - new + 1 for new, end in known if (new == 1) == (num_queries == 1)]
-    return max(seen, default=metadata.block_table.shape[1] * metadata.block_size)
+        return []
+    known = zip(metadata.query_lens_list, metadata.seq_lens_list, strict=False)
+    return [pair for pair in known if (pair[0] == 1) == (num_queries == 1)]
+
+
+def count_tiles(metadata: AttentionMetadata, num_queries: int) -> int:
+    """How many tiles there are, or can be at most; see `list_lengths`."""
+    if known := list_lengths(metadata, num_queries):
+        return sum(-(-new // num_queries) for new, _ in known)
+    num_seqs, num_tokens = len(metadata.seq_lens), len(metadata.slot_mapping)
+    # Each sequence may waste part of a tile.
+    return num_seqs if num_queries == 1 else num_seqs + num_tokens // num_queries
+
+
+def find_longest(metadata: AttentionMetadata, num_queries: int) -> int:
+    """The most keys that all queries of a sequence see, or can see; see `list_lengths`."""
+    seen = [length - new + 1 for new, length in list_lengths(metadata, num_queries)]
+    width = metadata.block_table.shape[1] * metadata.block_size
+    return max(1, *seen) if seen else width

@@ -290,6 +290,15 @@ class TestPrefill:
         assert plan.programs[:, 4].max() > 1
         assert not plan.arrivals.any()
 
+    @pytest.mark.parametrize("workers", [3, 4], indirect=True)
+    def test_many_tiles_are_not_split(self, workers: int) -> None:
+        """Parts of all of them would take much memory."""
+        step = Step([7 * TILE // 2, 1, 2], [7 * TILE // 2, 9, 400])  # 7 tiles and one
+        step.check()
+        plan = step.metadata.plans["triton, 2 heads, 8 queries"]
+        assert len(plan.programs) == 8 + (workers == 4) * 3
+        assert (plan.num_parts > 0) == (workers == 4)
+
     @pytest.mark.parametrize("workers", [64], indirect=True)
     def test_nothing_is_counted_without_a_history(self, workers: int) -> None:
         step = Step([40, 1 + TILE], [40, 2 * TILE])
@@ -581,6 +590,7 @@ class TestShares:
             workers = draw.choice([1, 3, 16, 130])
             tiles = [-(-n // num_queries) if n > 1 else 0 for n in new]
             seen = [end - n + 1 for n, end in zip(new, lengths, strict=True)]
+            workers = 1 if sum(tiles) > 2 * workers else workers
             work = sum(n * keys for n, keys in zip(tiles, seen, strict=True))
             share, expected = max(1, -(-work // workers)), []
             for n, keys in zip(tiles, seen, strict=True):
@@ -658,6 +668,22 @@ class TestLaunch:
         Step([3], [9]).run()  # nobody decodes, nothing to plan
         assert [plan.num_queries for plan in plans[2:]] == [TILE // 2]
 
+    def test_what_the_host_knows_of_tiles(self) -> None:
+        """With lists it counts; without, each sequence may waste part of a tile."""
+        metadata = describe_lengths([40, 9, 30, 0], [17, 1, 2, 7])
+        unknown = dataclasses.replace(metadata, seq_lens_list=[])
+        for num_queries, tiles, most, longest in [(1, 1, 4, 9), (8, 5, 7, 29)]:
+            assert paged_checks.count_tiles(metadata, num_queries) == tiles
+            assert paged_checks.count_tiles(unknown, num_queries) == most
+            assert paged_checks.find_longest(metadata, num_queries) == longest
+            assert paged_checks.find_longest(unknown, num_queries) == 40
+
+    def test_a_plan_of_padding_alone(self) -> None:
+        for lens in ([300], [600, 600], [7]):
+            metadata = describe_lengths([0] * len(lens), lens)
+            plan = module.make_plan(metadata, 2, TileSizes(16, 4, 2), 8)
+            assert (plan.programs == -1).all()
+
     def test_a_recording_has_a_plan_of_its_own(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -670,6 +696,7 @@ class TestLaunch:
             plans.append(module.get_plan(metadata, 2, TileSizes(TILE, 4, 2), 1))
         assert plans[0] is plans[3] and plans[1] is plans[2]
         assert plans[0] is not plans[1]
+        assert module.get_plan(metadata, 1, TileSizes(TILE, 4, 2), 1) is not plans[0]
         assert module.find_longest(metadata, 1) == 70
         now = True
         assert module.find_longest(metadata, 1) == metadata.block_table.shape[1] * 4
