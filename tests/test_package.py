@@ -53,7 +53,10 @@ TABLE = (
     "engine",
     "scheduler",
     "block_pool",
+    "tile_sizes",
     "early_start",
+    "last_merge",
+    "paged_checks",
     "paged_attention",
     "sampling_kernels",
     "cuda_graph",
@@ -391,6 +394,7 @@ class TestModules:
         with_kernels |= {"fused_attention", "fused_decode", "fused_shards"}
         with_kernels |= {"fused_vectors", "ticket_sums"}
         with_kernels |= {"early_start", "summed_layers"}
+        with_kernels |= {"last_merge", "paged_checks"}
         with_kernels |= {"benchmark_floor"}
         if path.stem in with_kernels:
             allowed = allowed | {"triton"}
