@@ -195,9 +195,9 @@ def attend_tile(
 # %% ../notebooks/13_paged_attention.ipynb #find-chunk
 @triton.jit
 def load_lengths(query_start_loc, seq_lens, first, num_seqs, BQ: tl.constexpr):
-    """Of 256 sequences how many tiles of `BQ` queries each has, and how many keys all
-    of its queries see. With `BQ` 1, sequences that run several tokens have no tiles;
-    otherwise those that run one have none.
+    """Of 256 sequences how many query tiles of `BQ` tokens each has, and how many keys
+    all of its queries see. With `BQ` 1, sequences that run several tokens have none;
+    otherwise those that run one.
     """
     seqs = first + tl.arange(0, 256)
     exist = seqs < num_seqs
@@ -205,13 +205,14 @@ def load_lengths(query_start_loc, seq_lens, first, num_seqs, BQ: tl.constexpr):
     ends = tl.load(query_start_loc + seqs + 1, mask=exist, other=0)
     query_lens = (ends - starts).to(tl.int32)
     lengths = tl.load(seq_lens + seqs, mask=exist, other=0).to(tl.int32)
+    # With BQ 1 those of sequences that run one token, otherwise those of the others.
     tiles = tl.where((query_lens == 1) == (BQ == 1), tl.cdiv(query_lens, BQ), 0)
     return tiles, tl.maximum(lengths - query_lens + 1, 0)
 
 
 @triton.jit
 def find_share(query_start_loc, seq_lens, num_seqs, num_workers, BQ: tl.constexpr):
-    """Keys of a worker, if those of all tiles are spread evenly."""
+    """Keys of a worker, if those of all query tiles are spread evenly."""
     total = 0
     for first in tl.range(0, num_seqs, 256):
         tiles, lengths = load_lengths(query_start_loc, seq_lens, first, num_seqs, BQ)
@@ -410,7 +411,7 @@ def merge_kernel(
 
 # %% ../notebooks/13_paged_attention.ipynb #count-programs
 def count_workers(sizes: TileSizes, num_kv_heads: int, device: torch.device) -> int:
-    """Programs of each key head that share the keys of all tiles."""
+    """Programs of each key head that share the keys of all query tiles."""
     return max(1, sizes.num_programs * count_multiprocessors(device) // num_kv_heads)
 
 
@@ -419,8 +420,8 @@ def count_programs(
 ) -> int:
     """Programs of each key head that are enough for any lengths up to `longest`.
 
-    All tiles have at most `num_workers` whole shares together. So one of them may
-    have that many splits, while each of the others has one.
+    A query tile has a split for each whole share of its keys, and all together have
+    no more shares than there are workers. So one may have them all, the others one.
     """
     return min(num_tiles - 1 + num_workers, num_tiles * -(-longest // min_chunk))
 
@@ -752,7 +753,8 @@ def paged_attention(
     if any(length > 1 for length in lengths):
         group, dims = num_heads // num_kv_heads, triton.next_power_of_2(head_dim)
         sizes = choose_prefill_sizes(query.dtype, dims, query.device)
-        rows = max(sizes.rows, 2 * triton.next_power_of_2(group))  # two tokens
+        # A tile has two tokens or more: one is decode's.
+        rows = max(sizes.rows, 2 * triton.next_power_of_2(group))
         plan = get_plan(metadata, num_kv_heads, sizes, rows // group)
         prefill(query, key_cache, value_cache, metadata, plan, output, scale)
     return output

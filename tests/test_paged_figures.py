@@ -308,7 +308,8 @@ class TestRecording:
             f"it into {rows['1x8000 and 31x300']['splits']} and leaves the others whole, "
             f"and they take {us['1x8000 and 31x300']:.0f} µs",
             f"with 16 splits it would be 376 programs and {mixed[16]:.0f} µs",
-            "two workers for each multiprocessor would be a little faster",
+            "two workers for each multiprocessor, which make about 32, 4 and 16 splits, "
+            "would be a little faster",
             f"have shares of {shares[2]:,}",
             f"nobody is split, and that takes {twenty[1]:.0f} µs",
             f"a share is {shares[3]:,} tokens, each request has two splits, and they take "
