@@ -621,7 +621,8 @@ def prefill_kernel(
         highest, total, result = attend_tile(
             q, k, v, seen[None, :], highest, total, result, scale, False
         )
-    for first in tl.range(seen_by_all, end, BT):  # the diagonal
+    # The diagonal; what lies beyond the end lies to the right of it, too.
+    for first in tl.range(seen_by_all, end, BT):
         tokens = first + tl.arange(0, BT)
         exist, seen = tokens < end, tokens[None, :] <= positions
         places = find_places(

@@ -116,9 +116,9 @@ def change_default(namespace: dict[str, Any], value: Any) -> None:
         ),
         (
             "13_paged_attention",
-            "DECODE",
-            lambda n, v: n.update(DECODE=n["PREFILL"]),
-            "DECODE",
+            "PER_STEP",
+            lambda n, _: n.update(PER_STEP={}),
+            "PER_STEP",
         ),
         (
             "09_request",
