@@ -240,7 +240,7 @@ def find_sequence(
     BT: tl.constexpr,
     BQ: tl.constexpr,
 ):
-    """The sequence of a program, and how many programs and split tiles come before."""
+    """The sequence of a program, and how many programs and merges come before it."""
     sequence, before, merges, total = 0, 0, 0, 0
     for first in tl.range(0, num_seqs, 256):
         tiles, lengths = load_lengths(query_start_loc, seq_lens, first, num_seqs, BQ)

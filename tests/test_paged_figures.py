@@ -308,7 +308,7 @@ class TestRecording:
             f"it into {rows['1x8000 and 31x300']['splits']} and leaves the others whole, "
             f"and they take {us['1x8000 and 31x300']:.0f} µs",
             f"with 16 splits it would be 376 programs and {mixed[16]:.0f} µs",
-            "two workers for each multiprocessor, which make about 32, 4 and 16 splits, "
+            "which make 32, 4 and 13 splits (the nearest that was measured is 16), "
             "would be faster than three in these three columns, by one or two percent "
             "in the first two and by more in the third",
             f"have shares of {shares[2]:,}",
