@@ -754,9 +754,7 @@ def paged_attention(
     if any(length > 1 for length in lengths):
         group, dims = num_heads // num_kv_heads, triton.next_power_of_2(head_dim)
         sizes = choose_prefill_sizes(query.dtype, dims, query.device)
-        # A tile has two tokens or more: one is decode's.
-        rows = max(sizes.rows, 2 * triton.next_power_of_2(group))
-        plan = get_plan(metadata, num_kv_heads, sizes, rows // group)
+        plan = get_plan(metadata, num_kv_heads, sizes, sizes.count_queries(group))
         prefill(query, key_cache, value_cache, metadata, plan, output, scale)
     return output
 

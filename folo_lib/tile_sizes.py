@@ -48,6 +48,17 @@ class TileSizes:
     min_chunk: int = 256
     num_programs: int = 3
 
+    def count_queries(self, group: int) -> int:
+        """Tokens of a query tile of several, two at least, with `group` heads each.
+
+        Example:
+            >>> from folo_lib.tile_sizes import PREFILL
+            >>> PREFILL.count_queries(group=2)
+            64
+        """
+        heads = 1 << (group - 1).bit_length()  # rounded up to a power of two
+        return max(self.rows, 2 * heads) // group
+
 
 PREFILL = TileSizes(128, 8, 3, rows=128, num_programs=1)
 MEDIUM_PREFILL = TileSizes(64, 4, 2, rows=64, num_programs=1)

@@ -622,6 +622,12 @@ class TestLaunch:
                 found = module.count_workers(sizes, kv_heads, DEVICE)
                 assert found == max(1, num_programs * count // kv_heads)
 
+    def test_a_query_tile_has_two_tokens_or_more(self) -> None:
+        """One token is decode's."""
+        sizes = TileSizes(16, 4, 2, rows=32)
+        found = [sizes.count_queries(group) for group in (1, 2, 5, 16, 17, 32, 64)]
+        assert found == [32, 16, 6, 2, 3, 2, 2]
+
     def test_programs_are_few_where_nobody_can_be_split(self) -> None:
         assert [count_programs(3, 49, n, 256) for n in (1, 256, 257, 10**6)] == [
             3,

@@ -152,7 +152,7 @@ def bind_prefill(caches: Tensor, query: Tensor, metadata: AttentionMetadata) -> 
     """`prefill`, whose plan is made before."""
     output = torch.empty_like(query)
     sizes = tile_sizes.choose_prefill_sizes(DTYPE, HEAD_DIM, DEVICE)
-    num_queries = sizes.rows * KV_HEADS // HEADS
+    num_queries = sizes.count_queries(HEADS // KV_HEADS)
     plan = module.make_plan(metadata, KV_HEADS, sizes, num_queries)
     return partial(
         module.prefill, query, *caches, metadata, plan, output, HEAD_DIM**-0.5
